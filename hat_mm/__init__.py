@@ -1,0 +1,31 @@
+"""FasterViT backbones for OpenMMLab detection, segmentation and classification.
+
+Importing the package needs torch and numpy alone. Public classes are imported on first use, so
+``hat_mm.FasterViT`` works after ``import hat_mm``.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from . import compat
+
+__version__ = '0.1.0'
+
+# Public name -> module that defines it.
+_PUBLIC = {
+    'FasterViT': 'hat_mm.backbones',
+}
+
+__all__ = ['FasterViT', '__version__']
+
+compat.apply()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

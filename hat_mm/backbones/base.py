@@ -1,0 +1,288 @@
+"""What all backbones share: arguments, freezing, outputs, loading."""
+
+import difflib
+import re
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import fields, replace
+from typing import Any, ClassVar
+
+from mmcv.cnn import build_norm_layer
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hat_mm.checkpoints import NameMap, adapt
+from hat_mm.layers import NormFactory
+
+# From scratch: linear layers as below, norms one and zero, convolutions PyTorch's default.
+_FROM_SCRATCH = [dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0)]
+
+
+def resolve_arch(arch: Any, table: Mapping[str, Any], row: type) -> tuple[str, Any]:
+    """Finds an arch by name or makes one from a dictionary.
+
+    Args:
+        arch: Name, number that is a name, or dictionary of fields of ``row``.
+        table: Known archs by name.
+        row: Frozen dataclass of an arch; its defaults stand in for fields that are not given.
+
+    Returns:
+        Name for messages and ``row``.
+
+    Raises:
+        ValueError: The name or a field is unknown.
+        TypeError: ``arch`` is none of the above.
+    """
+    if isinstance(arch, Mapping):
+        known = [field.name for field in fields(row)]
+        for name in arch:
+            if name not in known:
+                raise ValueError(f'unknown arch field {name!r}{_near(name, known)}')
+        return 'custom', row(**arch)
+    if isinstance(arch, int) and not isinstance(arch, bool):
+        arch = str(arch)
+    if not isinstance(arch, str):
+        raise TypeError(f'arch must be a name, a number or a dict, not {arch!r}')
+    if arch not in table:
+        raise ValueError(f'unknown arch {arch!r}{_near(arch, list(table))}')
+    return repr(arch), table[arch]
+
+
+def _near(name: Any, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name), choices, n=2, cutoff=0.6)
+    hint = f'; did you mean {" or ".join(map(repr, near))}?' if near else ''
+    return f'; choices: {", ".join(choices)}{hint}'
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Spreads a drop-path rate over blocks, linearly from 0 at the first block to ``rate``."""
+    if not 0 <= rate < 1:
+        raise ValueError(f'drop_path_rate must be in [0, 1), not {rate!r}')
+    total = sum(depths)
+    rates = iter([rate * i / max(total - 1, 1) for i in range(total)])
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+class HierarchicalBackbone(BaseModule):
+    """A stem and stages, each stage at half the resolution of the one before.
+
+    A subclass makes ``stem`` and ``stages`` in :meth:`_build` from ``spec``, lists its variants in
+    ``archs`` (rows of ``arch_type``, which have ``dims`` and ``depths``, the channels and blocks of
+    each stage) and names its official checkpoints in ``name_map``. ``stages[i]`` starts with its down-sampler (the first has none) and holds its
+    blocks in ``blocks``, so the result of a stage is its feature map.
+
+    Stages after the last one in ``out_indices`` are not built: their parameters would get no
+    gradient, which DistributedDataParallel refuses.
+
+    Args:
+        arch: Name in ``archs``, a number that is one, or a dict of fields of ``arch_type``.
+        overrides: Fields of the arch that arguments replace; None leaves the arch's value.
+        in_channels: Channels of the images.
+        out_indices: Stages whose maps are returned, in this order.
+        out_norm_cfg: Config of the norm ``norm{i}`` of each returned map, or None for raw maps.
+        norm_cfg: Changes the type (and what else it gives) of the norms of convolutions; each
+            keeps its own eps unless ``eps`` is given. None for the published type.
+        frozen_stages: Freezes nothing (-1), the stem (0), or the stem and the first k stages (k).
+        norm_eval: Keeps batch norms in evaluation mode while training.
+        with_cp: Recomputes the activations of blocks for the gradient instead of keeping them.
+        init_cfg: mmengine's initialisation config.
+    """
+
+    archs: ClassVar[Mapping[str, Any]]
+    arch_type: ClassVar[type]
+    name_map: ClassVar[NameMap]
+
+    def __init__(
+        self,
+        *,
+        arch: str | int | dict,
+        overrides: dict[str, Any],
+        in_channels: int,
+        out_indices: int | Sequence[int],
+        out_norm_cfg: dict | None,
+        norm_cfg: dict | None,
+        frozen_stages: int,
+        norm_eval: bool,
+        with_cp: bool,
+        init_cfg: dict | list[dict] | None,
+    ) -> None:
+        super().__init__(init_cfg=_FROM_SCRATCH if init_cfg is None else init_cfg)
+        self.arch, spec = resolve_arch(arch, self.archs, self.arch_type)
+        self.spec = replace(spec, **{k: v for k, v in overrides.items() if v is not None})
+        dims, self.depths = self.spec.dims, self.spec.depths
+        num_stages = len(self.depths)
+        if isinstance(in_channels, bool) or not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(f'in_channels must be a positive int, not {in_channels!r}')
+        self.out_indices = _check_out_indices(out_indices, num_stages)
+        if frozen_stages not in range(-1, num_stages + 1):
+            raise ValueError(
+                f'frozen_stages must be -1 (none), 0 (the stem) or 1 to {num_stages} (the stem and '
+                f'as many stages), not {frozen_stages!r}'
+            )
+        self.in_channels = in_channels
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+        self.out_channels = tuple(dims[i] for i in self.out_indices)
+        self.out_strides = tuple(4 * 2**i for i in self.out_indices)
+        self._norm_cfg = {**(norm_cfg or {'type': 'BN'})}
+        self.stem: nn.Module
+        self.stages: nn.ModuleList
+        self._build(max(self.out_indices) + 1)
+        for i in self.out_indices:
+            norm = None
+            if out_norm_cfg is not None:
+                norm = build_norm_layer(deepcopy(dict(out_norm_cfg)), dims[i])[1]
+            self.add_module(f'norm{i}', norm)
+        self._freeze()
+
+    @abstractmethod
+    def _build(self, num_stages: int) -> None:
+        """Sets ``stem`` and ``stages``, the latter with the first ``num_stages`` stages."""
+
+    @property
+    def norm_layer(self) -> NormFactory:
+        """Makes a norm of a convolution from its channels and eps, as ``norm_cfg`` says."""
+        return lambda dim, eps: build_norm_layer({'eps': eps, **self._norm_cfg}, dim)[1]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Computes feature maps.
+
+        Args:
+            x: Images, (B, in_channels, H, W), any H and W from 1.
+
+        Returns:
+            For each of ``out_indices`` a map (B, out_channels, H / stride, W / stride), the sizes
+            rounded up, in the memory layout that PyTorch calls contiguous.
+
+        Raises:
+            ValueError: ``x`` has another number of axes or channels, or no pixels.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
+            raise ValueError(
+                f'{type(self).__name__} takes images of shape (batch, {self.in_channels}, height, '
+                f'width) with at least one pixel, not {tuple(x.shape)}'
+            )
+        x = self.stem(x)
+        maps = {}
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in self.out_indices:
+                norm = getattr(self, f'norm{i}')
+                # RoI operators of mmcv read the memory as contiguous whatever the strides say.
+                maps[i] = (x if norm is None else norm(x)).contiguous()
+        return tuple(maps[i] for i in self.out_indices)
+
+    def train(self, mode: bool = True) -> 'HierarchicalBackbone':
+        """Sets the mode; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        frozen = [self.stem, *self.stages[: self.frozen_stages]]
+        norms = (getattr(self, f'norm{i}') for i in self.out_indices if i < self.frozen_stages)
+        for module in [*frozen, *filter(None, norms)]:
+            module.eval()
+            module.requires_grad_(False)
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Places a parameter for layer-wise learning rates, as mmpretrain's constructor asks.
+
+        Args:
+            param_name: Name of the parameter in the whole model.
+            prefix: What stands before the backbone's own names, such as ``'backbone.'``.
+
+        Returns:
+            Depth of the parameter's layer and number of depths: 0 is the stem, then one depth for
+            each block (a down-sampler counts to the block after it), the last for output norms and
+            everything outside the backbone.
+        """
+        total = sum(self.depths) + 2
+        name = param_name.removeprefix(prefix)
+        if not param_name.startswith(prefix):
+            return total - 1, total
+        if name.startswith('stem.'):
+            return 0, total
+        found = re.match(r'stages\.(\d+)\.(?:blocks\.(\d+)\.)?', name)
+        if found is None:
+            return total - 1, total
+        stage, block = int(found[1]), int(found[2] or 0)
+        return sum(self.depths[:stage]) + block + 1, total
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads, after bringing the names of official files to ours.
+
+        Overridden because PyTorch's and mmengine's loading both call it, with this backbone's part
+        of the state dict, before they look at the children.
+        """
+        state = {k[len(prefix) :]: state_dict.pop(k) for k in [*state_dict] if k.startswith(prefix)}
+        # mmengine is always strict here; a user of torch's strict=False asked for what fits.
+        if state or strict:
+            state = self._adapt(state, prefix, strict)
+        state_dict.update({prefix + name: value for name, value in state.items()})
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def _adapt(self, state: dict[str, Any], prefix: str, strict: bool) -> dict[str, Any]:
+        family = type(self).__name__
+        if prefix and not state:
+            raise ValueError(
+                f'the checkpoint holds no tensor for {prefix[:-1]!r}, a {family}. A classification '
+                f'checkpoint, such as the official files, cannot be load_from of a whole model: '
+                f"set model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE) instead."
+            )
+        own = self.state_dict()
+        built = len(self.stages)
+        unused = rf'norm\d\..*|stages\.[{built}-9]\..*'
+        if isinstance(getattr(self, f'norm{len(self.depths) - 1}', None), _BatchNorm):
+            # The norm of the last map is part of the official files and fits.
+            unused = rf'norm[0-{len(self.depths) - 2}]\..*|stages\.[{built}-9]\..*'
+        state, report, official = adapt(state, own, self.name_map, self.arch, unused)
+        kind = 'official checkpoint' if official else 'checkpoint'
+        print_log(f'{family} {self.arch}, {kind}: {report}', logger='current')
+        if not prefix and strict and not official and not report.complete:
+            raise ValueError(
+                f'the checkpoint does not fit {family} arch {self.arch}: {report}. Use the arch '
+                'that it was made with, or torch\'s load_state_dict(..., strict=False).'
+            )
+        return state
+
+
+def _check_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
+    indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+    if (
+        not indices
+        or len(set(indices)) != len(indices)
+        or any(i not in range(num_stages) for i in indices)
+    ):
+        raise ValueError(
+            f'out_indices must be different stages out of 0 to {num_stages - 1}, '
+            f'not {out_indices!r}'
+        )
+    return indices

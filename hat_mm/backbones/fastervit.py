@@ -1,0 +1,334 @@
+"""FasterViT: convolutions at high resolution, hierarchical attention below.
+
+Source: "FasterViT: Fast Vision Transformers with Hierarchical Attention",
+https://arxiv.org/abs/2306.06189. Any height and width: windows, carrier grid, pooling and position
+biases follow the input of each call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from hat_mm.checkpoints import FASTERVIT_NAMES
+from hat_mm.layers import (
+    CarrierTokenizer,
+    ConvBlock,
+    ConvStem,
+    Downsample,
+    EvalCache,
+    HierarchicalBlock,
+    NormFactory,
+    checkpoint_block,
+    merge_windows,
+    pad_to_multiple,
+    split_windows,
+)
+from hat_mm.registry import MODELS
+
+from .base import HierarchicalBackbone, drop_path_rates
+
+_NUM_STAGES = 4
+_ATTENTION_STAGES = (2, 3)
+_OUT_NORM_CFG = {'type': 'BN'}
+
+
+@dataclass(frozen=True)
+class FasterViTArch:
+    """One variant of FasterViT.
+
+    Attributes:
+        embed_dims: Channels of stage 0; stage i has ``embed_dims * 2**i``.
+        stem_dims: Channels between the two convolutions of the stem.
+        depths: Blocks of each stage.
+        num_heads: Attention heads of each stage; stages 0 and 1 have none and ignore it.
+        window_size: Window side in tokens, one int or one for each stage.
+        carrier_size: Side in tokens of the square of carriers that stands for a window.
+        carriers: True for carriers in stage 2, False for none, or the stages that have them.
+        layer_scale: Start value of the per-channel factors of residual branches, None for none.
+        propagate: Adds the carriers to their tokens at the end of a stage.
+        drop_path_rate: Drop-path rate of the last block when training.
+    """
+
+    embed_dims: int = 64
+    stem_dims: int = 64
+    depths: tuple[int, ...] = (2, 3, 6, 5)
+    num_heads: tuple[int, ...] = (2, 4, 8, 16)
+    window_size: int | tuple[int, ...] = 7
+    carrier_size: int = 2
+    carriers: bool | tuple[int, ...] = True
+    layer_scale: float | None = None
+    propagate: bool = False
+    drop_path_rate: float = 0.2
+
+    def __post_init__(self) -> None:
+        carriers = self.carriers
+        if isinstance(carriers, bool):
+            carriers = (2,) if carriers else ()
+        per_stage = {
+            'depths': self.depths,
+            'num_heads': self.num_heads,
+            'window_size': per_stage_windows(self.window_size),
+        }
+        for name, values in per_stage.items():
+            _check_ints(name, values)
+            object.__setattr__(self, name, tuple(values))
+        for name in ('embed_dims', 'stem_dims', 'carrier_size'):
+            _check_ints(name, (getattr(self, name),), length=1)
+        object.__setattr__(self, 'carriers', tuple(carriers))
+        if not set(self.carriers) <= set(_ATTENTION_STAGES):
+            raise ValueError(
+                f'carriers must be True, False or stages out of {_ATTENTION_STAGES}, '
+                f'not {carriers!r}'
+            )
+        for i in _ATTENTION_STAGES:
+            if self.dims[i] % self.num_heads[i]:
+                raise ValueError(
+                    f'num_heads[{i}] = {self.num_heads[i]} does not divide the {self.dims[i]} '
+                    f'channels of stage {i} (embed_dims * 2**{i})'
+                )
+            if i in self.carriers and self.window_size[i] < self.carrier_size:
+                raise ValueError(
+                    f'window_size[{i}] = {self.window_size[i]} is smaller than '
+                    f'carrier_size = {self.carrier_size}'
+                )
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(self.embed_dims * 2**i for i in range(_NUM_STAGES))
+
+
+def per_stage_windows(window_size: int | Sequence[int]) -> Sequence[int]:
+    """One window side for each stage, from one for all or one for each."""
+    return (window_size,) * _NUM_STAGES if isinstance(window_size, int) else window_size
+
+
+def _check_ints(name: str, values: Sequence[int], length: int = _NUM_STAGES) -> None:
+    if (
+        not isinstance(values, Sequence)
+        or len(values) != length
+        or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values)
+    ):
+        shown = values[0] if length == 1 else values
+        wanted = 'a positive int' if length == 1 else f'{length} positive ints, one for each stage'
+        raise ValueError(f'{name} must be {wanted}, not {shown!r}')
+
+
+_4 = FasterViTArch(
+    embed_dims=196,
+    depths=(3, 3, 12, 5),
+    num_heads=(4, 8, 16, 32),
+    layer_scale=1e-5,
+    propagate=True,
+    drop_path_rate=0.3,
+)
+_4_21K = replace(_4, carriers=False, propagate=False, drop_path_rate=0.42)
+
+FASTERVIT_ARCHS = MappingProxyType(
+    {
+        '0': FasterViTArch(),
+        '1': FasterViTArch(embed_dims=80, stem_dims=32, depths=(1, 3, 8, 5)),
+        '2': FasterViTArch(embed_dims=96, depths=(3, 3, 8, 5)),
+        '3': replace(_4, embed_dims=128, num_heads=(2, 4, 8, 16)),
+        '4': _4,
+        '5': replace(_4, embed_dims=320),
+        '6': replace(_4, embed_dims=320, depths=(3, 3, 16, 8), drop_path_rate=0.5),
+        '4-21k-224': replace(_4_21K, window_size=(7, 7, 14, 7)),
+        '4-21k-384': replace(_4_21K, window_size=(7, 7, 24, 12)),
+        '4-21k-512': replace(_4_21K, window_size=(7, 7, 32, 16)),
+        '4-21k-768': replace(_4_21K, window_size=(7, 7, 48, 24)),
+    }
+)
+
+
+class ConvStage(nn.Module):
+    """A down-sampler and convolutional blocks.
+
+    Args:
+        downsample: Module in front of the blocks, or None.
+        dim: Channels of the blocks.
+        drop_paths: Drop-path rate of each block.
+        norm_layer: Makes the norms of the blocks.
+        with_cp: Recomputes the blocks' activations for the gradient.
+    """
+
+    def __init__(
+        self,
+        downsample: nn.Module | None,
+        dim: int,
+        drop_paths: Sequence[float],
+        norm_layer: NormFactory,
+        with_cp: bool,
+    ) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(ConvBlock(dim, rate, norm_layer) for rate in drop_paths)
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the stage's feature map."""
+        if self.downsample is not None:
+            x = self.downsample(x)
+        for block in self.blocks:
+            x = checkpoint_block(block, x) if self.with_cp else block(x)
+        return x
+
+
+class AttentionStage(nn.Module):
+    """A down-sampler and transformer blocks on windows, with or without carrier tokens.
+
+    The map is padded with zeros at the bottom and right to whole windows. As in the published
+    models the padded tokens take part in attention.
+
+    Args:
+        downsample: Module in front of the blocks.
+        dim: Channels C of the blocks.
+        num_heads: Attention heads.
+        window: Window side w in tokens.
+        carrier_size: Carrier side c in tokens, 0 for no carriers.
+        layer_scale: Start value of the per-channel factors, or None for none.
+        propagate: Adds the carriers to their tokens at the end of the stage.
+        drop_paths: Drop-path rate of each block.
+        cache: Where position tensors are kept in eval mode.
+        with_cp: Recomputes the blocks' activations for the gradient.
+    """
+
+    def __init__(
+        self,
+        downsample: nn.Module,
+        dim: int,
+        num_heads: int,
+        window: int,
+        carrier_size: int,
+        layer_scale: float | None,
+        propagate: bool,
+        drop_paths: Sequence[float],
+        cache: EvalCache,
+        with_cp: bool,
+    ) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.tokenizer = CarrierTokenizer(dim, window, carrier_size) if carrier_size else None
+        self.blocks = nn.ModuleList(
+            HierarchicalBlock(
+                dim,
+                num_heads,
+                window,
+                carrier_size,
+                drop_path_rate=rate,
+                layer_scale=layer_scale,
+                propagate=propagate and carrier_size > 0 and i == len(drop_paths) - 1,
+                cache=cache,
+            )
+            for i, rate in enumerate(drop_paths)
+        )
+        self.window_size = window
+        self.num_carriers = carrier_size**2
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the stage's feature map."""
+        x = self.downsample(x)
+        height, width = x.shape[-2:]
+        x = pad_to_multiple(x, self.window_size)
+        grid = (x.shape[-2] // self.window_size, x.shape[-1] // self.window_size)
+        tokens = split_windows(x.permute(0, 2, 3, 1), self.window_size)
+        if self.tokenizer is not None:
+            tokens = torch.cat([self.tokenizer(x), tokens], 1)
+        for block in self.blocks:
+            if self.with_cp:
+                tokens = checkpoint_block(block, tokens, grid)
+            else:
+                tokens = block(tokens, grid)
+        x = merge_windows(tokens[:, self.num_carriers :], grid, self.window_size)
+        return x[:, :height, :width].permute(0, 3, 1, 2)
+
+
+@MODELS.register_module()
+class FasterViT(HierarchicalBackbone):
+    """FasterViT backbone for detection, segmentation and classification.
+
+    Source: https://arxiv.org/abs/2306.06189.
+
+    Args:
+        arch: Variant: ``'0'`` to ``'6'`` (or the int), ``'4-21k-224'``, ``'4-21k-384'``,
+            ``'4-21k-512'``, ``'4-21k-768'``, or a dict of fields of :class:`FasterViTArch`.
+        in_channels: Channels of the images.
+        window_size: Window side in tokens, one int or one for each stage; None for the arch's.
+        drop_path_rate: Drop-path rate of the last block, in [0, 1); None for the arch's.
+        out_indices: Stages whose maps are returned, in this order. Strides are 4, 8, 16, 32.
+        out_norm_cfg: Config of the norm of each returned map, the last of which is the published
+            model's ``norm``; None for raw maps.
+        norm_cfg: Changes the type of the norms of convolutions, for example
+            ``dict(type='SyncBN')``; each keeps its own eps unless ``eps`` is given. Output norms
+            follow ``out_norm_cfg``.
+        frozen_stages: Freezes nothing (-1), the stem (0), or the stem and the first k stages with
+            their output norms (k).
+        norm_eval: Keeps batch norms in evaluation mode while training.
+        with_cp: Recomputes the activations of blocks for the gradient, saving memory.
+        init_cfg: mmengine's initialisation config; ``dict(type='Pretrained', checkpoint=FILE)``
+            takes official files and native ones.
+
+    Raises:
+        ValueError: A value is out of range; the message names the choices.
+        TypeError: ``arch`` is no name, number or dict.
+    """
+
+    archs = FASTERVIT_ARCHS
+    arch_type = FasterViTArch
+    name_map = FASTERVIT_NAMES
+
+    def __init__(
+        self,
+        arch: str | int | dict = '0',
+        in_channels: int = 3,
+        window_size: int | Sequence[int] | None = None,
+        drop_path_rate: float | None = None,
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
+        out_norm_cfg: dict | None = _OUT_NORM_CFG,
+        norm_cfg: dict | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(
+            arch=arch,
+            overrides={'window_size': window_size, 'drop_path_rate': drop_path_rate},
+            in_channels=in_channels,
+            out_indices=out_indices,
+            out_norm_cfg=out_norm_cfg,
+            norm_cfg=norm_cfg,
+            frozen_stages=frozen_stages,
+            norm_eval=norm_eval,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
+        )
+
+    def _build(self, num_stages: int) -> None:
+        spec, norm_layer, cache = self.spec, self.norm_layer, EvalCache()
+        rates = drop_path_rates(spec.drop_path_rate, spec.depths)
+        self.stem = ConvStem(self.in_channels, spec.stem_dims, spec.embed_dims, norm_layer)
+        self.stages = nn.ModuleList()
+        for i in range(num_stages):
+            dim = spec.dims[i]
+            downsample = Downsample(spec.dims[i - 1], dim) if i else None
+            if i in _ATTENTION_STAGES:
+                stage = AttentionStage(
+                    downsample,
+                    dim,
+                    spec.num_heads[i],
+                    spec.window_size[i],
+                    spec.carrier_size if i in spec.carriers else 0,
+                    spec.layer_scale,
+                    spec.propagate,
+                    rates[i],
+                    cache,
+                    self.with_cp,
+                )
+            else:
+                stage = ConvStage(downsample, dim, rates[i], norm_layer, self.with_cp)
+            self.stages.append(stage)

@@ -1,0 +1,88 @@
+"""Pieces that no single family owns: drop path, MLP, activation checkpointing."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+NormFactory = Callable[[int, float], nn.Module]
+"""Makes the norm of a convolution from its channels and its eps."""
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: zeroes a residual branch for random samples while training.
+
+    A sample is an entry of the first axis: an image for (B, ...) input, a window for window tokens.
+    Source: https://arxiv.org/abs/1603.09382.
+
+    Args:
+        rate: Probability that a sample is dropped, in [0, 1). Kept samples grow by 1 / (1 - rate).
+    """
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drops samples of ``x``, a tensor of any shape with the samples on its first axis."""
+        if self.rate == 0 or not self.training:
+            return x
+        keep = 1 - self.rate
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        """Shows the rate in the module's printed form."""
+        return f'rate={self.rate:g}'
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, applied to the last axis.
+
+    Args:
+        dim: Channels in and out.
+        ratio: Width of the hidden layer as a multiple of ``dim``.
+    """
+
+    def __init__(self, dim: int, ratio: float = 4) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., C) to (..., C)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+@contextmanager
+def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def checkpoint_block(block: nn.Module, *args: Any) -> Any:
+    """Runs ``block`` without keeping its activations; they are computed again for the gradient.
+
+    Non-reentrant, so it works under DDP and when no input needs a gradient. Batch statistics of the
+    second forward pass are not counted again, so the running statistics are those of a plain run.
+    """
+    if not torch.is_grad_enabled():
+        return block(*args)
+    return checkpoint(
+        block,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _running_statistics_kept(block)),
+    )

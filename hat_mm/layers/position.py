@@ -1,0 +1,171 @@
+"""Positions as functions of coordinates: absolute embedding, relative bias.
+
+Both are small MLPs of normalised coordinates, so one set of weights serves every grid and nothing
+that is stored depends on the input size. Source: https://arxiv.org/abs/2306.06189.
+
+Letters: a b sides of a grid in tokens, N = a * b, G heads, C channels, p prefix tokens (the
+carriers that stand in front of a window's tokens and have no position).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_HIDDEN = 512
+
+
+class EvalCache:
+    """Keeps the last result of each position module while a network only predicts.
+
+    Nothing is kept while gradients are enabled or torch.compile traces. An entry belongs to one
+    grid: the next grid replaces it. Copies and pickles of a cache are empty.
+
+    Args:
+        limit: Bytes that all entries together may take; a result beyond it is not kept.
+    """
+
+    def __init__(self, limit: int = 32 * 2**20) -> None:
+        self.limit = limit
+        self._entries: dict[int, tuple[Any, Tensor]] = {}
+
+    def __reduce__(self) -> tuple[type['EvalCache'], tuple[int]]:
+        return type(self), (self.limit,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use."""
+        return sum(t.numel() * t.element_size() for _, t in list(self._entries.values()))
+
+    def drop(self, owner: nn.Module) -> None:
+        """Forgets what ``owner`` has stored."""
+        self._entries.pop(id(owner), None)
+
+    def get(self, owner: nn.Module, key: tuple, compute: Callable[[], Tensor]) -> Tensor:
+        """Returns ``compute()``, or what it returned last if ``owner`` stored it under ``key``."""
+        if torch.compiler.is_compiling() or owner.training or torch.is_grad_enabled():
+            return compute()
+        # In-place edits (an optimizer, copy_) show in the versions. Edits through ``.data`` do
+        # not: for those every train() and eval() drops the entry.
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in owner.parameters()]
+        key = (key, weights)
+        entry = self._entries.get(id(owner))
+        if entry is not None and entry[0] == key:
+            return entry[1]
+        self.drop(owner)
+        value = compute()
+        if self.nbytes + value.numel() * value.element_size() <= self.limit:
+            self._entries[id(owner)] = (key, value)
+        return value
+
+
+class _PositionMlp(nn.Module):
+    """MLP 2 -> 512 -> ``out_dim`` of coordinates, whose results are cached in eval mode."""
+
+    def __init__(self, out_dim: int, num_prefix: int, cache: EvalCache | None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(2, _HIDDEN)
+        self.fc2 = nn.Linear(_HIDDEN, out_dim, bias=False)
+        self.num_prefix = num_prefix
+        self._cache = EvalCache() if cache is None else cache
+
+    def forward(self, sides: tuple[int, int]) -> Tensor:
+        return self._cache.get(self, sides, lambda: self._compute(*sides))
+
+    def _compute(self, a: int, b: int) -> Tensor:
+        raise NotImplementedError
+
+    def _mlp(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """Maps coordinates (a,) and (b,) to (a, b, out_dim), in float32 whatever the model's type.
+
+        The results steer a softmax or are added to every token: a half-precision rounding here
+        would show in every output, and the sums are too small to be worth it.
+        """
+        with torch.autocast(rows.device.type, enabled=False):
+            # First layer by axis: the coordinates of a grid are a sum of a row and a column part.
+            weight = self.fc1.weight.float()
+            hidden = (
+                (rows[:, None] * weight[:, 0])[:, None]
+                + (cols[:, None] * weight[:, 1])
+                + self.fc1.bias.float()
+            )
+            return F.linear(F.relu(hidden), self.fc2.weight.float())
+
+    def train(self, mode: bool = True) -> '_PositionMlp':
+        self._cache.drop(self)
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> '_PositionMlp':
+        self._cache.drop(self)
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cache.drop(self)
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class AbsolutePositionEmbedding(_PositionMlp):
+    """A vector for each token of a grid.
+
+    Args:
+        dim: Channels C.
+        num_prefix: Tokens p in front of the grid; their vectors are zero.
+        cache: Cache shared with other modules. Defaults to one of its own.
+
+    Shape:
+        Called with ``(a, b)``, returns (p + a * b, C) in float32, tokens row-major.
+    """
+
+    def __init__(self, dim: int, num_prefix: int = 0, cache: EvalCache | None = None) -> None:
+        super().__init__(dim, num_prefix, cache)
+
+    def _compute(self, a: int, b: int) -> Tensor:
+        def centred(side: int) -> Tensor:
+            half = side // 2
+            index = torch.arange(side, dtype=torch.float32, device=self.fc1.weight.device)
+            return (index - half) / max(half, 1)
+
+        vectors = self._mlp(centred(a), centred(b)).flatten(0, 1)
+        return F.pad(vectors, (0, 0, self.num_prefix, 0)) if self.num_prefix else vectors
+
+
+class RelativePositionBias(_PositionMlp):
+    """A number for each pair of tokens and each head, added to the attention logits.
+
+    Args:
+        num_heads: Heads G.
+        num_prefix: Tokens p in front of the grid; pairs with them have bias 0.
+        cache: Cache shared with other modules. Defaults to one of its own.
+
+    Shape:
+        Called with ``(a, b)``, returns (G, p + a * b, p + a * b) in float32: head, query, key.
+    """
+
+    def __init__(self, num_heads: int, num_prefix: int = 0, cache: EvalCache | None = None) -> None:
+        super().__init__(num_heads, num_prefix, cache)
+
+    def _compute(self, a: int, b: int) -> Tensor:
+        device = self.fc1.weight.device
+
+        def log_offsets(side: int) -> Tensor:
+            offset = torch.arange(1 - side, side, dtype=torch.float32, device=device)
+            offset = offset / max(side - 1, 1) * 8
+            return offset.sign() * torch.log2(offset.abs() + 1) / math.log2(8)
+
+        # The bias depends on the offset only: the MLP sees (2a - 1)(2b - 1) offsets, not N * N
+        # pairs, which on a large map would take gigabytes.
+        table = self._mlp(log_offsets(a), log_offsets(b)).flatten(0, 1)
+        table = 16 * torch.sigmoid(table.t())
+
+        def differences(side: int) -> Tensor:
+            index = torch.arange(side, device=device)
+            return index[:, None] - index + side - 1
+
+        # (a, b, a, b): row and column of the query, row and column of the key.
+        index = differences(a)[:, None, :, None] * (2 * b - 1) + differences(b)[None, :, None, :]
+        bias = table.index_select(1, index.flatten()).view(-1, a * b, a * b)
+        p = self.num_prefix
+        return F.pad(bias, (p, 0, p, 0)) if p else bias

@@ -1,0 +1,66 @@
+"""Golden numbers of the published models: weights by rule, inputs by seed, sampled outputs.
+
+``tests/data/golden`` holds outputs of the authors' released code (FasterViT package 1.0.0, HAT-Net)
+on the CPU in float32, with weights filled by the rule below in place of trained ones.
+"""
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / 'data' / 'golden'
+
+
+def official_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Official names and shapes of every learned tensor of an official checkpoint."""
+    return json.loads((FOLDER / f'{name}.keys.json').read_text())
+
+
+def fill(name: str, shape: tuple[int, ...]) -> Tensor:
+    """The rule's value for the tensor of an official name."""
+    z = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+    last = name.rsplit('.', 1)[-1]
+    if last.startswith('gamma'):
+        value = 0.5 + 0.1 * z
+    elif last == 'running_var':
+        value = 1 + 0.1 * np.abs(z)
+    elif last == 'running_mean':
+        value = 0.1 * z
+    elif len(shape) > 1:
+        value = z / math.sqrt(math.prod(shape[1:]))
+    elif last == 'weight':
+        value = 1 + 0.1 * z
+    else:
+        value = 0.1 * z
+    return torch.from_numpy(np.asarray(value, dtype=np.float32))
+
+
+def official_state(name: str) -> dict[str, Tensor]:
+    """An official checkpoint's state dict, filled by the rule."""
+    return {k: fill(k, shape) for k, shape in official_shapes(name).items()}
+
+
+class Golden:
+    """One golden file."""
+
+    def __init__(self, name: str) -> None:
+        self._data = np.load(FOLDER / f'{name}.npz')
+        self.meta = json.loads(bytes(self._data['meta']))
+
+    def image(self) -> Tensor:
+        """The input, (B, 3, H, W)."""
+        rng = np.random.default_rng(self.meta['input_seed'])
+        return torch.from_numpy(rng.standard_normal(self.meta['input_shape']).astype(np.float32))
+
+    def error(self, output: str, ours: Tensor) -> float:
+        """Relative error of ``ours`` against the sampled values of an output."""
+        assert tuple(self._data[f'{output}/shape']) == tuple(ours.shape)
+        value = torch.from_numpy(self._data[f'{output}/value']).double()
+        index = torch.from_numpy(self._data[f'{output}/index'].astype(np.int64))
+        sample = ours.detach().flatten()[index].double()
+        return float((value - sample).norm() / value.norm())

@@ -1,0 +1,50 @@
+"""The backbones compute what the published models compute."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import Golden, official_state
+
+import hat_mm
+
+# Golden file, its official names, our arguments.
+CASES = [
+    ('fastervit_0_224', 'fastervit_0', dict(arch='0')),
+    ('fastervit_0_anyres_256', 'fastervit_0', dict(arch='0')),
+    ('fastervit_0_anyres_448', 'fastervit_0', dict(arch='0')),
+    ('fastervit_0_anyres_512', 'fastervit_0', dict(arch='0')),
+    (
+        'fastervit_2_anyres_w7-7-12-6_576',
+        'fastervit_2',
+        dict(arch='2', window_size=(7, 7, 12, 6)),
+    ),
+    ('fastervit_3_224', 'fastervit_3', dict(arch='3')),
+    ('fastervit_4_224', 'fastervit_4', dict(arch='4')),
+    ('fastervit_4_21k_224', 'fastervit_4_21k', dict(arch='4-21k-224')),
+]
+
+
+@pytest.mark.parametrize(('file', 'names', 'arguments'), CASES, ids=[case[0] for case in CASES])
+def test_fastervit_equals_the_published_model(file, names, arguments):
+    golden = Golden(file)
+    state = official_state(names)
+    # Raw maps for the stages and the norm of the last map beside them.
+    backbone = hat_mm.FasterViT(**arguments, out_norm_cfg=None).eval()
+    backbone.load_state_dict(state)
+    with torch.inference_mode():
+        maps = backbone(golden.image())
+        norm = [state[f'norm.{k}'] for k in ('running_mean', 'running_var', 'weight', 'bias')]
+        features = F.batch_norm(maps[-1], *norm)
+        logits = F.linear(features.mean((2, 3)), state['head.weight'], state['head.bias'])
+    outputs = {f'stage{i}': out for i, out in enumerate(maps)}
+    outputs |= {'norm': features, 'logits': logits}
+    errors = {name: golden.error(name, ours) for name, ours in outputs.items()}
+    assert max(errors.values()) <= 1e-5, errors
+
+
+def test_the_norm_of_the_last_map_is_the_published_one():
+    golden = Golden('fastervit_0_224')
+    backbone = hat_mm.FasterViT('0').eval()
+    backbone.load_state_dict(official_state('fastervit_0'))
+    with torch.inference_mode():
+        assert golden.error('norm', backbone(golden.image())[-1]) <= 1e-5

@@ -1,0 +1,52 @@
+# One short command each; CI and the README call these. `make help` lists them.
+STACK ?= openmmlab
+
+VENV_openmmlab := .venv
+VENV_onedl := .venv-onedl
+VENV := $(VENV_$(STACK))
+ifeq ($(VENV),)
+$(error STACK=$(STACK) is unknown; it is openmmlab (the default) or onedl)
+endif
+PY := $(VENV)/bin/python
+# Programs that a recipe starts (python, torchrun) are those of the environment.
+IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo '  STACK=onedl does the same on the OneDL forks, in .venv-onedl'
+	@echo '  PYTHON=... and CXX=... name the interpreter and the compiler of the set-up'
+
+# Any python3 can run the set-up; it looks for one that can carry the environment by itself.
+setup: ## set up .venv: checks, packages, mmcv compiled with its operators (once, 10-20 minutes)
+	@for python in $(PYTHON) python3 python3.12 python3.11; do \
+	  if "$$python" -c '' 2>/dev/null; then \
+	    exec "$$python" tools/setup_env.py --stack $(STACK) --python "$(PYTHON)"; \
+	  fi; \
+	done; \
+	echo 'python3 is missing. Debian or Ubuntu: apt-get install python3 python3-venv python3-dev' >&2; \
+	exit 1
+
+demo: setup ## draw a data set, train Mask R-CNN with a tiny FasterViT on it, show what it learned
+	@$(IN_VENV) $(PY) tools/demo.py --work-dir work_dirs/demo-$(STACK) $(ARGS)
+
+test: setup ## run the tests; ARGS='-k word' passes options to pytest
+	@$(IN_VENV) $(PY) -m pytest $(ARGS)
+
+test-slow: setup ## run the long checks that `make test` leaves out
+	@$(IN_VENV) $(PY) -m pytest -m slow $(ARGS)
+
+lint: setup ## check format, rules, imports between packages, spelling
+	@$(IN_VENV) $(PY) -m ruff format --check .
+	@$(IN_VENV) $(PY) -m ruff check .
+	@$(IN_VENV) $(PY) -m codespell_lib
+	@$(IN_VENV) $(PY) -m pytest -q tests/test_imports.py -k direction
+
+format: setup ## put the code into the format that `make lint` asks for
+	@$(PY) -m ruff format .
+	@$(PY) -m ruff check --fix .
+
+clean: ## remove the environments and all that runs have produced
+	rm -rf .venv .venv-onedl work_dirs data build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,8 @@
+# mmdet's Mask R-CNN with FPN, without its ResNet: a leaf adds the backbone and the neck's inputs.
+_base_ = [
+    'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
+    '../datasets/coco_instance_ms-crop.py',
+    '../schedules/adamw_3x.py',
+    'mmdet::_base_/default_runtime.py',
+]
+model = dict(backbone=dict(_delete_=True))

@@ -1,0 +1,400 @@
+"""Toy data that the package draws by itself: coloured shapes with exact visible masks.
+
+A scene is drawn by :func:`draw_scene` from a random generator and a :class:`Style`, without any file; a writer such as
+:func:`write_instances` puts scenes on the disk in one layout. NumPy does the drawing, so the pixels depend neither on
+OpenCV's version nor on the machine; Pillow, imported on use, only encodes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = 1
+"""Raised when the same parameters would draw other pixels, so that an older set is not taken for a new one."""
+
+MARKER = 'dataset.json'
+"""File in a set's folder with the parameters that drew it; written last, so a folder that has it is complete."""
+
+SPLITS = ('train', 'val')
+IMAGE_SIDES = (192, 384)
+OBJECT_SIZES = (32, 96)
+MAX_OBJECTS = 4
+MIN_VISIBLE = 0.3
+"""Share of an object that must stay in sight; a later object that would hide more is moved elsewhere."""
+_STALE_SECONDS = 3600
+
+
+def _regular(corners: int, inner: float = 1.0) -> tuple[tuple[float, float], ...]:
+    """(x, y) corners of a regular polygon in the unit circle; ``inner`` < 1 makes it a star."""
+    steps = corners if inner == 1.0 else 2 * corners
+    angles = -np.pi / 2 + 2 * np.pi * np.arange(steps) / steps
+    radii = np.where(np.arange(steps) % 2 == 0, 1.0, inner)
+    return tuple(zip((radii * np.cos(angles)).tolist(), (radii * np.sin(angles)).tolist()))
+
+
+_ARM = 0.36
+OUTLINES: dict[str, tuple[tuple[float, float], ...] | None] = {
+    'circle': None,
+    'square': ((-1, -1), (1, -1), (1, 1), (-1, 1)),
+    'triangle': ((0, -1), (1, 1), (-1, 1)),
+    'pentagon': _regular(5),
+    'star': _regular(5, inner=0.42),
+    'cross': (
+        *((-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)),
+        *((_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)),
+    ),
+}
+"""Corners of each shape as (x, y) in [-1, 1], y downwards; None is the unit circle."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """What scenes look like.
+
+    Attributes:
+        classes: Names of the shapes, keys of :data:`OUTLINES`; a label is an index into it.
+        rotate: Whether each object is turned by a random angle.
+        lines: Least and greatest number of line segments in the background.
+        dots: Least and greatest number of dots in the background.
+        clutter_size: Greatest width of a line and radius of a dot, in pixels.
+        noise: Standard deviation of the noise on each pixel, in grey levels of 0–255.
+    """
+
+    classes: tuple[str, ...]
+    rotate: bool
+    lines: tuple[int, int]
+    dots: tuple[int, int]
+    clutter_size: float
+    noise: float
+
+
+EASY = Style(('circle', 'square', 'triangle'), False, (4, 10), (8, 20), 3.0, 0.0)
+HARD = Style(tuple(OUTLINES), True, (30, 60), (40, 90), 8.0, 8.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One drawn image and what is in it.
+
+    Attributes:
+        image: (H, W, 3) uint8, RGB.
+        labels: (N,) int64, indices into the style's classes.
+        masks: (N, H, W) bool, the *visible* pixels of each object: later objects hide earlier ones, so no pixel
+            belongs to two.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    masks: np.ndarray
+
+
+def _inside(outline: tuple[tuple[float, float], ...] | None, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which points (x, y) lie in an outline, by the even-odd rule."""
+    if outline is None:
+        return x * x + y * y <= 1
+    inside = np.zeros(np.broadcast_shapes(x.shape, y.shape), dtype=bool)
+    for (x0, y0), (x1, y1) in zip(outline, (*outline[1:], outline[0])):
+        if y0 != y1:
+            crosses = ((y0 <= y) != (y1 <= y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+            inside ^= crosses
+    return inside
+
+
+def _pixels(size: tuple[int, int], box: tuple[float, float, float, float]) -> tuple:
+    """Slices of the pixels within a box (x0, y0, x1, y1), and their centres as a row x and a column y."""
+    height, width = size
+    x0, y0 = max(0, int(box[0])), max(0, int(box[1]))
+    x1, y1 = min(width, int(np.ceil(box[2]))), min(height, int(np.ceil(box[3])))
+    where = (slice(y0, max(y0, y1)), slice(x0, max(x0, x1)))
+    return where, np.arange(x0, max(x0, x1))[None] + 0.5, np.arange(y0, max(y0, y1))[:, None] + 0.5
+
+
+def _object_mask(rng: np.random.Generator, style: Style, label: int, size: tuple[int, int]) -> np.ndarray:
+    """Mask (H, W) of a whole object at a random place, entirely inside the image."""
+    height, width = size
+    side = float(rng.integers(OBJECT_SIZES[0], OBJECT_SIZES[1] + 1))
+    # Whole pixels: an upright object's box is then exactly `side` wide and high.
+    left, top = float(rng.integers(0, width - side + 1)), float(rng.integers(0, height - side + 1))
+    angle = rng.uniform(0, 2 * np.pi) if style.rotate else 0.0
+    cos, sin = np.cos(angle), np.sin(angle)
+    outline = OUTLINES[style.classes[label]]
+    # A turned shape is shrunk until its corners stay in the same box.
+    reach = max(np.hypot(x, y) for x, y in outline) if outline and style.rotate else 1.0
+    where, x, y = _pixels(size, (left, top, left + side, top + side))
+    u, v = ((x - left) * 2 / side - 1) * reach, ((y - top) * 2 / side - 1) * reach
+    mask = np.zeros(size, dtype=bool)
+    mask[where] = _inside(outline, cos * u + sin * v, cos * v - sin * u)
+    return mask
+
+
+def _colour(rng: np.random.Generator, taken: list[np.ndarray]) -> np.ndarray:
+    """An RGB colour that differs from those taken, so that every outline can be seen."""
+    best, best_distance = None, -1.0
+    for _ in range(30):
+        colour = rng.integers(0, 256, 3).astype(np.float64)
+        distance = min(float(np.linalg.norm(colour - other)) for other in taken)
+        if distance > best_distance:
+            best, best_distance = colour, distance
+        if distance >= 90:
+            break
+    return best
+
+
+def _background(rng: np.random.Generator, style: Style, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A gradient with line segments and dots on it, (H, W, 3) float; and the gradient's mean colour."""
+    height, width = size
+    base = rng.integers(40, 216, 3).astype(np.float64)
+    slope = rng.uniform(-25, 25, (2, 3))
+    across = np.linspace(-1, 1, width)[None, :, None] * slope[0]
+    down = np.linspace(-1, 1, height)[:, None, None] * slope[1]
+    image = base + across + down
+    for _ in range(rng.integers(style.lines[0], style.lines[1] + 1)):
+        (x0, y0), (x1, y1) = rng.uniform(0, 1, (2, 2)) * (width, height)
+        half = rng.uniform(1, style.clutter_size) / 2
+        colour = base + rng.uniform(-70, 70, 3)
+        box = (min(x0, x1) - half, min(y0, y1) - half, max(x0, x1) + half, max(y0, y1) + half)
+        where, x, y = _pixels(size, box)
+        length = max(float(np.hypot(x1 - x0, y1 - y0)), 1e-6)
+        away = np.abs((x - x0) * (y1 - y0) - (y - y0) * (x1 - x0)) / length
+        image[where][away <= half] = colour
+    for _ in range(rng.integers(style.dots[0], style.dots[1] + 1)):
+        cx, cy = rng.uniform(0, 1, 2) * (width, height)
+        radius = rng.uniform(1, style.clutter_size)
+        colour = base + rng.uniform(-70, 70, 3)
+        where, x, y = _pixels(size, (cx - radius, cy - radius, cx + radius + 1, cy + radius + 1))
+        image[where][(x - cx) ** 2 + (y - cy) ** 2 <= radius**2] = colour
+    return image, base
+
+
+def draw_scene(rng: np.random.Generator, style: Style = EASY) -> Scene:
+    """Draws one scene: a cluttered background and one to four objects, later ones in front.
+
+    The image is never square; its sides are 192 to 384 pixels, an object's 32 to 96. At least 30 % of every object
+    stays visible, so nothing in the image goes without a label.
+
+    Args:
+        rng: Source of all randomness.
+        style: What to draw.
+
+    Returns:
+        The image, labels and visible masks.
+    """
+    height, width = (int(side) for side in rng.integers(IMAGE_SIDES[0], IMAGE_SIDES[1] + 1, 2))
+    if height == width:
+        width += 1 if width < IMAGE_SIDES[1] else -1
+    size = (height, width)
+    image, base = _background(rng, style, size)
+    colours, labels = [base], []
+    masks: list[np.ndarray] = []
+    areas: list[int] = []
+    for _ in range(rng.integers(1, MAX_OBJECTS + 1)):
+        label = int(rng.integers(len(style.classes)))
+        for _ in range(20):
+            mask = _object_mask(rng, style, label, size)
+            left = [int((other & ~mask).sum()) for other in masks]
+            if all(now >= MIN_VISIBLE * area for now, area in zip(left, areas)):
+                break
+        else:
+            continue
+        for other in masks:
+            other &= ~mask
+        colour = _colour(rng, colours)
+        image[mask] = colour
+        colours.append(colour)
+        labels.append(label)
+        masks.append(mask)
+        areas.append(int(mask.sum()))
+    if style.noise:
+        image = image + rng.normal(0, style.noise, image.shape)
+    return Scene(np.clip(np.rint(image), 0, 255).astype(np.uint8), np.array(labels), np.stack(masks))
+
+
+def scenes(split: str, count: int, seed: int, style: Style) -> Iterator[Scene]:
+    """Draws the scenes of a split; the i-th does not depend on how many there are.
+
+    Args:
+        split: ``'train'`` or ``'val'``; the splits share no scene.
+        count: Number of scenes.
+        seed: Non-negative seed of the whole set.
+        style: What to draw.
+
+    Yields:
+        The scenes, in order.
+    """
+    for index in range(count):
+        yield draw_scene(np.random.default_rng([seed, SPLITS.index(split), index]), style)
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    """Encodes a mask (H, W) as COCO's uncompressed run lengths, column by column, first run zeros."""
+    flat = np.concatenate([[False], mask.ravel(order='F'), [False]])
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    ends = edges if edges.size and edges[-1] == mask.size else np.append(edges, mask.size)
+    return {'size': list(mask.shape), 'counts': np.diff(ends, prepend=0).tolist()}
+
+
+def _annotation(mask: np.ndarray, label: int, image_id: int, annotation_id: int) -> dict:
+    """COCO's record of one object, box and area from its visible mask."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    x, y = int(columns[0]), int(rows[0])
+    return {
+        'id': annotation_id,
+        'image_id': image_id,
+        'category_id': label + 1,
+        'bbox': [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1],
+        'area': int(mask.sum()),
+        'iscrowd': 0,
+        'segmentation': encode_mask(mask),
+    }
+
+
+def write_instances(
+    folder: Path,
+    counts: dict[str, int],
+    seed: int,
+    style: Style,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Writes scenes as COCO instances: ``SPLIT/*.png`` and ``annotations/SPLIT.json``.
+
+    Args:
+        folder: An existing, empty folder.
+        counts: Number of images of each split.
+        seed: Non-negative seed.
+        style: What to draw.
+        progress: Called with (split, images done, images in all) after each image.
+    """
+    from PIL import Image
+
+    (folder / 'annotations').mkdir()
+    for split, count in counts.items():
+        (folder / split).mkdir()
+        images, annotations = [], []
+        for index, scene in enumerate(scenes(split, count, seed, style)):
+            name = f'{index:06d}.png'
+            Image.fromarray(scene.image).save(folder / split / name)
+            height, width = scene.image.shape[:2]
+            images.append({'id': index + 1, 'file_name': name, 'height': height, 'width': width})
+            for mask, label in zip(scene.masks, scene.labels.tolist()):
+                annotations.append(_annotation(mask, label, index + 1, len(annotations) + 1))
+            progress(split, index + 1, count)
+        categories = [{'id': i + 1, 'name': name} for i, name in enumerate(style.classes)]
+        content = {'images': images, 'annotations': annotations, 'categories': categories}
+        _dump(content, folder / 'annotations' / f'{split}.json')
+
+
+def _dump(content: dict, path: Path) -> None:
+    """Writes JSON whose bytes depend on the content alone."""
+    path.write_text(json.dumps(content, separators=(',', ':')) + '\n', encoding='utf-8')
+
+
+def _is_complete(folder: Path, parameters: dict) -> bool:
+    """Whether a folder holds the whole set that the parameters draw."""
+    found = _read_marker(folder)
+    return found == parameters and all(
+        (folder / 'annotations' / f'{split}.json').is_file()
+        and len(list((folder / split).glob('*.png'))) == count
+        for split, count in parameters['counts'].items()
+    )
+
+
+def _read_marker(folder: Path) -> dict | None:
+    """The parameters that drew a set, or None where the folder is no set of ours."""
+    try:
+        found = json.loads((folder / MARKER).read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and 'format' in found else None
+
+
+def _check_replaceable(folder: Path, parameters: dict, force: bool) -> None:
+    """Raises FileExistsError unless a new set may take the folder's place."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    found = _read_marker(folder)
+    if found is None:
+        raise FileExistsError(
+            f'{folder} exists and is not a toy set (no readable {MARKER}): nothing in it was touched; '
+            'choose another --out'
+        )
+    if not force:
+        changes = [f'{k} {found.get(k)} -> {v}' for k, v in parameters.items() if found.get(k) != v]
+        what = '; '.join(changes) or 'files are missing'
+        raise FileExistsError(
+            f'{folder} holds another toy set ({what}): choose another --out, or --force to replace it'
+        )
+
+
+def make_instances(
+    out: str | Path,
+    *,
+    num_train: int = 256,
+    num_val: int = 48,
+    seed: int = 0,
+    hard: bool = False,
+    force: bool = False,
+    progress: Callable[[str, int, int], None] = lambda split, done, total: None,
+) -> bool:
+    """Makes the instance set ``shapes`` in COCO's layout, unless it is already there.
+
+    The set is drawn beside ``out`` and moved there when complete, so an interrupted call leaves nothing that could be
+    taken for a set. The same arguments give the same bytes.
+
+    Args:
+        out: Folder of the set.
+        num_train: Number of training images.
+        num_val: Number of validation images.
+        seed: Non-negative seed.
+        hard: Six rotated classes in heavy clutter and noise, instead of three upright ones in light clutter.
+        force: Replace a toy set that other arguments drew. A folder that holds anything else is never replaced.
+        progress: Called with (split, images done, images in all) after each image.
+
+    Returns:
+        True if the set was drawn, False if it was there.
+
+    Raises:
+        ValueError: If a number is out of range.
+        FileExistsError: If ``out`` holds something else.
+    """
+    for name, value, least in (('num_train', num_train, 1), ('num_val', num_val, 1), ('seed', seed, 0)):
+        if value < least:
+            raise ValueError(f'{name} must be at least {least}, got {value}')
+    out = Path(out).absolute()
+    style = HARD if hard else EASY
+    counts = {'train': num_train, 'val': num_val}
+    parameters = {'format': FORMAT, 'counts': counts, 'seed': seed, 'hard': hard}
+    if _is_complete(out, parameters):
+        return False
+    _check_replaceable(out, parameters, force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f'.{out.name}.partial-'
+    for left in out.parent.glob(f'{prefix}*'):  # of a process that was killed
+        if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    try:
+        partial.chmod(0o777 & ~_umask())
+        write_instances(partial, counts, seed, style, progress)
+        _dump(parameters, partial / MARKER)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return True
+
+
+def _umask() -> int:
+    """The process's file mode mask: mkdtemp makes private folders, a data set is not."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,91 @@
+"""Shared by all tests: hat_mm before any toolbox, no network, few threads, one tiny data set."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+# Its repairs apply to toolboxes that are imported later.
+from hat_mm.toy import make_instances
+
+ROOT = Path(__file__).resolve().parents[1]
+TOY_CONFIG = ROOT / 'configs/toy/mask-rcnn_fastervit-tiny_fpn_shapes.py'
+CPUS = len(os.sched_getaffinity(0))
+
+torch.set_num_threads(min(CPUS, 4))
+
+
+# --- no network ----------------------------------------------------------------------------------
+
+_LOOPBACK = ('127.', '::1', 'localhost')
+
+
+def _guarded(method: Callable) -> Callable:
+    def connect(self: socket.socket, address: object) -> object:
+        if isinstance(address, tuple) and not str(address[0]).startswith(_LOOPBACK):
+            raise RuntimeError(f'a test tried to reach {address[0]!r} over the network')
+        return method(self, address)
+
+    return connect
+
+
+socket.socket.connect = _guarded(socket.socket.connect)
+socket.socket.connect_ex = _guarded(socket.socket.connect_ex)
+
+
+# --- a tiny data set and the toy config on it ---------------------------------------------------
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy instance set with four training and two validation images."""
+    folder = tmp_path_factory.mktemp('data') / 'shapes'
+    make_instances(folder, num_train=4, num_val=2)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def toy_options(shapes: Path) -> list[str]:
+    """``--cfg-options`` that put the toy config on ``shapes``, for two steps without validation."""
+    options = [
+        'train_cfg.max_epochs=1',
+        'train_cfg.val_interval=10',
+        'train_dataloader.batch_size=2',
+        'model.test_cfg.rpn.max_per_img=20',
+        'model.test_cfg.rcnn.max_per_img=5',
+    ]
+    for split in ('train', 'val', 'test'):
+        options += [
+            f'{split}_dataloader.dataset.data_root={shapes}/',
+            f'{split}_dataloader.num_workers=0',
+            f'{split}_dataloader.persistent_workers=False',
+        ]
+    for split in ('val', 'test'):
+        options.append(f'{split}_evaluator.ann_file={shapes}/annotations/val.json')
+    return options
+
+
+# --- fresh interpreters --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='session')
+def run_python() -> Callable[..., subprocess.CompletedProcess]:
+    """Run a fresh interpreter with arguments; keywords set environment variables."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env={**os.environ, 'PYTHONPATH': str(ROOT), **environment},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run

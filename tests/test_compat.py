@@ -1,0 +1,430 @@
+"""Each known breakage: there without the repair, gone with it, on whichever stack is installed."""
+
+import argparse
+import importlib
+import io
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.model.wrappers import MMDistributedDataParallel
+from mmengine.runner import CheckpointLoader, load_checkpoint
+from torch import nn
+
+import hat_mm
+from hat_mm import compat
+
+checkpoint_module = importlib.import_module('mmengine.runner.checkpoint')
+IS_ONEDL = hasattr(checkpoint_module, '_safe_torch_load')
+IS_CPU_TORCH = torch.version.cuda is None and torch.version.hip is None
+
+
+# --- the breakages, seen in a fresh interpreter with and without the repairs ----------------------
+
+# Prints {name: None or the error}. Each probe does what OpenMMLab's users do.
+PROBES = r"""
+import json, os, sys
+import hat_mm
+import mmengine, torch
+folder = sys.argv[1]
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, (os.path.join(folder, self.name),))
+    def __init__(self, name):
+        self.name = name
+
+def evil_file(name, path):
+    torch.save({'state_dict': {}, 'meta': Evil(name)}, path)
+    return path
+
+def torchvision():
+    import torchvision
+
+def training_checkpoint():
+    from mmengine.logging import HistoryBuffer
+    from mmengine.runner import CheckpointLoader
+    path = os.path.join(folder, 'training.pth')
+    torch.save({'message_hub': {'loss': HistoryBuffer([1.0], [1])}, 'state_dict': {}}, path)
+    CheckpointLoader.load_checkpoint(path)
+
+def malicious_file():
+    from mmengine.runner import CheckpointLoader
+    CheckpointLoader.load_checkpoint(evil_file('local', os.path.join(folder, 'evil.pth')))
+
+def malicious_url():
+    from mmengine.runner import CheckpointLoader
+    torch.hub.set_dir(folder)
+    os.makedirs(os.path.join(folder, 'checkpoints'), exist_ok=True)
+    evil_file('url', os.path.join(folder, 'checkpoints', 'evil.pth'))  # as if downloaded before
+    CheckpointLoader.load_checkpoint('https://nowhere.invalid/evil.pth')
+
+def malicious_getattr():
+    import _codecs
+    from mmengine.logging import HistoryBuffer
+    from mmengine.runner import CheckpointLoader
+    class Attribute:
+        def __reduce__(self):
+            return (getattr, (HistoryBuffer, '__init__'))
+    path = os.path.join(folder, 'getattr.pth')
+    torch.save({'state_dict': {}, 'meta': Attribute()}, path)
+    CheckpointLoader.load_checkpoint(path)
+
+def no_pkg_resources():
+    sys.modules['pkg_resources'] = None
+    mmengine.utils.get_installed_path('numpy')
+
+def process_group():
+    from mmengine.dist import init_dist
+    from mmengine.model import MMDistributedDataParallel
+    os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1')
+    store = torch.distributed.TCPStore('127.0.0.1', 0, 1, True, wait_for_workers=False)
+    os.environ['MASTER_PORT'] = str(store.port)
+    del store
+    init_dist('pytorch', 'nccl')
+
+def wrapped_model():
+    from mmengine.model import MMDistributedDataParallel
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            'gloo', init_method=f'file://{folder}/store', rank=0, world_size=1)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.SyncBatchNorm(4))
+    wrapped = MMDistributedDataParallel(module=model, device_ids=[0])
+    wrapped(torch.rand(2, 3, 4, 4)).sum().backward()
+
+found = {}
+for probe in (torchvision, training_checkpoint, malicious_file, malicious_url, malicious_getattr,
+              no_pkg_resources, process_group, wrapped_model):
+    try:
+        probe()
+        found[probe.__name__] = None
+    except BaseException as error:
+        found[probe.__name__] = f'{type(error).__name__}: {error}'
+found['ran'] = sorted(n for n in ('local', 'url') if os.path.isdir(os.path.join(folder, n)))
+print('FOUND ' + json.dumps(found))
+"""
+
+
+@pytest.fixture(scope='module')
+def probe(run_python, tmp_path_factory):
+    def run(**environment):
+        folder = tmp_path_factory.mktemp('probe')
+        environment.setdefault('GLOO_SOCKET_IFNAME', 'lo')
+        done = run_python('-W', 'ignore', '-c', PROBES, str(folder), **environment)
+        line = [line for line in done.stdout.splitlines() if line.startswith('FOUND ')]
+        assert line, done.stdout + done.stderr
+        return json.loads(line[0].removeprefix('FOUND '))
+
+    return run
+
+
+def torchvision_lacks_ops() -> bool:
+    """Whether the installed torchvision is a build for another device than the installed torch."""
+    version = importlib.metadata.version('torchvision') + _torchvision_tag()
+    return IS_CPU_TORCH and '+cu' in version
+
+
+def _torchvision_tag() -> str:
+    spec = importlib.util.find_spec('torchvision')
+    return (Path(spec.origin).parent / 'version.py').read_text().partition('\n')[0]
+
+
+def test_the_breakages_are_there_without_the_repairs(probe):
+    found = probe(HAT_MM_NO_COMPAT='1')
+    if torchvision_lacks_ops():
+        assert 'torchvision::nms does not exist' in found['torchvision']
+    else:
+        assert found['torchvision'] is None
+    if IS_ONEDL:
+        assert found['training_checkpoint'] is None
+        assert found['malicious_getattr'] is None
+        assert 'local' in found['ran']
+    else:
+        assert 'Unsupported global' in found['training_checkpoint']
+        assert 'pkg_resources' in found['no_pkg_resources']
+    assert 'url' in found['ran']
+    if not torch.cuda.is_available():
+        assert found['process_group'] is not None
+        assert 'device_ids' in found['wrapped_model']
+
+
+def test_the_repairs_cure_them(probe):
+    found = probe()
+    assert found.pop('ran') == []
+    for name in ('malicious_file', 'malicious_url', 'malicious_getattr'):
+        assert found.pop(name).startswith('UnpicklingError: '), name
+    if torch.cuda.is_available():
+        found.pop('wrapped_model')
+    assert found == dict.fromkeys(found)
+
+
+def test_no_environment_variable_makes_loading_unsafe(probe):
+    found = probe(TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD='1')
+    assert found['ran'] == []
+    assert 'it carries code or objects other than weights (posix.mkdir)' in found['malicious_file']
+
+
+# --- how the repairs are applied ------------------------------------------------------------------
+
+
+def test_import_is_light_and_needs_no_toolbox(run_python):
+    script = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import hat_mm
+heavy = {'mmengine', 'mmcv', 'torchvision', 'cv2', 'matplotlib'} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = run_python('-c', script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_repairs_reach_modules_that_were_imported_before(run_python):
+    script = """
+import mmengine.runner, mmengine.dist, mmengine.model, mmengine.utils, mmengine.config
+old = mmengine.utils.get_installed_path
+import hat_mm
+from hat_mm import compat
+from mmengine.runner.checkpoint import CheckpointLoader
+assert CheckpointLoader.load_checkpoint.__func__.__globals__['__name__'] == 'hat_mm.compat' or \\
+    CheckpointLoader.load_checkpoint.__func__.__wrapped__
+if 'pkg_resources' in old.__code__.co_names:
+    assert mmengine.config.config.get_installed_path is not old
+    assert mmengine.utils.get_installed_path is not old
+assert mmengine.model.MMDistributedDataParallel.__init__.__wrapped__
+"""
+    done = run_python('-W', 'ignore', '-c', script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_apply_twice_changes_nothing():
+    before = MMDistributedDataParallel.__init__, list(sys.meta_path)
+    compat.apply()
+    assert (MMDistributedDataParallel.__init__, sys.meta_path) == before
+
+
+def test_names_of_breakages_are_unique():
+    names = [breakage.name for breakage in compat.BREAKAGES]
+    assert len(set(names)) == len(names)
+
+
+def test_old_torch_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, '__version__', '2.5.1+cpu')
+    with pytest.raises(
+        compat.DependencyError, match=r'hat_mm needs torch>=2\.6, but torch 2\.5\.1'
+    ):
+        compat.require('mmengine')
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def saved(content, path) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_training_checkpoint_survives(tmp_path):
+    content = {
+        'state_dict': {'weight': torch.ones(2)},
+        'message_hub': {'log_scalars': {'loss': HistoryBuffer([1.0, 3.0], [1, 1])}},
+        'meta': {
+            'best': np.float64(0.5),
+            'steps': np.int64(3),
+            'classes': np.array(['a', 'b']),
+            'args': argparse.Namespace(lr=0.1),
+            'slice': slice(0, 2),
+        },
+    }
+    loaded = CheckpointLoader.load_checkpoint(saved(content, tmp_path / 'a.pth'))
+    history = loaded['message_hub']['log_scalars']['loss']
+    assert history.statistics('mean') == 2.0
+    assert history.statistics('current') == 3.0
+    assert loaded['meta']['args'] == argparse.Namespace(lr=0.1)
+    assert loaded['meta']['best'] == 0.5
+    assert loaded['meta']['classes'].tolist() == ['a', 'b']
+
+
+@pytest.mark.parametrize('package', ['numpy.core', 'numpy._core'])
+def test_numpy_names_of_both_major_versions(package, tmp_path):
+    buffer = io.BytesIO()
+    torch.save({'n': np.float64(2.5)}, buffer, _use_new_zipfile_serialization=False)
+    mine = (
+        b'numpy._core.multiarray'
+        if b'numpy._core' in buffer.getvalue()
+        else b'numpy.core.multiarray'
+    )
+    path = tmp_path / 'numpy.pth'
+    path.write_bytes(buffer.getvalue().replace(mine, f'{package}.multiarray'.encode()))
+    assert CheckpointLoader.load_checkpoint(str(path)) == {'n': 2.5}
+
+
+@pytest.mark.parametrize(
+    ('owner', 'name'),
+    [
+        (HistoryBuffer, '__init__'),
+        (HistoryBuffer, '__subclasses__'),
+        (HistoryBuffer, 'update'),
+        (HistoryBuffer([1.0], [1]), 'mean'),
+        (torch.Tensor, 'mean'),
+        (slice, '__class__'),
+    ],
+)
+def test_stand_in_answers_nothing_else(owner, name, tmp_path):
+    path = saved({'state_dict': {}, 'meta': Call(getattr, owner, name)}, tmp_path / 'a.pth')
+    with pytest.raises(pickle.UnpicklingError, match=f'asks for the attribute {name!r}'):
+        CheckpointLoader.load_checkpoint(path)
+
+
+@pytest.mark.parametrize('call', ['mkdir', 'eval', 'exec'])
+def test_malicious_file_is_refused_and_never_run(call, tmp_path):
+    target = tmp_path / 'ran'
+    code = f'__import__("os").mkdir({str(target)!r})'
+    calls = {'mkdir': (os.mkdir, str(target)), 'eval': (eval, code), 'exec': (exec, code)}
+    path = saved({'state_dict': {}, 'meta': Call(*calls[call])}, tmp_path / 'evil.pth')
+    model = nn.Linear(1, 1)
+    for load in (CheckpointLoader.load_checkpoint, lambda file: load_checkpoint(model, file)):
+        with pytest.raises(
+            pickle.UnpicklingError, match=r'evil\.pth was not loaded: it carries code'
+        ):
+            load(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'',
+        b'hello, I am a text file\n',
+        b'(',
+        b'\x80\x02K',
+        b'PK\x03\x04 damaged',
+        bytes(range(99)),
+    ],
+)
+def test_what_is_no_checkpoint_says_so(content, tmp_path):
+    path = tmp_path / 'no.pth'
+    path.write_bytes(content)
+    with pytest.raises(
+        pickle.UnpicklingError, match=r'no\.pth was not loaded: it is no checkpoint'
+    ):
+        CheckpointLoader.load_checkpoint(str(path))
+
+
+@pytest.mark.parametrize(
+    ('text', 'plain'),
+    [
+        ("a = dict(b=[1, -2.5, None], c=('x', True))\nd = {'e': set()}\n", True),
+        ('import os\n', False),
+        ("a = __import__('os').getcwd()\n", False),
+        ("a = open('x')\n", False),
+        ("_base_ = ['/tmp/other.py']\n", False),
+        ('a = [x for x in (1, 2)]\n', False),
+        ('a = dict(b=lambda: 1)\n', False),
+        ("a = f'{1}'\n", False),
+        ('a = (', False),
+    ],
+)
+def test_plain_settings(text, plain):
+    assert compat._is_plain_data(text) is plain
+
+
+# --- modules imported later -----------------------------------------------------------------------
+
+
+def test_torchvision_that_fits_is_left_alone():
+    importlib.import_module('torchvision')
+    assert bool(compat._torchvision_library) is torchvision_lacks_ops()
+
+
+def test_cpu_model_is_wrapped_with_plain_batch_norm(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip('this process has a GPU')
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1
+    )
+    try:
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4))
+        wrapped = MMDistributedDataParallel(module=model, device_ids=[0], broadcast_buffers=False)
+        assert not any(isinstance(m, nn.SyncBatchNorm) for m in wrapped.modules())
+        assert any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in wrapped.modules())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_installed_paths_are_found_without_pkg_resources():
+    from mmengine.utils import get_installed_path, is_installed
+
+    assert (
+        Path(get_installed_path('mmengine'))
+        == Path(importlib.import_module('mmengine').__file__).parent
+    )
+    assert is_installed('torch')
+    assert not is_installed('no_such_package')
+    with pytest.raises(Exception, match='no_such_package'):
+        get_installed_path('no_such_package')
+
+
+def test_in1d_is_there_for_the_retrieval_metrics():
+    importlib.import_module('mmpretrain.evaluation.metrics.retrieval')
+    assert np.in1d([1, 2], [2]).tolist() == [False, True]
+
+
+# --- the run-time check ---------------------------------------------------------------------------
+
+
+def test_require_returns_the_package():
+    assert compat.require('mmengine') is importlib.import_module('mmengine')
+
+
+def test_missing_toolbox_names_the_command(monkeypatch):
+    has_module = compat._has_module
+    monkeypatch.setattr(compat, '_has_module', lambda name: name != 'mmdet' and has_module(name))
+    with pytest.raises(compat.DependencyError) as caught:
+        compat.require('mmdet')
+    message = str(caught.value)
+    assert 'mmdet is not installed' in message
+    assert 'make setup' in message
+    assert "pip install 'hat_mm[det]'" in message
+
+
+def test_mmcv_without_operators_is_named(monkeypatch):
+    has_module = compat._has_module
+    monkeypatch.setattr(
+        compat, '_has_module', lambda name: name != 'mmcv._ext' and has_module(name)
+    )
+    with pytest.raises(compat.DependencyError, match=r'compiled operators of mmcv.*mmcv-lite'):
+        compat.require('mmseg')
+
+
+def test_versions_that_a_toolbox_refuses_are_named(monkeypatch, tmp_path):
+    (tmp_path / 'picky_toolbox.py').write_text("assert False, 'MMCV==9 is used but incompatible.'")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        compat.DependencyError, match=r'picky_toolbox cannot be imported .MMCV==9 is'
+    ):
+        compat.require('picky_toolbox')
+
+
+def test_version_is_exported():
+    assert hat_mm.__version__

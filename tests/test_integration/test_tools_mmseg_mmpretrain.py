@@ -1,0 +1,171 @@
+"""The same two tools train and test a segmentor and a classifier."""
+
+import json
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from hat_mm import runtime
+
+TINY = dict(
+    embed_dims=16, stem_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 4), window_size=2,
+    carriers=(2,),
+)  # fmt: skip
+
+RUN = """
+backbone = dict(type='hat_mm.FasterViT', arch={arch}, out_indices=(3,))
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
+val_cfg = None
+test_cfg = dict(type='TestLoop')
+def loader(split):
+    return dict(
+        batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=dataset,
+    )
+train_dataloader = loader('train')
+test_dataloader = loader('test')
+"""
+
+MMSEG = """
+default_scope = 'mmseg'
+dataset = dict(
+    type='BaseSegDataset', data_root={root!r}, img_suffix='.png', seg_map_suffix='.png',
+    data_prefix=dict(img_path='images', seg_map_path='maps'),
+    metainfo=dict(classes=('dark', 'light'), palette=[[0, 0, 0], [255, 255, 255]]),
+    pipeline=[
+        dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs'),
+    ],
+)
+"""
+MMSEG_MODEL = """
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=dict(
+        type='SegDataPreProcessor', mean=[127.5] * 3, std=[127.5] * 3, size=(64, 64)
+    ),
+    backbone=backbone,
+    decode_head=dict(
+        type='FCNHead', in_channels=128, channels=8, num_convs=1, num_classes=2,
+        norm_cfg=dict(type='SyncBN'),
+    ),
+    train_cfg=dict(),
+    test_cfg=dict(mode='whole'),
+)
+test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+default_hooks = dict(visualization=dict(type='SegVisualizationHook'))
+visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
+tta_model = dict(type='SegTTAModel')
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
+            [dict(type='LoadAnnotations')],
+            [dict(type='PackSegInputs')],
+        ],
+    ),
+]
+"""
+
+MMPRETRAIN = """
+default_scope = 'mmpretrain'
+dataset = dict(
+    type='CustomDataset', data_root={root!r}, data_prefix='classes',
+    pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')],
+)
+"""
+MMPRETRAIN_MODEL = """
+data_preprocessor = dict(num_classes=2, mean=[127.5] * 3, std=[127.5] * 3)
+model = dict(
+    type='ImageClassifier',
+    backbone=backbone,
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', in_channels=128, num_classes=2,
+              loss=dict(type='CrossEntropyLoss')),
+)
+test_evaluator = dict(type='Accuracy', topk=1)
+default_hooks = dict(visualization=dict(type='VisualizationHook'))
+visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
+"""
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory) -> Path:
+    """Four images, dark and light, as folders of two classes and with label maps."""
+    root = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for folder in ('images', 'maps', 'classes/dark', 'classes/light'):
+        (root / folder).mkdir(parents=True)
+    for index in range(4):
+        label = index % 2
+        image = rng.integers(0, 100, (64, 64, 3), dtype=np.uint8) + np.uint8(150 * label)
+        cv2.imwrite(str(root / f'images/{index}.png'), image)
+        cv2.imwrite(str(root / f'maps/{index}.png'), np.full((64, 64), label, np.uint8))
+        cv2.imwrite(str(root / f'classes/{("dark", "light")[label]}/{index}.png'), image)
+    return root
+
+
+def trained(name, text, root, folder) -> tuple[str, str]:
+    """Train one epoch; returns config and checkpoint."""
+    config = folder / f'tiny_{name}.py'
+    config.write_text(text.format(root=str(root), arch=TINY))
+    runtime.train([str(config), '--work-dir', str(folder)])
+    return str(config), str(folder / 'epoch_1.pth')
+
+
+@pytest.fixture(scope='module')
+def segmentor(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('mmseg')
+    return trained('mmseg', MMSEG + RUN + MMSEG_MODEL, images, folder)
+
+
+@pytest.fixture(scope='module')
+def classifier(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('mmpretrain')
+    return trained('mmpretrain', MMPRETRAIN + RUN + MMPRETRAIN_MODEL, images, folder)
+
+
+def test_mmseg_writes_prediction_maps_and_pictures(segmentor, tmp_path):
+    metrics = runtime.test(
+        [*segmentor, '--work-dir', str(tmp_path), '--out', str(tmp_path / 'maps'),
+         '--show-dir', str(tmp_path / 'painted')]
+    )  # fmt: skip
+    assert set(metrics) >= {'mIoU', 'aAcc'}
+    assert len(list((tmp_path / 'maps').glob('*.png'))) == 4
+    assert list((tmp_path / 'painted').rglob('*.png'))
+
+
+def test_mmseg_tta(segmentor, tmp_path):
+    assert 'mIoU' in runtime.test([*segmentor, '--work-dir', str(tmp_path), '--tta'])
+
+
+def test_mmpretrain_dumps_predictions(classifier, tmp_path):
+    out = tmp_path / 'out.pkl'
+    metrics = runtime.test(
+        [*classifier, '--work-dir', str(tmp_path), '--out', str(out), '--show-dir',
+         str(tmp_path / 'painted')]
+    )  # fmt: skip
+    assert 'accuracy/top1' in metrics
+    assert len(pickle.loads(out.read_bytes())) == 4
+    assert list((tmp_path / 'painted').rglob('*.png'))
+
+
+def test_mmpretrain_dumps_metrics_and_flips(classifier, tmp_path):
+    out = tmp_path / 'metrics.json'
+    metrics = runtime.test(
+        [*classifier, '--work-dir', str(tmp_path), '--out', str(out), '--out-item', 'metrics',
+         '--tta']
+    )  # fmt: skip
+    assert json.loads(out.read_text()) == pytest.approx(metrics)
+
+
+def test_mmpretrain_builds_the_backbone_by_name():
+    from mmpretrain.registry import MODELS
+
+    model = MODELS.build(dict(type='hat_mm.FasterViT', arch=TINY))
+    assert type(model).__name__ == 'FasterViT'

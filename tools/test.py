@@ -1,0 +1,8 @@
+"""Test a checkpoint of a config of mmdet, mmseg or mmpretrain."""
+
+import sys
+
+from hat_mm.runtime import run_tool, test
+
+if __name__ == '__main__':
+    sys.exit(run_tool(test, 'test.py'))

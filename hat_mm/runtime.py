@@ -91,7 +91,7 @@ HOSTS = {
         show=_show_mmdet,
         dump='mmdet.DumpDetResults',
         tta_model=dict(
-            type='mmdet.DetTTAModel',
+            type='DetTTAModel',  # mmdet registers it in mmengine's scope
             tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
         ),
         tta_pack=dict(
@@ -404,9 +404,16 @@ def test(argv: Sequence[str] | None = None) -> dict:
 
 # --- errors --------------------------------------------------------------------------------------
 
-# While these functions of mmengine run, an error that was raised on purpose is about the config or
-# about a checkpoint.
-_CONFIGURING = ('build_from_cfg', 'load_checkpoint', 'load_or_resume', 'init_weights')
+# While these functions run, an error that was raised on purpose is about the config or about a
+# checkpoint. The last one says what test time augmentation cannot do.
+_CONFIGURING = (
+    'build_from_cfg',
+    'load_checkpoint',
+    'load_or_resume',
+    'init_weights',
+    'merge_preds',
+)
+_CONFIGURING_PACKAGES = ('mmengine.', 'mmdet.models.test_time_augs')
 _CONFIG_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, AssertionError, ImportError)
 
 
@@ -450,7 +457,7 @@ def explain(error: BaseException) -> str | None:
         frame
         for frame in frames
         if frame.f_code.co_name in _CONFIGURING
-        and frame.f_globals.get('__name__', '').startswith('mmengine.')
+        and frame.f_globals.get('__name__', '').startswith(_CONFIGURING_PACKAGES)
     ]
     text = _name_hint(_text(error))
     if isinstance(error, OSError):

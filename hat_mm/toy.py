@@ -1,8 +1,8 @@
 """Toy data that the package draws by itself: coloured shapes with exact visible masks.
 
-A scene is drawn by :func:`draw_scene` from a random generator and a :class:`Style`, without any file; a writer such as
-:func:`write_instances` puts scenes on the disk in one layout. NumPy does the drawing, so the pixels depend neither on
-OpenCV's version nor on the machine; Pillow, imported on use, only encodes.
+A scene is drawn by :func:`draw_scene` from a random generator and a :class:`Style`, without any
+file; a writer such as :func:`write_instances` puts scenes on the disk in one layout. NumPy does the
+drawing, so the pixels do not depend on OpenCV's version; Pillow, imported on use, only encodes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pathlib import Path
 import numpy as np
 
 FORMAT = 1
-"""Raised when the same parameters would draw other pixels, so that an older set is not taken for a new one."""
+"""Goes up when the same parameters draw other pixels, so that no older set is taken for it."""
 
 MARKER = 'dataset.json'
-"""File in a set's folder with the parameters that drew it; written last, so a folder that has it is complete."""
+"""File in a set's folder with the parameters that drew it."""
 
 SPLITS = ('train', 'val')
 IMAGE_SIDES = (192, 384)
 OBJECT_SIZES = (32, 96)
 MAX_OBJECTS = 4
 MIN_VISIBLE = 0.3
-"""Share of an object that must stay in sight; a later object that would hide more is moved elsewhere."""
+"""Share of an object that stays in sight; a later object that would hide more goes elsewhere."""
 _STALE_SECONDS = 3600
 
 
@@ -38,7 +38,9 @@ def _regular(corners: int, inner: float = 1.0) -> tuple[tuple[float, float], ...
     steps = corners if inner == 1.0 else 2 * corners
     angles = -np.pi / 2 + 2 * np.pi * np.arange(steps) / steps
     radii = np.where(np.arange(steps) % 2 == 0, 1.0, inner)
-    return tuple(zip((radii * np.cos(angles)).tolist(), (radii * np.sin(angles)).tolist()))
+    return tuple(
+        zip((radii * np.cos(angles)).tolist(), (radii * np.sin(angles)).tolist(), strict=True)
+    )
 
 
 _ARM = 0.36
@@ -88,8 +90,8 @@ class Scene:
     Attributes:
         image: (H, W, 3) uint8, RGB.
         labels: (N,) int64, indices into the style's classes.
-        masks: (N, H, W) bool, the *visible* pixels of each object: later objects hide earlier ones, so no pixel
-            belongs to two.
+        masks: (N, H, W) bool, the *visible* pixels of each object: later objects hide earlier
+            ones, so no pixel belongs to two.
     """
 
     image: np.ndarray
@@ -97,12 +99,14 @@ class Scene:
     masks: np.ndarray
 
 
-def _inside(outline: tuple[tuple[float, float], ...] | None, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _inside(
+    outline: tuple[tuple[float, float], ...] | None, x: np.ndarray, y: np.ndarray
+) -> np.ndarray:
     """Which points (x, y) lie in an outline, by the even-odd rule."""
     if outline is None:
         return x * x + y * y <= 1
     inside = np.zeros(np.broadcast_shapes(x.shape, y.shape), dtype=bool)
-    for (x0, y0), (x1, y1) in zip(outline, (*outline[1:], outline[0])):
+    for (x0, y0), (x1, y1) in zip(outline, (*outline[1:], outline[0]), strict=True):
         if y0 != y1:
             crosses = ((y0 <= y) != (y1 <= y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
             inside ^= crosses
@@ -110,7 +114,7 @@ def _inside(outline: tuple[tuple[float, float], ...] | None, x: np.ndarray, y: n
 
 
 def _pixels(size: tuple[int, int], box: tuple[float, float, float, float]) -> tuple:
-    """Slices of the pixels within a box (x0, y0, x1, y1), and their centres as a row x and a column y."""
+    """Slices of the pixels in a box (x0, y0, x1, y1); their centres as a row x and a column y."""
     height, width = size
     x0, y0 = max(0, int(box[0])), max(0, int(box[1]))
     x1, y1 = min(width, int(np.ceil(box[2]))), min(height, int(np.ceil(box[3])))
@@ -118,7 +122,9 @@ def _pixels(size: tuple[int, int], box: tuple[float, float, float, float]) -> tu
     return where, np.arange(x0, max(x0, x1))[None] + 0.5, np.arange(y0, max(y0, y1))[:, None] + 0.5
 
 
-def _object_mask(rng: np.random.Generator, style: Style, label: int, size: tuple[int, int]) -> np.ndarray:
+def _object_mask(
+    rng: np.random.Generator, style: Style, label: int, size: tuple[int, int]
+) -> np.ndarray:
     """Mask (H, W) of a whole object at a random place, entirely inside the image."""
     height, width = size
     side = float(rng.integers(OBJECT_SIZES[0], OBJECT_SIZES[1] + 1))
@@ -149,8 +155,10 @@ def _colour(rng: np.random.Generator, taken: list[np.ndarray]) -> np.ndarray:
     return best
 
 
-def _background(rng: np.random.Generator, style: Style, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """A gradient with line segments and dots on it, (H, W, 3) float; and the gradient's mean colour."""
+def _background(
+    rng: np.random.Generator, style: Style, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A gradient with lines and dots on it, (H, W, 3) float, and the gradient's mean colour."""
     height, width = size
     base = rng.integers(40, 216, 3).astype(np.float64)
     slope = rng.uniform(-25, 25, (2, 3))
@@ -178,8 +186,9 @@ def _background(rng: np.random.Generator, style: Style, size: tuple[int, int]) -
 def draw_scene(rng: np.random.Generator, style: Style = EASY) -> Scene:
     """Draws one scene: a cluttered background and one to four objects, later ones in front.
 
-    The image is never square; its sides are 192 to 384 pixels, an object's 32 to 96. At least 30 % of every object
-    stays visible, so nothing in the image goes without a label.
+    The image is never square; its sides are 192 to 384 pixels, an object's 32 to 96 (a turned
+    object fits in a circle of that width). At least 30 % of every object stays visible, so nothing
+    in the image goes without a label.
 
     Args:
         rng: Source of all randomness.
@@ -201,7 +210,7 @@ def draw_scene(rng: np.random.Generator, style: Style = EASY) -> Scene:
         for _ in range(20):
             mask = _object_mask(rng, style, label, size)
             left = [int((other & ~mask).sum()) for other in masks]
-            if all(now >= MIN_VISIBLE * area for now, area in zip(left, areas)):
+            if all(now >= MIN_VISIBLE * area for now, area in zip(left, areas, strict=True)):
                 break
         else:
             continue
@@ -215,7 +224,9 @@ def draw_scene(rng: np.random.Generator, style: Style = EASY) -> Scene:
         areas.append(int(mask.sum()))
     if style.noise:
         image = image + rng.normal(0, style.noise, image.shape)
-    return Scene(np.clip(np.rint(image), 0, 255).astype(np.uint8), np.array(labels), np.stack(masks))
+    return Scene(
+        np.clip(np.rint(image), 0, 255).astype(np.uint8), np.array(labels), np.stack(masks)
+    )
 
 
 def scenes(split: str, count: int, seed: int, style: Style) -> Iterator[Scene]:
@@ -235,7 +246,7 @@ def scenes(split: str, count: int, seed: int, style: Style) -> Iterator[Scene]:
 
 
 def encode_mask(mask: np.ndarray) -> dict:
-    """Encodes a mask (H, W) as COCO's uncompressed run lengths, column by column, first run zeros."""
+    """Encodes a mask (H, W) as COCO's uncompressed run lengths: down the columns, zeros first."""
     flat = np.concatenate([[False], mask.ravel(order='F'), [False]])
     edges = np.flatnonzero(flat[1:] != flat[:-1])
     ends = edges if edges.size and edges[-1] == mask.size else np.append(edges, mask.size)
@@ -284,7 +295,7 @@ def write_instances(
             Image.fromarray(scene.image).save(folder / split / name)
             height, width = scene.image.shape[:2]
             images.append({'id': index + 1, 'file_name': name, 'height': height, 'width': width})
-            for mask, label in zip(scene.masks, scene.labels.tolist()):
+            for mask, label in zip(scene.masks, scene.labels.tolist(), strict=True):
                 annotations.append(_annotation(mask, label, index + 1, len(annotations) + 1))
             progress(split, index + 1, count)
         categories = [{'id': i + 1, 'name': name} for i, name in enumerate(style.classes)]
@@ -323,14 +334,15 @@ def _check_replaceable(folder: Path, parameters: dict, force: bool) -> None:
     found = _read_marker(folder)
     if found is None:
         raise FileExistsError(
-            f'{folder} exists and is not a toy set (no readable {MARKER}): nothing in it was touched; '
-            'choose another --out'
+            f'{folder} exists and is not a toy set (no readable {MARKER}): nothing in it was '
+            'touched; choose another --out'
         )
     if not force:
         changes = [f'{k} {found.get(k)} -> {v}' for k, v in parameters.items() if found.get(k) != v]
         what = '; '.join(changes) or 'files are missing'
         raise FileExistsError(
-            f'{folder} holds another toy set ({what}): choose another --out, or --force to replace it'
+            f'{folder} holds another toy set ({what}): choose another --out, or --force to '
+            'replace it'
         )
 
 
@@ -346,16 +358,18 @@ def make_instances(
 ) -> bool:
     """Makes the instance set ``shapes`` in COCO's layout, unless it is already there.
 
-    The set is drawn beside ``out`` and moved there when complete, so an interrupted call leaves nothing that could be
-    taken for a set. The same arguments give the same bytes.
+    The set is drawn beside ``out`` and moved there when complete, so an interrupted call leaves
+    nothing that could be taken for a set. The same arguments give the same bytes.
 
     Args:
         out: Folder of the set.
         num_train: Number of training images.
         num_val: Number of validation images.
         seed: Non-negative seed.
-        hard: Six rotated classes in heavy clutter and noise, instead of three upright ones in light clutter.
-        force: Replace a toy set that other arguments drew. A folder that holds anything else is never replaced.
+        hard: Six rotated classes in heavy clutter and noise, instead of three upright ones in
+            light clutter.
+        force: Replace a toy set that other arguments drew. A folder that holds anything else is
+            never replaced.
         progress: Called with (split, images done, images in all) after each image.
 
     Returns:
@@ -365,7 +379,11 @@ def make_instances(
         ValueError: If a number is out of range.
         FileExistsError: If ``out`` holds something else.
     """
-    for name, value, least in (('num_train', num_train, 1), ('num_val', num_val, 1), ('seed', seed, 0)):
+    for name, value, least in (
+        ('num_train', num_train, 1),
+        ('num_val', num_val, 1),
+        ('seed', seed, 0),
+    ):
         if value < least:
             raise ValueError(f'{name} must be at least {least}, got {value}')
     out = Path(out).absolute()

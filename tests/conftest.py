@@ -14,7 +14,6 @@ import torch
 from hat_mm.toy import make_instances
 
 ROOT = Path(__file__).resolve().parents[1]
-TOY_CONFIG = ROOT / 'configs/toy/mask-rcnn_fastervit-tiny_fpn_shapes.py'
 CPUS = len(os.sched_getaffinity(0))
 
 torch.set_num_threads(min(CPUS, 4))

@@ -227,8 +227,8 @@ def test_a_bug_while_building_keeps_its_traceback():
         registry.build(dict(type='Buggy', size=3))
     assert runtime.explain(caught.value) is None
     with pytest.raises(TypeError) as caught:
-        registry.build(dict(type='Buggy', siez=3))
-    assert "unexpected keyword argument 'siez'" in runtime.explain(caught.value)
+        registry.build(dict(type='Buggy', sizes=3))
+    assert "unexpected keyword argument 'sizes'" in runtime.explain(caught.value)
 
 
 def test_debugging_shows_the_traceback_of_user_errors(monkeypatch):

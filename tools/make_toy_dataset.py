@@ -1,4 +1,4 @@
-"""Draws the toy instance set "shapes" in COCO's layout; a second run with the same options does nothing."""
+"""Draws the toy instance set "shapes" in COCO's layout, unless it is there already."""
 
 from __future__ import annotations
 
@@ -12,19 +12,31 @@ from hat_mm.toy import make_instances
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--out', help='folder of the set (default: data/shapes, with --hard data/shapes-hard)')
-    parser.add_argument('--num-train', type=int, default=256, help='training images (default: %(default)s)')
-    parser.add_argument('--num-val', type=int, default=48, help='validation images (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0, help='seed; the same one gives the same bytes')
     parser.add_argument(
-        '--hard', action='store_true', help='six rotated classes in heavy clutter instead of three in light'
+        '--out', help='folder of the set (default: data/shapes, with --hard data/shapes-hard)'
     )
-    parser.add_argument('--force', action='store_true', help='replace a toy set drawn with other options')
+    parser.add_argument(
+        '--num-train', type=int, default=256, help='training images (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--num-val', type=int, default=48, help='validation images (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--seed', type=int, default=0, help='seed; the same one gives the same bytes'
+    )
+    parser.add_argument(
+        '--hard',
+        action='store_true',
+        help='six rotated classes in heavy clutter instead of three in light',
+    )
+    parser.add_argument(
+        '--force', action='store_true', help='replace a toy set drawn with other options'
+    )
     return parser.parse_args(argv)
 
 
 def show_progress(split: str, done: int, total: int) -> None:
-    """Prints how many images of a split are drawn: in place on a terminal, else a line every 64 images."""
+    """Prints how far a split is: in place on a terminal, else a line every 64 images."""
     if sys.stdout.isatty():
         print(f'\rdrawing {split}: {done}/{total}', end='\n' if done == total else '', flush=True)
     elif done % 64 == 0 or done == total:

@@ -1,4 +1,4 @@
-# mmdet's Mask R-CNN with a tiny FasterViT, small enough to learn the toy shapes on a CPU within minutes.
+# mmdet's Mask R-CNN with a tiny FasterViT: learns the toy shapes on a CPU within minutes.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     '../_base_/datasets/shapes_instance.py',
@@ -11,7 +11,8 @@ model = dict(
     backbone=dict(
         _delete_=True,
         type='hat_mm.FasterViT',
-        # At 192 pixels stage 2 has 12 tokens a side: three windows, which see each other through their carriers.
+        # At 192 pixels stage 2 has 12 tokens a side: three windows, which see each other through
+        # their carriers.
         arch=dict(
             embed_dims=32,
             stem_dims=32,
@@ -30,14 +31,18 @@ model = dict(
         anchor_generator=dict(scales=[4], strides=[4, 8, 16, 32]),
     ),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=width, finest_scale=28),
+        bbox_roi_extractor=dict(
+            out_channels=width, finest_scale=28, roi_layer=dict(sampling_ratio=1)
+        ),
         bbox_head=dict(
             in_channels=width,
             fc_out_channels=256,
             num_classes=num_classes,
             reg_class_agnostic=True,
         ),
-        mask_roi_extractor=dict(out_channels=width, finest_scale=28),
+        mask_roi_extractor=dict(
+            out_channels=width, finest_scale=28, roi_layer=dict(sampling_ratio=1)
+        ),
         mask_head=dict(
             num_convs=2,
             in_channels=width,
@@ -58,7 +63,7 @@ model = dict(
 max_epochs = 6
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=2.5e-3, weight_decay=0.05),
     paramwise_cfg=dict(flat_decay_mult=0.0),
     clip_grad=dict(max_norm=10.0),
 )

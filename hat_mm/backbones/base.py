@@ -269,7 +269,7 @@ class HierarchicalBackbone(BaseModule):
         if not prefix and strict and not official and not report.complete:
             raise ValueError(
                 f'the checkpoint does not fit {family} arch {self.arch}: {report}. Use the arch '
-                'that it was made with, or torch\'s load_state_dict(..., strict=False).'
+                "that it was made with, or torch's load_state_dict(..., strict=False)."
             )
         return state
 

@@ -22,9 +22,11 @@ from hat_mm.layers import (
     HierarchicalBlock,
     NormFactory,
     checkpoint_block,
+    crop,
     merge_windows,
-    pad_to_multiple,
+    pad_to_windows,
     split_windows,
+    window_grid,
 )
 from hat_mm.registry import MODELS
 
@@ -233,18 +235,18 @@ class AttentionStage(nn.Module):
         """Maps (B, C, H, W) to the stage's feature map."""
         x = self.downsample(x)
         height, width = x.shape[-2:]
-        x = pad_to_multiple(x, self.window_size)
-        grid = (x.shape[-2] // self.window_size, x.shape[-1] // self.window_size)
-        tokens = split_windows(x.permute(0, 2, 3, 1), self.window_size)
+        grid = window_grid(height, width, self.window_size)
+        x = pad_to_windows(x, grid, self.window_size)
+        tokens = split_windows(x.permute(0, 2, 3, 1), grid, self.window_size)
         if self.tokenizer is not None:
-            tokens = torch.cat([self.tokenizer(x), tokens], 1)
+            tokens = torch.cat([self.tokenizer(x, grid), tokens], 1)
         for block in self.blocks:
             if self.with_cp:
                 tokens = checkpoint_block(block, tokens, grid)
             else:
                 tokens = block(tokens, grid)
         x = merge_windows(tokens[:, self.num_carriers :], grid, self.window_size)
-        return x[:, :height, :width].permute(0, 3, 1, 2)
+        return crop(x, height, width).permute(0, 3, 1, 2)
 
 
 @MODELS.register_module()

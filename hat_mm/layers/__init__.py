@@ -4,7 +4,7 @@ from .attention import CarrierTokenizer, HierarchicalBlock, SelfAttention, Trans
 from .common import DropPath, Mlp, NormFactory, checkpoint_block
 from .convs import ConvBlock, ConvStem, Downsample
 from .position import AbsolutePositionEmbedding, EvalCache, RelativePositionBias
-from .windows import merge_windows, pad_to_multiple, split_windows
+from .windows import crop, merge_windows, pad_to_windows, split_windows, window_grid
 
 __all__ = [
     'AbsolutePositionEmbedding',
@@ -21,7 +21,9 @@ __all__ = [
     'SelfAttention',
     'TransformerLayer',
     'checkpoint_block',
+    'crop',
     'merge_windows',
-    'pad_to_multiple',
+    'pad_to_windows',
     'split_windows',
+    'window_grid',
 ]

@@ -108,24 +108,24 @@ class CarrierTokenizer(nn.Module):
         self.window = window
         self.carrier_size = carrier_size
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Maps (B, C, nh * w, nw * w) to carriers in window order, (B * nh * nw, c * c, C)."""
         # As matrix products by axis: pooling kernels computed from the size make torch.compile
         # recompile for every size, and torch 2.13 then returns wrong values without a word.
         x = self.conv(x)
-        rows, cols = self._pooling(x.shape[-2], x), self._pooling(x.shape[-1], x)
+        rows, cols = (self._pooling(windows, x) for windows in grid)
         x = rows @ (x @ cols.t())
-        return split_windows(x.permute(0, 2, 3, 1), self.carrier_size)
+        return split_windows(x.permute(0, 2, 3, 1), grid, self.carrier_size)
 
-    def _pooling(self, side: int, like: Tensor) -> Tensor:
-        """The (cells, side) matrix that averages an axis of ``side`` tokens."""
-        cells = side // self.window * self.carrier_size
+    def _pooling(self, windows: int, like: Tensor) -> Tensor:
+        """The (c * n, n * w) matrix that averages an axis of n ``windows`` to its carriers."""
+        side, cells = windows * self.window, windows * self.carrier_size
         stride = self.window // self.carrier_size
         width = side - (cells - 1) * stride
         start = stride * torch.arange(cells, device=like.device)[:, None]
         index = torch.arange(side, device=like.device)
-        inside = (index >= start) & (index < start + width)
-        return inside.to(like.dtype) / width
+        inside = ((index >= start) & (index < start + width)).to(like.dtype)
+        return inside / inside.sum(1, keepdim=True)
 
 
 class HierarchicalBlock(nn.Module):
@@ -189,7 +189,7 @@ class HierarchicalBlock(nn.Module):
         carriers = merge_windows(x[:, : c * c], grid, c).flatten(1, 2)
         carriers = carriers + self.carrier.pos_embed(sides).to(x.dtype)
         carriers = self.carrier(carriers, sides)
-        return split_windows(carriers.unflatten(1, sides), c)
+        return split_windows(carriers.unflatten(1, sides), grid, c)
 
     def _propagate(self, x: Tensor) -> Tensor:
         w, c = self.window_size, self.carrier_size

@@ -50,7 +50,9 @@ class EvalCache:
             return compute()
         # In-place edits (an optimizer, copy_) show in the versions. Edits through ``.data`` do
         # not: for those every train() and eval() drops the entry.
-        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in owner.parameters()]
+        weights = [
+            (p.data_ptr(), 0 if p.is_inference() else p._version) for p in owner.parameters()
+        ]
         key = (key, weights)
         entry = self._entries.get(id(owner))
         if entry is not None and entry[0] == key:
@@ -107,6 +109,12 @@ class _PositionMlp(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+def _to_unit(offset: Tensor) -> Tensor:
+    # Divided by a tensor: by a number that follows from the size, torch.compile compiles twice.
+    # A single cell stays at 0.
+    return offset / offset.abs().amax().clamp(min=1)
+
+
 class AbsolutePositionEmbedding(_PositionMlp):
     """A vector for each token of a grid.
 
@@ -124,9 +132,8 @@ class AbsolutePositionEmbedding(_PositionMlp):
 
     def _compute(self, a: int, b: int) -> Tensor:
         def centred(side: int) -> Tensor:
-            half = side // 2
             index = torch.arange(side, dtype=torch.float32, device=self.fc1.weight.device)
-            return (index - half) / max(half, 1)
+            return _to_unit(index - side // 2)
 
         vectors = self._mlp(centred(a), centred(b)).flatten(0, 1)
         return F.pad(vectors, (0, 0, self.num_prefix, 0)) if self.num_prefix else vectors
@@ -152,7 +159,7 @@ class RelativePositionBias(_PositionMlp):
 
         def log_offsets(side: int) -> Tensor:
             offset = torch.arange(1 - side, side, dtype=torch.float32, device=device)
-            offset = offset / max(side - 1, 1) * 8
+            offset = 8 * _to_unit(offset)
             return offset.sign() * torch.log2(offset.abs() + 1) / math.log2(8)
 
         # The bias depends on the offset only: the MLP sees (2a - 1)(2b - 1) offsets, not N * N

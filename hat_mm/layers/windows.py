@@ -8,17 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Pads a map with zeros at the bottom and right until both sides divide by ``multiple``.
+def window_grid(height: int, width: int, window: int) -> tuple[int, int]:
+    """Counts the windows of side ``window`` that cover a map: (nh, nw), the last ones in part."""
+    return (height + window - 1) // window, (width + window - 1) // window
+
+
+def pad_to_windows(x: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+    """Pads a map with zeros at the bottom and right to whole windows.
 
     Args:
         x: Map, (B, C, H, W).
-        multiple: Side in pixels that the padded sides are multiples of.
+        grid: Number of windows along the axes, (nh, nw).
+        window: Side w of a window.
 
     Returns:
-        Map, (B, C, H', W') with the smallest such H' >= H and W' >= W.
+        Map, (B, C, nh * w, nw * w).
     """
-    bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
+    bottom, right = grid[0] * window - x.shape[-2], grid[1] * window - x.shape[-1]
     # A branch on the size would cost torch.compile one graph for each outcome; padding by nothing
     # costs eager mode a copy.
     if not torch.compiler.is_compiling() and bottom == 0 and right == 0:
@@ -26,20 +32,22 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, right, 0, bottom))
 
 
-def split_windows(x: Tensor, window: int) -> Tensor:
+def split_windows(x: Tensor, grid: tuple[int, int], window: int) -> Tensor:
     """Cuts a channels-last map into windows.
 
     Args:
         x: Map, (B, nh * w, nw * w, C).
+        grid: Number of windows along the axes, (nh, nw).
         window: Side w of a window.
 
     Returns:
         Windows, (B * nh * nw, w * w, C): images first, then windows row-major over the map; tokens
         row-major in a window.
     """
-    _, h, w, channels = x.shape
-    x = x.reshape(-1, h // window, window, w // window, window, channels)
-    return x.transpose(2, 3).reshape(-1, window * window, channels)
+    nh, nw = grid
+    batch, _, _, channels = x.shape
+    x = x.reshape(batch, nh, window, nw, window, channels)
+    return x.transpose(2, 3).reshape(batch * nh * nw, window * window, channels)
 
 
 def merge_windows(windows: Tensor, grid: tuple[int, int], window: int) -> Tensor:
@@ -58,5 +66,17 @@ def merge_windows(windows: Tensor, grid: tuple[int, int], window: int) -> Tensor
     """
     nh, nw = grid
     channels = windows.shape[-1]
-    x = windows.reshape(-1, nh, nw, window, window, channels)
-    return x.transpose(2, 3).reshape(-1, nh * window, nw * window, channels)
+    batch = windows.shape[0] // (nh * nw)
+    x = windows.reshape(batch, nh, nw, window, window, channels)
+    return x.transpose(2, 3).reshape(batch, nh * window, nw * window, channels)
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """Cuts a channels-last map (B, H', W', C) to its top left (B, height, width, C)."""
+    if not torch.compiler.is_compiling():
+        return x[:, :height, :width]
+    # The strides of a slice tell whether anything was cut, and torch.compile would make a graph for
+    # each outcome.
+    for axis, size in ((1, height), (2, width)):
+        x = x.index_select(axis, torch.arange(size, device=x.device))
+    return x

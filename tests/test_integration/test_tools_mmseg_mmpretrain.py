@@ -56,7 +56,7 @@ model = dict(
     test_cfg=dict(mode='whole'),
 )
 test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
-default_hooks = dict(visualization=dict(type='SegVisualizationHook'))
+default_hooks = dict(visualization=dict(type='SegVisualizationHook', interval=1))
 visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
 tta_model = dict(type='SegTTAModel')
 tta_pipeline = [

@@ -1,5 +1,5 @@
-# mmdet's COCO instances with the multi-scale and crop augmentation of DETR and Sparse R-CNN, as mmdet's Swin and
-# ConvNeXt recipes use it.
+# mmdet's COCO instances with the multi-scale and crop augmentation of DETR and Sparse R-CNN, as
+# mmdet's Swin and ConvNeXt recipes use it.
 _base_ = ['mmdet::_base_/datasets/coco_instance.py']
 multi_scale = dict(
     type='RandomChoiceResize',

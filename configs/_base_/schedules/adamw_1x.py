@@ -1,4 +1,4 @@
-# 12 epochs of AdamW on 16 images a step. `flat_decay_mult` spares vectors: norms, biases and layer scales.
+# 12 epochs of AdamW on 16 images a step. No weight decay on vectors: norms, biases, layer scales.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),

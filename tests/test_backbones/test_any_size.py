@@ -1,0 +1,95 @@
+"""Any height and width: against a plainly written second implementation, and at odd sizes."""
+
+import pytest
+import torch
+from golden import fill
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_backbones.archs import official_tiny, tiny
+from test_backbones.reference import PlainFasterViT
+
+import hat_mm
+
+# Sides small enough for loops, large enough for several windows on an axis of stage 2.
+SIDES = st.one_of(st.integers(1, 40), st.integers(41, 150))
+VARIANTS = {
+    'carriers': tiny(),
+    'propagate': tiny(propagate=True, layer_scale=0.5, window_size=(7, 7, 3, 2)),
+    'three-carriers': tiny(window_size=5, carrier_size=3, propagate=True, layer_scale=0.5),
+    'no-carriers': tiny(carriers=False, layer_scale=0.5),
+}
+
+
+def pair(arch):
+    """Our backbone and the plain one with the same weights, under official names."""
+    state = {name: fill(name, shape) for name, shape in official_tiny(arch).items()}
+    ours = hat_mm.FasterViT(arch, out_norm_cfg=None).eval()
+    ours.load_state_dict(state)
+    plain = PlainFasterViT(
+        state,
+        ours.spec.depths,
+        ours.spec.num_heads,
+        ours.spec.window_size,
+        ours.spec.carrier_size if ours.spec.carriers else 0,
+        ours.spec.propagate,
+    )
+    return ours, plain
+
+
+PAIRS = {name: pair(arch) for name, arch in VARIANTS.items()}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(batch=st.integers(1, 3), height=SIDES, width=SIDES, seed=st.integers(0, 1000))
+def test_equals_the_plain_implementation(variant, batch, height, width, seed):
+    ours, plain = PAIRS[variant]
+    image = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        for mine, theirs in zip(ours(image), plain(image), strict=True):
+            assert mine.shape == theirs.shape
+            assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize('size', [(1, 1), (37, 911), (4000, 32), (2, 3), (225, 223)])
+def test_extreme_sizes(size):
+    backbone = hat_mm.FasterViT(tiny()).eval()
+    with torch.inference_mode():
+        maps = backbone(torch.randn(1, 3, *size))
+    for out, channels, stride in zip(maps, backbone.out_channels, backbone.out_strides, strict=True):
+        assert out.shape == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
+        assert out.isfinite().all()
+
+
+def test_no_call_changes_a_later_one():
+    backbone = hat_mm.FasterViT(tiny()).eval()
+    images = [torch.randn(2, 3, *size) for size in ((64, 64), (97, 33), (40, 200), (64, 64))]
+    with torch.no_grad():
+        alone = [hat_mm_copy(backbone)(image) for image in images]
+        together = [backbone(image) for image in images]
+    for first, second in zip(alone, together, strict=True):
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
+
+
+def hat_mm_copy(backbone):
+    """A fresh backbone with the same weights, which has never seen an input."""
+    fresh = hat_mm.FasterViT(tiny()).eval()
+    fresh.load_state_dict(backbone.state_dict())
+    return fresh
+
+
+def far_pixel_moves_stage_2(arch):
+    """Whether the last pixel of a wide image changes the first token of stage 2, and the grid."""
+    backbone = hat_mm.FasterViT(arch, out_norm_cfg=None).eval().double()
+    image = torch.randn(1, 3, 64, 512, dtype=torch.float64)
+    other = image.clone()
+    other[..., -1, -1] += 1
+    with torch.inference_mode():
+        a, b = backbone(image)[2], backbone(other)[2]
+    return not torch.equal(a[..., 0, 0], b[..., 0, 0])
+
+
+def test_carriers_reach_across_windows():
+    assert far_pixel_moves_stage_2(tiny())
+    assert not far_pixel_moves_stage_2(tiny(carriers=False))

@@ -28,7 +28,7 @@ model = dict(
     rpn_head=dict(
         in_channels=width,
         feat_channels=width,
-        anchor_generator=dict(scales=[4], strides=[4, 8, 16, 32]),
+        anchor_generator=dict(strides=[4, 8, 16, 32]),
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(
@@ -53,17 +53,17 @@ model = dict(
         ),
     ),
     train_cfg=dict(
-        rpn=dict(sampler=dict(num=128)),
-        rpn_proposal=dict(nms_pre=200, max_per_img=100),
+        rpn=dict(sampler=dict(num=256)),
+        rpn_proposal=dict(nms_pre=300, max_per_img=100),
         rcnn=dict(sampler=dict(num=64)),
     ),
-    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)),
+    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),
 )
 
 max_epochs = 6
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2.5e-3, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
     paramwise_cfg=dict(flat_decay_mult=0.0),
     clip_grad=dict(max_norm=10.0),
 )

@@ -71,8 +71,9 @@ class HierarchicalBackbone(BaseModule):
 
     A subclass makes ``stem`` and ``stages`` in :meth:`_build` from ``spec``, lists its variants in
     ``archs`` (rows of ``arch_type``, which have ``dims`` and ``depths``, the channels and blocks of
-    each stage) and names its official checkpoints in ``name_map``. ``stages[i]`` starts with its down-sampler (the first has none) and holds its
-    blocks in ``blocks``, so the result of a stage is its feature map.
+    each stage) and names its official checkpoints in ``name_map``. ``stages[i]`` starts with its
+    down-sampler (the first has none) and holds its blocks in ``blocks``, so the result of a stage
+    is its feature map.
 
     Stages after the last one in ``out_indices`` are not built: their parameters would get no
     gradient, which DistributedDataParallel refuses.

@@ -7,6 +7,7 @@ biases follow the input of each call.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -175,7 +176,8 @@ class ConvStage(nn.Module):
         if self.downsample is not None:
             x = self.downsample(x)
         for block in self.blocks:
-            x = checkpoint_block(block, x) if self.with_cp else block(x)
+            run = partial(checkpoint_block, block) if self.with_cp else block
+            x = run(x)
         return x
 
 
@@ -241,10 +243,8 @@ class AttentionStage(nn.Module):
         if self.tokenizer is not None:
             tokens = torch.cat([self.tokenizer(x, grid), tokens], 1)
         for block in self.blocks:
-            if self.with_cp:
-                tokens = checkpoint_block(block, tokens, grid)
-            else:
-                tokens = block(tokens, grid)
+            run = partial(checkpoint_block, block) if self.with_cp else block
+            tokens = run(tokens, grid)
         x = merge_windows(tokens[:, self.num_carriers :], grid, self.window_size)
         return crop(x, height, width).permute(0, 3, 1, 2)
 

@@ -3,6 +3,7 @@
 Source: https://arxiv.org/abs/2306.06189. All maps are (B, C, H, W).
 """
 
+import torch
 from torch import Tensor, nn
 
 from .common import DropPath, NormFactory
@@ -70,4 +71,8 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
         x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if torch.compiler.is_compiling():
+            # With the channels last, inductor of torch 2.13 fails on some symbolic sizes
+            # ("ValueRangeError: Invalid ranges"). The copy is fused into the norm.
+            x = x.clone(memory_format=torch.contiguous_format)
         return self.conv(x)

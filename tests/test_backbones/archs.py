@@ -7,7 +7,10 @@ import hat_mm
 _OFFICIAL = (
     (r'^stem\.conv(\d)', lambda m: f'patch_embed.conv_down.{3 * int(m[1]) - 3}'),
     (r'^stem\.norm(\d)', lambda m: f'patch_embed.conv_down.{3 * int(m[1]) - 2}'),
-    (r'^stages\.(\d)\.downsample\.conv', lambda m: f'levels.{int(m[1]) - 1}.downsample.reduction.0'),
+    (
+        r'^stages\.(\d)\.downsample\.conv',
+        lambda m: f'levels.{int(m[1]) - 1}.downsample.reduction.0',
+    ),
     (r'^stages\.(\d)\.downsample', lambda m: f'levels.{int(m[1]) - 1}.downsample'),
     (r'^stages', 'levels'),
     (r'^norm3', 'norm'),
@@ -45,5 +48,3 @@ def official_tiny(arch):
     shapes['head.weight'] = (10, backbone.out_channels[-1])
     shapes['head.bias'] = (10,)
     return shapes
-
-

@@ -154,7 +154,7 @@ class PlainFasterViT:
         return x + second * self._linear(y, f'{name}.{kind}mlp.fc2')
 
     def _attention(self, x, name, heads, a, b, prefix):
-        tokens, channels = x.shape
+        channels = x.shape[1]
         size = channels // heads
         qkv = self._linear(x, f'{name}.qkv')
         bias = self._relative(a, b, f'{name}.pos_emb_funct')
@@ -189,7 +189,7 @@ class PlainFasterViT:
 
         offsets = [(di, dj) for di in range(1 - a, a) for dj in range(1 - b, b)]
         values = self._mlp([(coordinate(i, a), coordinate(j, b)) for i, j in offsets], name)
-        table = dict(zip(offsets, 16 * torch.sigmoid(values), strict=True))
+        row_of = {offset: row for row, offset in enumerate(offsets)}
         cells = [(i, j) for i in range(a) for j in range(b)]
-        pairs = [[table[q[0] - k[0], q[1] - k[1]] for k in cells] for q in cells]
-        return torch.stack([torch.stack(row) for row in pairs]).permute(2, 0, 1)
+        pairs = [[row_of[q[0] - k[0], q[1] - k[1]] for k in cells] for q in cells]
+        return (16 * torch.sigmoid(values))[torch.tensor(pairs)].permute(2, 0, 1)

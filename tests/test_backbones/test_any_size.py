@@ -5,10 +5,10 @@ import torch
 from golden import fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_backbones.archs import official_tiny, tiny
-from test_backbones.reference import PlainFasterViT
 
 import hat_mm
+from test_backbones.archs import official_tiny, tiny
+from test_backbones.reference import PlainFasterViT
 
 # Sides small enough for loops, large enough for several windows on an axis of stage 2.
 SIDES = st.one_of(st.integers(1, 40), st.integers(41, 150))
@@ -56,7 +56,9 @@ def test_extreme_sizes(size):
     backbone = hat_mm.FasterViT(tiny()).eval()
     with torch.inference_mode():
         maps = backbone(torch.randn(1, 3, *size))
-    for out, channels, stride in zip(maps, backbone.out_channels, backbone.out_strides, strict=True):
+    for out, channels, stride in zip(
+        maps, backbone.out_channels, backbone.out_strides, strict=True
+    ):
         assert out.shape == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
         assert out.isfinite().all()
 

@@ -1,0 +1,34 @@
+"""torch.compile with dynamic sizes."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+import hat_mm
+from test_backbones.archs import tiny
+
+SIZES = [
+    (160, 224),
+    (194, 333),
+    (224, 160),
+    (288, 200),
+    (200, 533),
+    (256, 192),
+    (256, 256),
+    (384, 320),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('batch', [1, 2])
+def test_one_compile_serves_many_sizes(batch):
+    torch._dynamo.reset()
+    backbone = hat_mm.FasterViT(tiny(embed_dims=64, num_heads=(1, 1, 4, 4))).eval()
+    counter = torch._dynamo.testing.CompileCounterWithBackend('inductor')
+    compiled = torch.compile(backbone, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for size in SIZES:
+            image = torch.randn(batch, 3, *size)
+            for ours, eager in zip(compiled(image), backbone(image), strict=True):
+                assert (ours - eager).norm() <= 1e-4 * eager.norm(), size
+    assert counter.frame_count <= 3

@@ -1,0 +1,353 @@
+"""What every backbone promises, checked on a tiny arch of each family."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from mmengine.hooks import EMAHook
+from mmengine.model import ExponentialMovingAverage, revert_sync_batchnorm
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import hat_mm
+from hat_mm.layers import EvalCache
+from test_backbones.archs import tiny
+
+# Config of a tiny backbone of each family.
+FAMILIES = {
+    'fastervit': dict(type='hat_mm.FasterViT', arch=tiny(drop_path_rate=0.0)),
+    'fastervit-propagate': dict(
+        type='hat_mm.FasterViT',
+        arch=tiny(drop_path_rate=0.0, propagate=True, layer_scale=1e-5),
+    ),
+    'fastervit-21k': dict(
+        type='hat_mm.FasterViT',
+        arch=tiny(drop_path_rate=0.0, carriers=False, layer_scale=1e-5, window_size=(7, 7, 6, 3)),
+    ),
+}
+SIZE = (2, 3, 96, 150)
+
+
+@pytest.fixture(params=FAMILIES)
+def config(request):
+    return copy.deepcopy(FAMILIES[request.param])
+
+
+@pytest.fixture
+def image():
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def build(config, **arguments):
+    torch.manual_seed(0)
+    backbone = MODELS.build({**config, **arguments})
+    # Small published start values would hide branches that do not take part.
+    for name, parameter in backbone.named_parameters():
+        if 'gamma' in name:
+            nn.init.constant_(parameter, 0.5)
+    return backbone
+
+
+def difference(maps, others):
+    pairs = zip(maps, others, strict=True)
+    return max(float((a.float() - b).norm() / b.norm()) for a, b in pairs)
+
+
+def loss_of(maps):
+    return sum((m * torch.linspace(-1, 1, m.numel()).view_as(m)).sum() for m in maps)
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmseg', 'mmpretrain'])
+def test_builds_in_every_scope_with_nothing_imported(config, scope):
+    registry = pytest.importorskip(f'{scope}.registry').MODELS
+    assert registry.build(config).out_strides == (4, 8, 16, 32)
+
+
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3, 1), (2,), 1])
+def test_outputs_follow_out_indices(config, image, out_indices):
+    every = build(config, out_norm_cfg=None).eval()
+    some = build(config, out_norm_cfg=None, out_indices=out_indices).eval()
+    some.load_state_dict(every.state_dict(), strict=False)
+    indices = (out_indices,) if isinstance(out_indices, int) else out_indices
+    with torch.no_grad():
+        maps, expected = some(image), every(image)
+    assert isinstance(maps, tuple)
+    assert len(maps) == len(indices) == len(some.out_channels) == len(some.out_strides)
+    for out, i, channels, stride in zip(
+        maps, indices, some.out_channels, some.out_strides, strict=True
+    ):
+        assert torch.equal(out, expected[i])
+        assert out.shape == (2, channels, -(-96 // stride), -(-150 // stride))
+        assert out.is_contiguous()
+
+
+def test_every_parameter_gets_a_gradient(config, image):
+    for out_indices in ((0, 1, 2, 3), (0, 1)):
+        backbone = build(config, out_indices=out_indices).train()
+        loss_of(backbone(image)).backward()
+        idle = [n for n, p in backbone.named_parameters() if p.grad is None or not p.grad.any()]
+        # A bias before a batch norm has a gradient of zero up to rounding; None would be unused.
+        assert not [n for n in idle if not n.endswith(('conv1.bias', 'conv2.bias'))]
+
+
+def test_gradients_have_the_layout_of_their_parameters(config, image):
+    backbone = build(config).train()
+    loss_of(backbone(image)).backward()
+    for name, parameter in backbone.named_parameters():
+        assert parameter.is_contiguous(), name
+
+
+def test_output_norms(config):
+    backbone = build(config, out_norm_cfg=dict(type='SyncBN', eps=0.01), out_indices=(0, 2))
+    assert isinstance(backbone.norm0, nn.SyncBatchNorm)
+    assert backbone.norm2.eps == 0.01
+    assert not hasattr(backbone, 'norm1')
+
+
+def test_norm_cfg_changes_the_type_and_keeps_eps(config, image):
+    plain, sync = build(config), build(config, norm_cfg=dict(type='SyncBN'))
+    kept = [m.eps for m in plain.stem.modules() if isinstance(m, _BatchNorm)]
+    assert [m.eps for m in sync.stem.modules() if isinstance(m, nn.SyncBatchNorm)] == kept
+    given = build(config, norm_cfg=dict(type='BN', eps=0.5))
+    assert {m.eps for m in given.stem.modules() if isinstance(m, _BatchNorm)} == {0.5}
+    sync.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        reverted = revert_sync_batchnorm(sync).eval()
+        assert difference(reverted(image), plain.eval()(image)) == 0
+    build(config, norm_cfg=dict(type='GN', num_groups=2))(image)
+
+
+@pytest.mark.parametrize('frozen_stages', range(5))
+def test_frozen_stages(config, image, frozen_stages):
+    backbone = build(config, frozen_stages=frozen_stages)
+    frozen = ['stem.'] + [f'stages.{i}.' for i in range(frozen_stages)]
+    frozen += [f'norm{i}.' for i in range(frozen_stages)]
+
+    def check():
+        for name, parameter in backbone.named_parameters():
+            assert parameter.requires_grad is not name.startswith(tuple(frozen)), name
+
+    check()  # From construction on: DDP looks at parameters before the first train().
+    before = copy.deepcopy(backbone.state_dict())
+    backbone.train()
+    check()
+    maps = backbone(image)
+    if frozen_stages < 4:
+        loss_of(maps).backward()
+    for name, value in backbone.state_dict().items():
+        if 'running' in name:
+            assert torch.equal(value, before[name]) is name.startswith(tuple(frozen)), name
+
+
+def test_norm_eval(config, image):
+    backbone = build(config, norm_eval=True).train()
+    before = copy.deepcopy(backbone.state_dict())
+    backbone(image)
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+    assert backbone.stages[0].training
+
+
+def test_checkpointing_changes_nothing(config, image):
+    results = []
+    for with_cp in (False, True):
+        backbone = build(config, with_cp=with_cp, drop_path_rate=0.3).train()
+        torch.manual_seed(1)
+        maps = backbone(image)
+        loss_of(maps).backward()
+        state = {k: v for k, v in backbone.state_dict().items() if 'running' in k or 'num_' in k}
+        results.append((maps, [p.grad for p in backbone.parameters()], state))
+    (maps, grads, state), (maps_cp, grads_cp, state_cp) = results
+    assert difference(maps_cp, maps) == 0
+    for a, b in zip(grads_cp, grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    # The second forward pass must not count its batch again.
+    assert all(torch.equal(state[k], state_cp[k]) for k in state)
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.bfloat16, 2e-2), (torch.float16, 5e-3)])
+def test_autocast_is_close_to_float32(config, image, dtype, tolerance):
+    backbone = build(config).eval()
+    with torch.no_grad():
+        expected = backbone(image)
+        with torch.autocast('cpu', dtype=dtype):
+            maps = backbone(image)
+    assert all(m.isfinite().all() for m in maps)
+    assert difference(maps, expected) <= tolerance
+    backbone.train()
+    with torch.autocast('cpu', dtype=dtype):
+        maps = backbone(image)
+    loss_of([m.float() for m in maps]).backward()
+    assert all(p.grad.isfinite().all() for p in backbone.parameters())
+
+
+def test_position_tensors_stay_float32_under_autocast():
+    backbone = build(FAMILIES['fastervit']).eval()
+    bias = backbone.stages[2].blocks[0].carrier.attn.bias
+    with torch.no_grad():
+        expected = bias((6, 5))
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            bias.train().eval()
+            assert torch.equal(bias((6, 5)), expected)
+
+
+def test_copies_and_pickles(config, image):
+    backbone = build(config).eval()
+    with torch.no_grad():
+        expected = backbone(image)
+        pickled = pickle.loads(pickle.dumps(backbone))
+        for clone in (copy.deepcopy(backbone), pickled):
+            assert difference(clone(image), expected) == 0
+            caches = {id(m._cache): m._cache for m in clone.modules() if hasattr(m, '_cache')}
+            assert len(caches) <= 1
+        buffer = io.BytesIO()
+        torch.save(backbone.state_dict(), buffer)
+        buffer.seek(0)
+        build(config).load_state_dict(torch.load(buffer, weights_only=True))
+
+
+def test_nothing_that_is_stored_depends_on_the_input_size(config, image):
+    backbone = build(config).eval()
+    before = {k: v.shape for k, v in backbone.state_dict().items()}
+    with torch.no_grad():
+        backbone(image)
+    assert {k: v.shape for k, v in backbone.state_dict().items()} == before
+
+
+def test_start_values(config):
+    backbone = MODELS.build(config)
+    backbone.init_weights()
+    linears = [m for m in backbone.modules() if isinstance(m, nn.Linear)]
+    spread = torch.cat([m.weight.flatten() for m in linears]).std()
+    assert spread == pytest.approx(0.02, rel=0.05)
+    assert all(m.bias is None or not m.bias.any() for m in linears)
+    for m in backbone.modules():
+        if isinstance(m, (nn.LayerNorm, _BatchNorm)):
+            assert (m.weight == 1).all()
+            assert not m.bias.any()
+        if isinstance(m, nn.Conv2d):
+            bound = 1 / (m.weight[0].numel() ** 0.5)
+            assert m.weight.abs().max() <= bound
+    scale = config['arch'].get('layer_scale')
+    for name, parameter in backbone.named_parameters():
+        if 'gamma' in name:
+            assert (parameter == scale).all()
+
+
+def test_layer_depths_rise_through_the_network(config):
+    backbone = build(config)
+    prefix = 'backbone.'
+    depths = {}
+    for name, _ in backbone.named_parameters():
+        depth, total = backbone.get_layer_depth(prefix + name, prefix)
+        assert total == sum(backbone.depths) + 2
+        depths.setdefault(depth, set()).add(name.split('.blocks.')[0].split('.')[0])
+    assert sorted(depths) == list(range(sum(backbone.depths) + 2))
+    assert depths[0] == {'stem'}
+    assert depths[max(depths)] == {'norm0', 'norm1', 'norm2', 'norm3'}
+    assert backbone.get_layer_depth('head.fc.weight', prefix) == (max(depths), max(depths) + 1)
+    assert backbone.get_layer_depth('backbone.stages.1.downsample.conv.weight', prefix)[0] == 2
+
+
+class TestCache:
+    """Position tensors kept in eval mode never go stale."""
+
+    @pytest.fixture
+    def backbone(self):
+        return build(FAMILIES['fastervit']).eval()
+
+    @staticmethod
+    def cache(backbone):
+        return backbone.stages[2].blocks[0].window.pos_embed._cache
+
+    @staticmethod
+    def fresh(backbone, image):
+        """What a backbone with the same weights computes without any cache."""
+        with torch.no_grad():
+            return copy.deepcopy(backbone)(image)
+
+    def test_is_used_for_one_grid_at_a_time(self, backbone, image):
+        calls = []
+        module = backbone.stages[2].blocks[0].carrier.attn.bias
+        compute = module._compute
+        module._compute = lambda *sides: calls.append(sides) or compute(*sides)
+        with torch.no_grad():
+            for size in (96, 96, 160, 160, 96):
+                backbone(image[..., :size].contiguous())
+        # 96 x 96 and 96 x 150 pixels: 2 x 2 and 2 x 3 windows of four tokens, two carriers each.
+        assert calls == [(4, 4), (4, 6), (4, 4)]
+
+    def test_is_off_while_gradients_are_on(self, backbone, image):
+        loss_of(backbone(image)).backward()
+        loss_of(backbone(image)).backward()
+        assert self.cache(backbone).nbytes == 0
+
+    def test_mixes_with_inference_mode(self, backbone, image):
+        with torch.inference_mode():
+            backbone(image)
+        with torch.no_grad():
+            backbone(image)
+        loss_of(backbone(image)).backward()
+
+    @pytest.mark.parametrize(
+        'event',
+        [
+            lambda b: b.train(),
+            lambda b: b.eval(),
+            lambda b: b.double(),
+            lambda b: b.load_state_dict(b.state_dict()),
+            lambda b: b.stages[2].load_state_dict(b.stages[2].state_dict()),
+        ],
+        ids=['train', 'eval', 'dtype', 'load', 'load of a stage'],
+    )
+    def test_is_cleared(self, backbone, image, event):
+        with torch.no_grad():
+            backbone(image)
+        bias = backbone.stages[2].blocks[1].carrier.attn.bias
+        assert id(bias) in bias._cache._entries
+        event(backbone)
+        assert id(bias) not in bias._cache._entries
+
+    def test_sees_in_place_edits(self, backbone, image):
+        with torch.no_grad():
+            backbone(image)
+            for parameter in backbone.parameters():
+                parameter.mul_(1.5)
+            assert difference(backbone(image), self.fresh(backbone, image)) == 0
+
+    def test_follows_the_weight_swap_of_the_ema_hook(self, backbone, image):
+        hook = EMAHook()
+        hook.src_model = backbone
+        hook.ema_model = ExponentialMovingAverage(backbone)
+        with torch.no_grad():
+            for parameter in hook.ema_model.module.parameters():
+                parameter.mul_(1.5)
+            original = backbone(image)
+            hook._swap_ema_parameters()
+            averaged = backbone.eval()(image)
+            assert difference(averaged, self.fresh(backbone, image)) == 0
+            assert difference(averaged, original) > 0.01
+            hook._swap_ema_parameters()
+            assert difference(backbone.eval()(image), original) == 0
+
+    def test_stays_within_its_limit(self, backbone, image):
+        limit = 50_000
+        cache = self.cache(backbone)
+        cache.limit = limit
+        with torch.no_grad():
+            maps = backbone(image)
+            assert 0 < cache.nbytes <= limit
+            assert difference(maps, self.fresh(backbone, image)) == 0
+        assert EvalCache().limit <= 32 * 2**20
+
+    def test_is_one_for_the_whole_backbone(self, backbone):
+        caches = {id(m._cache) for m in backbone.modules() if hasattr(m, '_cache')}
+        assert len(caches) == 1
+
+
+def test_public_names():
+    assert hat_mm.FasterViT.__name__ in hat_mm.__all__
+    with pytest.raises(AttributeError, match='FasterVit'):
+        _ = hat_mm.FasterVit

@@ -1,0 +1,43 @@
+"""Bad arguments and inputs: a clear error that names the value and the choices."""
+
+import pytest
+import torch
+
+import hat_mm
+from test_backbones.archs import tiny
+
+ARGUMENTS = [
+    (dict(arch='7'), ValueError, "unknown arch '7'.*4-21k-224"),
+    (dict(arch='4-21k-225'), ValueError, "did you mean '4-21k-224'"),
+    (dict(arch=True), TypeError, 'arch must be a name'),
+    (dict(arch=None), TypeError, 'not None'),
+    (dict(arch=dict(depth=(1, 1, 1, 1))), ValueError, "'depth'.*did you mean 'depths'"),
+    (dict(arch=dict(depths=(1, 1, 1))), ValueError, r'depths.*4 positive ints.*\(1, 1, 1\)'),
+    (dict(arch=dict(embed_dims=(64, 128))), ValueError, 'embed_dims must be a positive int'),
+    (dict(arch=dict(num_heads=(2, 4, 7, 16))), ValueError, r'num_heads\[2\] = 7.*256 channels'),
+    (dict(arch=dict(carriers=(1,))), ValueError, r'carriers.*\(1,\)'),
+    (dict(window_size=1), ValueError, 'window_size.2. = 1 is smaller than carrier_size = 2'),
+    (dict(window_size=(7, 7)), ValueError, r'window_size must be 4 positive ints'),
+    (dict(window_size=0), ValueError, 'window_size'),
+    (dict(out_indices=(0, 4)), ValueError, r'out of 0 to 3, not \(0, 4\)'),
+    (dict(out_indices=()), ValueError, 'out_indices'),
+    (dict(out_indices=(1, 1)), ValueError, 'out_indices'),
+    (dict(in_channels=0), ValueError, 'in_channels must be a positive int, not 0'),
+    (dict(drop_path_rate=1.5), ValueError, r'drop_path_rate must be in \[0, 1\), not 1.5'),
+    (dict(frozen_stages=5), ValueError, 'frozen_stages.*not 5'),
+    (dict(frozen_stages=-2), ValueError, 'frozen_stages.*not -2'),
+    (dict(windowsize=7), TypeError, 'windowsize'),
+]
+
+
+@pytest.mark.parametrize(('arguments', 'error', 'message'), ARGUMENTS)
+def test_arguments(arguments, error, message):
+    with torch.device('meta'), pytest.raises(error, match=message):
+        hat_mm.FasterViT(**arguments)
+
+
+@pytest.mark.parametrize('shape', [(3, 32, 32), (1, 4, 32, 32), (1, 3, 0, 32), (1, 1, 3, 32, 32)])
+def test_inputs(shape):
+    backbone = hat_mm.FasterViT(tiny()).eval()
+    with pytest.raises(ValueError, match=r'images of shape \(batch, 3, height, width\)'):
+        backbone(torch.zeros(shape))

@@ -164,7 +164,7 @@ def adapt(
     name_map: NameMap,
     arch: str,
     unused: str,
-) -> tuple[dict[str, Any], LoadReport, bool]:
+) -> tuple[dict[str, Any], LoadReport]:
     """Brings what a user loads into a backbone to the backbone's names.
 
     Args:
@@ -177,8 +177,8 @@ def adapt(
             which each task trains for itself, and stages that this backbone does not build.
 
     Returns:
-        The state dict in native names, with the own values of tensors that need not be there; the
-        report; whether the file was an official one.
+        The state dict in native names, with the own values of tensors that an official file need
+        not have, and the report.
 
     Raises:
         ValueError: The state dict is of another family or no checkpoint at all, or an official
@@ -201,7 +201,7 @@ def adapt(
                 f'arch {arch}: {report}. Use the file of this arch, or the arch of this file.'
             )
         native = {**{n: v for n, v in own.items() if re.fullmatch(spare, n)}, **native}
-    return native, report, official
+    return native, report
 
 
 def _foreign(state: Collection[str], name_map: NameMap) -> str:

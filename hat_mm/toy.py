@@ -69,6 +69,7 @@ class Style:
         dots: Least and greatest number of dots in the background.
         clutter_size: Greatest width of a line and radius of a dot, in pixels.
         noise: Standard deviation of the noise on each pixel, in grey levels of 0–255.
+        vivid: Whether objects are of saturated colours on a greyish background, not of any on any.
     """
 
     classes: tuple[str, ...]
@@ -77,10 +78,11 @@ class Style:
     dots: tuple[int, int]
     clutter_size: float
     noise: float
+    vivid: bool
 
 
-EASY = Style(('circle', 'square', 'triangle'), False, (4, 10), (8, 20), 3.0, 0.0)
-HARD = Style(tuple(OUTLINES), True, (30, 60), (40, 90), 8.0, 8.0)
+EASY = Style(('circle', 'square', 'triangle'), False, (4, 10), (8, 20), 3.0, 0.0, True)
+HARD = Style(tuple(OUTLINES), True, (30, 60), (40, 90), 8.0, 8.0, False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +144,15 @@ def _object_mask(
     return mask
 
 
-def _colour(rng: np.random.Generator, taken: list[np.ndarray]) -> np.ndarray:
-    """An RGB colour that differs from those taken, so that every outline can be seen."""
+def _colour(rng: np.random.Generator, style: Style, taken: list[np.ndarray]) -> np.ndarray:
+    """An RGB colour for an object that differs from those taken, so that its outline is seen."""
     best, best_distance = None, -1.0
     for _ in range(30):
-        colour = rng.integers(0, 256, 3).astype(np.float64)
+        colour = rng.uniform(0, 255, 3)
+        if style.vivid:  # stretched until one channel is bright and another dark
+            low, high = colour.min(), colour.max()
+            bright, dark = rng.uniform(150, 255), rng.uniform(0, 70)
+            colour = dark + (colour - low) / max(high - low, 1e-6) * (bright - dark)
         distance = min(float(np.linalg.norm(colour - other)) for other in taken)
         if distance > best_distance:
             best, best_distance = colour, distance
@@ -160,7 +166,9 @@ def _background(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A gradient with lines and dots on it, (H, W, 3) float, and the gradient's mean colour."""
     height, width = size
-    base = rng.integers(40, 216, 3).astype(np.float64)
+    base = (
+        rng.uniform(70, 190) + rng.uniform(-15, 15, 3) if style.vivid else rng.uniform(40, 215, 3)
+    )
     slope = rng.uniform(-25, 25, (2, 3))
     across = np.linspace(-1, 1, width)[None, :, None] * slope[0]
     down = np.linspace(-1, 1, height)[:, None, None] * slope[1]
@@ -216,7 +224,7 @@ def draw_scene(rng: np.random.Generator, style: Style = EASY) -> Scene:
             continue
         for other in masks:
             other &= ~mask
-        colour = _colour(rng, colours)
+        colour = _colour(rng, style, colours)
         image[mask] = colour
         colours.append(colour)
         labels.append(label)

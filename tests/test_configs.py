@@ -1,6 +1,7 @@
 """Every shipped config builds what its name says, and nothing of what it replaces is left over."""
 
 import ast
+import copy
 import dataclasses
 import functools
 from pathlib import Path
@@ -38,7 +39,7 @@ def parsed(path: Path) -> Config:
 
 
 def load(path: Path) -> Config:
-    return parsed(path).copy()
+    return copy.deepcopy(parsed(path))
 
 
 def arch_of(path: Path) -> str:
@@ -94,7 +95,7 @@ def test_builds_with_its_real_arch(path):
 def test_nothing_of_the_resnet_is_left(path):
     cfg = load(path)
     assert set(cfg.model.backbone) <= {'type', 'arch', 'init_cfg'}
-    assert 'resnet' not in cfg.dump().lower()
+    assert 'resnet' not in str(cfg.to_dict()).lower()
 
 
 @of_coco_leaves
@@ -118,14 +119,14 @@ def test_loss_and_prediction_with_few_blocks(path):
     model = MODELS.build(cfg)
     batch = demo_mm_inputs(2, [[3, 64, 96], [3, 80, 64]], num_classes=80, with_mask=True)
     batch = model.data_preprocessor(batch, training=True)
-    losses = model.loss(**batch)
+    losses = model(**batch, mode='loss')
     names = {'loss_rpn_cls', 'loss_rpn_bbox', 'loss_cls', 'loss_bbox', 'loss_mask'}
     assert names <= set(losses)
     total, _ = model.parse_losses(losses)
     assert torch.isfinite(total)
     model.eval()
     with torch.no_grad():
-        predictions = model.predict(**batch)
+        predictions = model(**batch, mode='predict')
     for sample in predictions:
         assert sample.pred_instances.masks.shape[1:] == tuple(sample.ori_shape)
 
@@ -150,7 +151,7 @@ def test_optimiser_schedule_and_metric(path):
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         assert evaluator.type == 'CocoMetric'
         assert evaluator.metric == ['bbox', 'segm']
-    assert set(cfg.data_root) and cfg.model.roi_head.bbox_head.num_classes == 80
+    assert cfg.model.roi_head.bbox_head.num_classes == 80
 
 
 @of_leaves
@@ -177,7 +178,7 @@ def training_data(cfg: Config, folder: Path):
     return DATASETS.build(cfg)
 
 
-def short_sides(data, rounds: int) -> list[tuple[int, int]]:
+def sizes_seen(data, rounds: int) -> list[tuple[int, int]]:
     samples = [data[i] for _ in range(rounds) for i in range(len(data))]
     for sample in samples:
         instances = sample['data_samples'].gt_instances
@@ -188,13 +189,13 @@ def short_sides(data, rounds: int) -> list[tuple[int, int]]:
 
 def test_single_scale_images(shapes):
     data = training_data(load(CONFIGS / 'fastervit/mask-rcnn_fastervit-0_fpn_1x_coco.py'), shapes)
-    for sides in short_sides(data, 1):
+    for sides in sizes_seen(data, 1):
         assert min(sides) == 800 or max(sides) == 1333
 
 
 def test_multi_scale_and_crop_images(shapes):
     path = CONFIGS / 'fastervit/mask-rcnn_fastervit-0_fpn_ms-crop-3x_coco.py'
-    sizes = short_sides(training_data(load(path), shapes), 4)
+    sizes = sizes_seen(training_data(load(path), shapes), 4)
     for sides in sizes:
         assert min(sides) in range(480, 801, 32) or max(sides) == 1333
     assert len({min(sides) for sides in sizes}) > 3
@@ -220,7 +221,7 @@ def test_toy_classes_are_those_that_are_drawn():
 
 
 def test_toy_images_differ_in_size_and_are_not_square(shapes):
-    sizes = short_sides(training_data(load(TOY), shapes), 4)
+    sizes = sizes_seen(training_data(load(TOY), shapes), 4)
     assert len(set(sizes)) > 6
     assert all(height != width for height, width in sizes)
 
@@ -230,5 +231,5 @@ def test_toy_stage_2_has_several_windows_on_each_axis(shapes):
     arch = cfg.model.backbone.arch
     windows = arch.window_size if isinstance(arch.window_size, int) else arch.window_size[2]
     assert 2 in arch.carriers
-    for sides in short_sides(training_data(cfg, shapes), 4):
+    for sides in sizes_seen(training_data(cfg, shapes), 4):
         assert min(sides) // 16 > windows

@@ -236,9 +236,7 @@ class HierarchicalBackbone(BaseModule):
         of the state dict, before they look at the children.
         """
         state = {k[len(prefix) :]: state_dict.pop(k) for k in [*state_dict] if k.startswith(prefix)}
-        # mmengine is always strict here; a user of torch's strict=False asked for what fits.
-        if state or strict:
-            state = self._adapt(state, prefix, strict)
+        state = self._adapt(state, prefix)
         state_dict.update({prefix + name: value for name, value in state.items()})
         super()._load_from_state_dict(
             state_dict,
@@ -250,7 +248,7 @@ class HierarchicalBackbone(BaseModule):
             error_msgs,
         )
 
-    def _adapt(self, state: dict[str, Any], prefix: str, strict: bool) -> dict[str, Any]:
+    def _adapt(self, state: dict[str, Any], prefix: str) -> dict[str, Any]:
         family = type(self).__name__
         if prefix and not state:
             raise ValueError(
@@ -264,13 +262,13 @@ class HierarchicalBackbone(BaseModule):
         if isinstance(getattr(self, f'norm{len(self.depths) - 1}', None), _BatchNorm):
             # The norm of the last map is part of the official files and fits.
             unused = rf'norm[0-{len(self.depths) - 2}]\..*|stages\.[{built}-9]\..*'
-        state, report, official = adapt(state, own, self.name_map, self.arch, unused)
-        kind = 'official checkpoint' if official else 'checkpoint'
-        print_log(f'{family} {self.arch}, {kind}: {report}', logger='current')
-        if not prefix and strict and not official and not report.complete:
+        state, report = adapt(state, own, self.name_map, self.arch, unused)
+        print_log(f'{family} {self.arch}: {report}', logger='current')
+        if not prefix and not report.complete:
+            # mmengine would only warn, and whether torch was told strict=False cannot be seen here.
             raise ValueError(
                 f'the checkpoint does not fit {family} arch {self.arch}: {report}. Use the arch '
-                "that it was made with, or torch's load_state_dict(..., strict=False)."
+                'that it was made with. To load a part on purpose, update state_dict() with it.'
             )
         return state
 

@@ -62,14 +62,19 @@ class Mlp(nn.Module):
 
 @contextmanager
 def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    # A momentum of 0 rather than no running statistics at all: checkpointing wants the second pass
+    # to save the same tensors as the first.
+    kept = [(m, m.momentum, m.num_batches_tracked) for m in norms if m.track_running_stats]
     try:
-        for norm in norms:
-            norm.track_running_stats = False
+        for norm, _, count in kept:
+            norm.momentum = 0.0
+            norm.num_batches_tracked = count.clone()
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, count in kept:
+            norm.momentum = momentum
+            norm.num_batches_tracked = count
 
 
 def checkpoint_block(block: nn.Module, *args: Any) -> Any:

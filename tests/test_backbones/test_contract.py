@@ -220,8 +220,8 @@ def test_start_values(config):
     backbone = MODELS.build(config)
     backbone.init_weights()
     linears = [m for m in backbone.modules() if isinstance(m, nn.Linear)]
-    spread = torch.cat([m.weight.flatten() for m in linears]).std()
-    assert spread == pytest.approx(0.02, rel=0.05)
+    spread = torch.cat([m.weight.detach().flatten() for m in linears]).std()
+    assert float(spread) == pytest.approx(0.02, rel=0.05)
     assert all(m.bias is None or not m.bias.any() for m in linears)
     for m in backbone.modules():
         if isinstance(m, (nn.LayerNorm, _BatchNorm)):

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,9 @@ def test_command_exists(command):
     assert words[0] in ('python', 'bash')
     assert (ROOT / words[1]).is_file()
     if words[1].endswith('.py'):
+        program = [sys.executable, ROOT / words[1], '--help']
         help_text = subprocess.run(
-            ['python', ROOT / words[1], '--help'], cwd=ROOT, capture_output=True, text=True, check=True
+            program, cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
         for word in words[2:]:
             if word.startswith('--'):

@@ -13,10 +13,10 @@ from golden import fill
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from mmengine.runner import load_checkpoint
-from test_backbones.archs import official_tiny, tiny
 
 import hat_mm
 from hat_mm.checkpoints import FASTERVIT_NAMES, unwrap
+from test_backbones.archs import official_tiny, tiny
 
 ARCH = tiny(propagate=True, layer_scale=0.5)
 

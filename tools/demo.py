@@ -159,12 +159,12 @@ def newest_metrics(folder: Path) -> dict:
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def make_overview(pictures: Path, out: Path, count: int = 8, columns: int = 2) -> None:
+def make_overview(pictures: Path, out: Path, count: int = 6, columns: int = 2) -> None:
     """Puts the first painted pictures (ground truth beside prediction) on one sheet.
 
     Args:
         pictures: Folder of ``tools/test.py --show-dir``.
-        out: PNG to write; 256 colours keep it small.
+        out: PNG to write.
         count: Number of pictures.
         columns: Pictures in a row.
     """
@@ -189,7 +189,7 @@ def make_overview(pictures: Path, out: Path, count: int = 8, columns: int = 2) -
     for row, y in zip(rows, tops, strict=True):
         for column, image in enumerate(row):
             sheet.paste(image, (column * (width + gap), y))
-    sheet.quantize(256, dither=Image.Dither.NONE).save(out, optimize=True)
+    sheet.save(out, optimize=True)
 
 
 # --- the demo -------------------------------------------------------------------------------------
@@ -235,12 +235,12 @@ def demo(args: argparse.Namespace) -> str:
     else:
         print(f'\n== Training: done before ({state["trained"]})')
 
-    pictures = (work_dir / 'pictures').absolute()
+    pictures = work_dir / 'pictures'
     overview = work_dir / OVERVIEW
     if not state.get('metrics') or not overview.is_file():
         folder = work_dir / 'test'
         command = [str(TOOLS / 'test.py'), str(CONFIG), state['trained'], '--work-dir', str(folder)]
-        step('test', 'Test', [*command, '--show-dir', str(pictures), *options])
+        step('test', 'Test', [*command, '--show-dir', str(pictures.absolute()), *options])
         make_overview(pictures, overview)
         state['metrics'] = newest_metrics(folder)
         write_state(work_dir, state)

@@ -129,7 +129,7 @@ class HierarchicalBackbone(BaseModule):
         self.with_cp = with_cp
         self.out_channels = tuple(dims[i] for i in self.out_indices)
         self.out_strides = tuple(4 * 2**i for i in self.out_indices)
-        self._norm_cfg = {**(norm_cfg or {'type': 'BN'})}
+        self._norm_cfg = {'type': 'BN', **(norm_cfg or {})}
         self.stem: nn.Module
         self.stages: nn.ModuleList
         self._build(max(self.out_indices) + 1)

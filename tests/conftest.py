@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.utils import ManagerMixin
 
 # Its repairs apply to toolboxes that are imported later.
 from hat_mm.toy import make_instances
@@ -35,6 +36,19 @@ def _guarded(method: Callable) -> Callable:
 
 socket.socket.connect = _guarded(socket.socket.connect)
 socket.socket.connect_ex = _guarded(socket.socket.connect_ex)
+
+
+# --- no state of mmengine between tests ----------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _fresh_globals() -> None:
+    """Forget mmengine's global instances: runs named by the second would share their visualizer."""
+    kinds = [ManagerMixin]
+    while kinds:
+        kind = kinds.pop()
+        kind._instance_dict.clear()
+        kinds += kind.__subclasses__()
 
 
 # --- a tiny data set and the toy config on it ---------------------------------------------------

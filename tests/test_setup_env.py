@@ -320,6 +320,8 @@ def test_an_interrupt_ends_what_was_started(tmp_path, sign):
     pids = tmp_path / 'pids'
     body = f"""
 import signal, sys
+# Ignored in jobs that a shell has put in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import setup_env
 class Slow(setup_env.Environment):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -87,7 +88,8 @@ def run_step(title: str, command: list[str]) -> tuple[float, int]:
     start = time.monotonic()
     # On a busy machine OpenMP threads that spin while they wait slow each other down tenfold.
     environment = {'OMP_WAIT_POLICY': 'PASSIVE', **os.environ}
-    process = subprocess.Popen([sys.executable, *command], env=environment)
+    # In a group of its own, so that its data loading workers can be stopped with it.
+    process = subprocess.Popen([sys.executable, *command], env=environment, process_group=0)
 
     def watch() -> None:
         nonlocal peak
@@ -99,7 +101,7 @@ def run_step(title: str, command: list[str]) -> tuple[float, int]:
     try:
         status = process.wait()
     except BaseException:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)
         process.wait()
         raise
     finally:
@@ -280,4 +282,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
+    for number in (signal.SIGTERM, signal.SIGHUP):  # stop the running step, too, as Ctrl-C does
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

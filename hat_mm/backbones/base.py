@@ -59,7 +59,7 @@ def _near(name: Any, choices: Sequence[str]) -> str:
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Spreads a drop-path rate over blocks, linearly from 0 at the first block to ``rate``."""
-    if not 0 <= rate < 1:
+    if not isinstance(rate, int | float) or not 0 <= rate < 1:
         raise ValueError(f'drop_path_rate must be in [0, 1), not {rate!r}')
     total = sum(depths)
     rates = iter([rate * i / max(total - 1, 1) for i in range(total)])
@@ -278,7 +278,7 @@ def _check_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tup
     if (
         not indices
         or len(set(indices)) != len(indices)
-        or any(i not in range(num_stages) for i in indices)
+        or any(isinstance(i, bool) or i not in range(num_stages) for i in indices)
     ):
         raise ValueError(
             f'out_indices must be different stages out of 0 to {num_stages - 1}, '

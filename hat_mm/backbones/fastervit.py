@@ -80,12 +80,12 @@ class FasterViTArch:
             object.__setattr__(self, name, tuple(values))
         for name in ('embed_dims', 'stem_dims', 'carrier_size'):
             _check_ints(name, (getattr(self, name),), length=1)
-        object.__setattr__(self, 'carriers', tuple(carriers))
-        if not set(self.carriers) <= set(_ATTENTION_STAGES):
+        if not isinstance(carriers, Sequence) or not set(carriers) <= set(_ATTENTION_STAGES):
             raise ValueError(
                 f'carriers must be True, False or stages out of {_ATTENTION_STAGES}, '
                 f'not {carriers!r}'
             )
+        object.__setattr__(self, 'carriers', tuple(carriers))
         for i in _ATTENTION_STAGES:
             if self.dims[i] % self.num_heads[i]:
                 raise ValueError(

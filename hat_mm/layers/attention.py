@@ -112,6 +112,9 @@ class CarrierTokenizer(nn.Module):
         """Maps (B, C, nh * w, nw * w) to carriers in window order, (B * nh * nw, c * c, C)."""
         # As matrix products by axis: pooling kernels computed from the size make torch.compile
         # recompile for every size, and torch 2.13 then returns wrong values without a word.
+        if torch.is_grad_enabled():
+            # Else the gradient of the weight has strides that DistributedDataParallel warns of.
+            x = x.contiguous()
         x = self.conv(x)
         rows, cols = (self._pooling(windows, x) for windows in grid)
         x = rows @ (x @ cols.t())

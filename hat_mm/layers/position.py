@@ -21,7 +21,7 @@ _HIDDEN = 512
 class EvalCache:
     """Keeps the last result of each position module while a network only predicts.
 
-    Nothing is kept while gradients are enabled or torch.compile traces. An entry belongs to one
+    Nothing is kept while gradients are enabled or the network is traced. An entry belongs to one
     grid: the next grid replaces it. Copies and pickles of a cache are empty.
 
     Args:
@@ -46,7 +46,8 @@ class EvalCache:
 
     def get(self, owner: nn.Module, key: tuple, compute: Callable[[], Tensor]) -> Tensor:
         """Returns ``compute()``, or what it returned last if ``owner`` stored it under ``key``."""
-        if torch.compiler.is_compiling() or owner.training or torch.is_grad_enabled():
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if traced or owner.training or torch.is_grad_enabled():
             return compute()
         # In-place edits (an optimizer, copy_) show in the versions. Edits through ``.data`` do
         # not: for those every train() and eval() drops the entry.

@@ -233,3 +233,23 @@ def test_toy_stage_2_has_several_windows_on_each_axis(shapes):
     assert 2 in arch.carriers
     for sides in sizes_seen(training_data(cfg, shapes), 4):
         assert min(sides) // 16 > windows
+
+
+def far_pixel_reaches(arch: dict, sides: tuple[int, int]) -> bool:
+    """Whether the last pixel of an image changes the first token of stage 2."""
+    torch.manual_seed(0)
+    backbone = hat_mm.FasterViT(arch=arch, out_norm_cfg=None).eval().double()
+    image = torch.randn(1, 3, *sides, dtype=torch.float64)
+    other = image.clone()
+    other[..., -1, -1] += 1
+    with torch.inference_mode():
+        first, second = (backbone(x)[2][..., 0, 0] for x in (image, other))
+    return not torch.equal(first, second)
+
+
+def test_toy_windows_see_each_other_through_carriers_only(shapes):
+    cfg = load(TOY)
+    arch = cfg.model.backbone.arch.to_dict()
+    for sides in sizes_seen(training_data(cfg, shapes), 1):
+        assert far_pixel_reaches(arch, sides)
+        assert not far_pixel_reaches({**arch, 'carriers': False}, sides)

@@ -6,10 +6,12 @@ an official file works wherever OpenMMLab loads weights.
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+
+_COUNTER = 'num_batches_tracked'
 
 Rule = tuple[str, str | Callable[[re.Match], str]]
 
@@ -101,12 +103,16 @@ class LoadReport:
         missing: Names that it does not fill, which keep their values.
         unexpected: Names in the checkpoint that the backbone has no place for.
         mismatched: Names that both have, with different shapes.
+        kept: Names that need not be in the checkpoint and are not, which keep their values.
+        dropped: Names in the checkpoint that a backbone has no use for.
     """
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: tuple[str, ...]
+    kept: tuple[str, ...]
+    dropped: tuple[str, ...]
 
     @property
     def complete(self) -> bool:
@@ -114,10 +120,16 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
-        total = len(self.loaded) + len(self.missing) + len(self.mismatched)
+        total = sum(map(len, (self.loaded, self.missing, self.mismatched, self.kept)))
         parts = [f'{len(self.loaded)} of {total} tensors loaded']
-        for label in ('missing', 'unexpected', 'mismatched'):
-            names = getattr(self, label)
+        labels = {
+            'missing': self.missing,
+            'unexpected': self.unexpected,
+            'mismatched': self.mismatched,
+            'kept as they were': self.kept,
+            'dropped': self.dropped,
+        }
+        for label, names in labels.items():
             if names:
                 more = ', …' if len(names) > 4 else ''
                 parts.append(f'{len(names)} {label} ({", ".join(names[:4])}{more})')
@@ -142,19 +154,31 @@ def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 def compare(own: Mapping[str, Tensor], state: Mapping[str, Any], spare: str) -> LoadReport:
     """Compares a state dict in native names with a backbone's own.
 
+    Counters of batches count as nothing.
+
     Args:
         own: The backbone's ``state_dict()``.
         state: What is to be loaded.
-        spare: Pattern of names (matched whole) that count neither as missing nor as unexpected.
+        spare: Pattern of names (matched whole) that need not be in both.
     """
-    counted = {name for name in own if name in state or not re.fullmatch(spare, name)}
-    shared = [name for name in own if name in state]
-    fits = {n for n in shared if getattr(state[n], 'shape', None) == own[n].shape}
+    own = {name: value for name, value in own.items() if not name.endswith(_COUNTER)}
+    state = {name: value for name, value in state.items() if not name.endswith(_COUNTER)}
+    fits = {n for n in own if n in state and getattr(state[n], 'shape', None) == own[n].shape}
+
+    def split(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        names = tuple(names)
+        needed = tuple(name for name in names if not re.fullmatch(spare, name))
+        return needed, tuple(name for name in names if name not in needed)
+
+    missing, kept = split(name for name in own if name not in state)
+    unexpected, dropped = split(name for name in state if name not in own)
     return LoadReport(
-        loaded=tuple(name for name in shared if name in fits),
-        missing=tuple(name for name in own if name in counted and name not in state),
-        unexpected=tuple(n for n in state if n not in own and not re.fullmatch(spare, n)),
-        mismatched=tuple(name for name in shared if name not in fits),
+        loaded=tuple(name for name in own if name in fits),
+        missing=missing,
+        unexpected=unexpected,
+        mismatched=tuple(name for name in own if name in state and name not in fits),
+        kept=kept,
+        dropped=dropped,
     )
 
 
@@ -185,23 +209,23 @@ def adapt(
             file that does not fill the backbone exactly.
     """
     state = unwrap(state)
-    official = name_map.matches(state)
-    if not official and not any(name in own for name in state):
-        raise ValueError(_foreign(state, name_map))
-    native = name_map.to_native(state) if official else dict(state)
-    spare = rf'{unused}|.*num_batches_tracked'
-    if official:
-        native = {n: v for n, v in native.items() if not re.fullmatch(unused, n)}
-    report = compare(own, native, spare)
-    if official:
-        if not report.complete:
-            depths = name_map.depths(state)
-            raise ValueError(
-                f'an official {name_map.family} checkpoint with depths {depths} does not fit '
-                f'arch {arch}: {report}. Use the file of this arch, or the arch of this file.'
-            )
-        native = {**{n: v for n, v in own.items() if re.fullmatch(spare, n)}, **native}
-    return native, report
+    if not name_map.matches(state):
+        if not any(name in own for name in state):
+            raise ValueError(_foreign(state, name_map))
+        return dict(state), compare(own, state, unused)
+    native = name_map.to_native(state)
+    no_use = tuple(name for name in state if re.fullmatch(name_map.dropped, name))
+    no_use += tuple(name for name in native if re.fullmatch(unused, name))
+    native = {name: value for name, value in native.items() if name not in no_use}
+    report = compare(own, native, unused)
+    if not report.complete:
+        raise ValueError(
+            f'an official {name_map.family} checkpoint with depths {name_map.depths(state)} does '
+            f'not fit arch {arch}: {report}. Use the file of this arch, or the arch of this file.'
+        )
+    optional = rf'{unused}|.*{_COUNTER}'
+    native = {**{n: v for n, v in own.items() if re.fullmatch(optional, n)}, **native}
+    return native, replace(report, dropped=no_use)
 
 
 def _foreign(state: Collection[str], name_map: NameMap) -> str:

@@ -1,4 +1,4 @@
-"""FasterViT backbones for OpenMMLab detection, segmentation and classification.
+"""FasterViT and HAT-Net backbones for OpenMMLab detection, segmentation and classification.
 
 Importing the package needs torch and numpy alone. Public classes are imported on first use, so
 ``hat_mm.FasterViT`` works after ``import hat_mm``.
@@ -14,9 +14,10 @@ __version__ = '0.1.0'
 # Public name -> module that defines it.
 _PUBLIC = {
     'FasterViT': 'hat_mm.backbones',
+    'HATNet': 'hat_mm.backbones',
 }
 
-__all__ = ['FasterViT', '__version__']
+__all__ = ['FasterViT', 'HATNet', '__version__']
 
 compat.apply()
 

@@ -27,6 +27,7 @@ class NameMap:
         dropped: Pattern of the names (matched whole) that a backbone has no use for.
         rules: Substitutions (pattern, replacement) that, applied in order, make a native name.
         block: Pattern of a block's names with the groups stage and block, for messages.
+        last_norm: Whether the files hold the batch norm of the last map.
     """
 
     family: str
@@ -34,6 +35,7 @@ class NameMap:
     dropped: str
     rules: tuple[Rule, ...]
     block: str
+    last_norm: bool
 
     def matches(self, names: Iterable[str]) -> bool:
         """Tells whether the names are those of an official file of this family."""
@@ -91,6 +93,28 @@ FASTERVIT_NAMES = NameMap(
         (r'\.cpb_mlp\.2\.', '.fc2.'),
     ),
     block=r'levels\.(\d)\.blocks\.(\d+)\.',
+    last_norm=True,
+)
+
+HAT_NET_NAMES = NameMap(
+    family='HATNet',
+    marker=r'blocks\.\d\.\d+\.attn\.|ds\d\.conv\.',
+    # The classifier, and a norm that the published network never uses.
+    dropped=r'classifier\..*|.*\.attn\.proj_norm\..*',
+    rules=(
+        (r'^patch_embed\.0\.', 'stem.conv1.'),
+        (r'^patch_embed\.1\.', 'stem.norm.'),
+        (r'^patch_embed\.3\.', 'stem.conv2.'),
+        (r'^ds(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.downsample.'),
+        (r'^blocks\.(\d)\.', r'stages.\1.blocks.'),
+        (r'\.conv\.conv1\.0\.', '.conv.norm1.'),
+        (r'\.conv\.conv1\.1\.', '.conv.conv1.'),
+        (r'\.conv\.conv2\.0\.', '.conv.conv2.'),
+        (r'\.conv\.conv3\.0\.', '.conv.conv3.'),
+        (r'\.conv\.conv3\.1\.', '.conv.norm2.'),
+    ),
+    block=r'blocks\.(\d)\.(\d+)\.',
+    last_norm=False,
 )
 
 

@@ -3,7 +3,7 @@
 import difflib
 import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any, ClassVar
@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hat_mm.checkpoints import NameMap, adapt
-from hat_mm.layers import NormFactory
-
-# From scratch: linear layers as below, norms one and zero, convolutions PyTorch's default.
-_FROM_SCRATCH = [dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0)]
+from hat_mm.layers import NormFactory, checkpoint_block
 
 
 def resolve_arch(arch: Any, table: Mapping[str, Any], row: type) -> tuple[str, Any]:
@@ -57,6 +54,18 @@ def _near(name: Any, choices: Sequence[str]) -> str:
     return f'; choices: {", ".join(choices)}{hint}'
 
 
+def check_ints(name: str, values: Sequence[int], length: int) -> None:
+    """Raises ValueError unless ``values``, shown as ``name``, are so many positive ints."""
+    if (
+        not isinstance(values, Sequence)
+        or len(values) != length
+        or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values)
+    ):
+        shown = values[0] if length == 1 else values
+        wanted = 'a positive int' if length == 1 else f'{length} positive ints, one for each stage'
+        raise ValueError(f'{name} must be {wanted}, not {shown!r}')
+
+
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Spreads a drop-path rate over blocks, linearly from 0 at the first block to ``rate``."""
     if not isinstance(rate, int | float) or not 0 <= rate < 1:
@@ -66,14 +75,41 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [[next(rates) for _ in range(depth)] for depth in depths]
 
 
+class Stage(nn.Module):
+    """A down-sampler and blocks, each of which maps (B, C, H, W) to the same shape.
+
+    Args:
+        downsample: Module in front of the blocks, or None.
+        blocks: The blocks.
+        with_cp: Recomputes the blocks' activations for the gradient.
+    """
+
+    def __init__(
+        self, downsample: nn.Module | None, blocks: Iterable[nn.Module], with_cp: bool
+    ) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the stage's feature map."""
+        if self.downsample is not None:
+            x = self.downsample(x)
+        for block in self.blocks:
+            x = checkpoint_block(block, x) if self.with_cp else block(x)
+        return x
+
+
 class HierarchicalBackbone(BaseModule):
     """A stem and stages, each stage at half the resolution of the one before.
 
     A subclass makes ``stem`` and ``stages`` in :meth:`_build` from ``spec``, lists its variants in
     ``archs`` (rows of ``arch_type``, which have ``dims`` and ``depths``, the channels and blocks of
-    each stage) and names its official checkpoints in ``name_map``. ``stages[i]`` starts with its
-    down-sampler (the first has none) and holds its blocks in ``blocks``, so the result of a stage
-    is its feature map.
+    each stage), names its official checkpoints in ``name_map``, and says what it is made of:
+    ``published_norm`` is the config of its norms, ``from_scratch`` the start values of its weights.
+    ``stages[i]`` starts with its down-sampler (the first has none) and holds its blocks in
+    ``blocks``, so the result of a stage is its feature map.
 
     Stages after the last one in ``out_indices`` are not built: their parameters would get no
     gradient, which DistributedDataParallel refuses.
@@ -84,8 +120,8 @@ class HierarchicalBackbone(BaseModule):
         in_channels: Channels of the images.
         out_indices: Stages whose maps are returned, in this order.
         out_norm_cfg: Config of the norm ``norm{i}`` of each returned map, or None for raw maps.
-        norm_cfg: Changes the type (and what else it gives) of the norms of convolutions; each
-            keeps its own eps unless ``eps`` is given. None for the published type.
+        norm_cfg: Changes the type (and what else it gives) of the norms on maps; each keeps its
+            own eps unless ``eps`` is given. None for the published type.
         frozen_stages: Freezes nothing (-1), the stem (0), or the stem and the first k stages (k).
         norm_eval: Keeps batch norms in evaluation mode while training.
         with_cp: Recomputes the activations of blocks for the gradient instead of keeping them.
@@ -95,6 +131,8 @@ class HierarchicalBackbone(BaseModule):
     archs: ClassVar[Mapping[str, Any]]
     arch_type: ClassVar[type]
     name_map: ClassVar[NameMap]
+    published_norm: ClassVar[dict]
+    from_scratch: ClassVar[list[dict]]
 
     def __init__(
         self,
@@ -110,7 +148,7 @@ class HierarchicalBackbone(BaseModule):
         with_cp: bool,
         init_cfg: dict | list[dict] | None,
     ) -> None:
-        super().__init__(init_cfg=_FROM_SCRATCH if init_cfg is None else init_cfg)
+        super().__init__(init_cfg=self.from_scratch if init_cfg is None else init_cfg)
         self.arch, spec = resolve_arch(arch, self.archs, self.arch_type)
         self.spec = replace(spec, **{k: v for k, v in overrides.items() if v is not None})
         dims, self.depths = self.spec.dims, self.spec.depths
@@ -129,7 +167,10 @@ class HierarchicalBackbone(BaseModule):
         self.with_cp = with_cp
         self.out_channels = tuple(dims[i] for i in self.out_indices)
         self.out_strides = tuple(4 * 2**i for i in self.out_indices)
-        self._norm_cfg = {'type': 'BN', **(norm_cfg or {})}
+        published = self.published_norm
+        if norm_cfg is not None and norm_cfg.get('type', published['type']) != published['type']:
+            published = {}
+        self._norm_cfg = {**published, **(norm_cfg or {})}
         self.stem: nn.Module
         self.stages: nn.ModuleList
         self._build(max(self.out_indices) + 1)
@@ -146,7 +187,7 @@ class HierarchicalBackbone(BaseModule):
 
     @property
     def norm_layer(self) -> NormFactory:
-        """Makes a norm of a convolution from its channels and eps, as ``norm_cfg`` says."""
+        """Makes a norm of a map from its channels and eps, as ``norm_cfg`` says."""
         return lambda dim, eps: build_norm_layer({'eps': eps, **self._norm_cfg}, dim)[1]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -259,7 +300,8 @@ class HierarchicalBackbone(BaseModule):
         own = self.state_dict()
         built = len(self.stages)
         unused = rf'norm\d\..*|stages\.[{built}-9]\..*'
-        if isinstance(getattr(self, f'norm{len(self.depths) - 1}', None), _BatchNorm):
+        last = getattr(self, f'norm{len(self.depths) - 1}', None)
+        if self.name_map.last_norm and isinstance(last, _BatchNorm):
             # The norm of the last map is part of the official files and fits.
             unused = rf'norm[0-{len(self.depths) - 2}]\..*|stages\.[{built}-9]\..*'
         state, report = adapt(state, own, self.name_map, self.arch, unused)

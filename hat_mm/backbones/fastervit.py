@@ -21,7 +21,6 @@ from hat_mm.layers import (
     Downsample,
     EvalCache,
     HierarchicalBlock,
-    NormFactory,
     checkpoint_block,
     crop,
     merge_windows,
@@ -31,7 +30,7 @@ from hat_mm.layers import (
 )
 from hat_mm.registry import MODELS
 
-from .base import HierarchicalBackbone, drop_path_rates
+from .base import HierarchicalBackbone, Stage, check_ints, drop_path_rates
 
 _NUM_STAGES = 4
 _ATTENTION_STAGES = (2, 3)
@@ -76,10 +75,10 @@ class FasterViTArch:
             'window_size': per_stage_windows(self.window_size),
         }
         for name, values in per_stage.items():
-            _check_ints(name, values)
+            check_ints(name, values, _NUM_STAGES)
             object.__setattr__(self, name, tuple(values))
         for name in ('embed_dims', 'stem_dims', 'carrier_size'):
-            _check_ints(name, (getattr(self, name),), length=1)
+            check_ints(name, (getattr(self, name),), length=1)
         if not isinstance(carriers, Sequence) or not set(carriers) <= set(_ATTENTION_STAGES):
             raise ValueError(
                 f'carriers must be True, False or stages out of {_ATTENTION_STAGES}, '
@@ -109,17 +108,6 @@ def per_stage_windows(window_size: int | Sequence[int]) -> Sequence[int]:
     return (window_size,) * _NUM_STAGES if isinstance(window_size, int) else window_size
 
 
-def _check_ints(name: str, values: Sequence[int], length: int = _NUM_STAGES) -> None:
-    if (
-        not isinstance(values, Sequence)
-        or len(values) != length
-        or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values)
-    ):
-        shown = values[0] if length == 1 else values
-        wanted = 'a positive int' if length == 1 else f'{length} positive ints, one for each stage'
-        raise ValueError(f'{name} must be {wanted}, not {shown!r}')
-
-
 _4 = FasterViTArch(
     embed_dims=196,
     depths=(3, 3, 12, 5),
@@ -145,40 +133,6 @@ FASTERVIT_ARCHS = MappingProxyType(
         '4-21k-768': replace(_4_21K, window_size=(7, 7, 48, 24)),
     }
 )
-
-
-class ConvStage(nn.Module):
-    """A down-sampler and convolutional blocks.
-
-    Args:
-        downsample: Module in front of the blocks, or None.
-        dim: Channels of the blocks.
-        drop_paths: Drop-path rate of each block.
-        norm_layer: Makes the norms of the blocks.
-        with_cp: Recomputes the blocks' activations for the gradient.
-    """
-
-    def __init__(
-        self,
-        downsample: nn.Module | None,
-        dim: int,
-        drop_paths: Sequence[float],
-        norm_layer: NormFactory,
-        with_cp: bool,
-    ) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(ConvBlock(dim, rate, norm_layer) for rate in drop_paths)
-        self.with_cp = with_cp
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, H, W) to the stage's feature map."""
-        if self.downsample is not None:
-            x = self.downsample(x)
-        for block in self.blocks:
-            run = partial(checkpoint_block, block) if self.with_cp else block
-            x = run(x)
-        return x
 
 
 class AttentionStage(nn.Module):
@@ -282,6 +236,9 @@ class FasterViT(HierarchicalBackbone):
     archs = FASTERVIT_ARCHS
     arch_type = FasterViTArch
     name_map = FASTERVIT_NAMES
+    published_norm = dict(type='BN')
+    # Linear layers as here, norms one and zero, convolutions PyTorch's default.
+    from_scratch = [dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0)]
 
     def __init__(
         self,
@@ -332,5 +289,6 @@ class FasterViT(HierarchicalBackbone):
                     self.with_cp,
                 )
             else:
-                stage = ConvStage(downsample, dim, rates[i], norm_layer, self.with_cp)
+                blocks = (ConvBlock(dim, rate, norm_layer) for rate in rates[i])
+                stage = Stage(downsample, blocks, self.with_cp)
             self.stages.append(stage)

@@ -1,20 +1,31 @@
 """Building blocks in plain torch, shared by all backbones."""
 
-from .attention import CarrierTokenizer, HierarchicalBlock, SelfAttention, TransformerLayer
+from .attention import (
+    CarrierTokenizer,
+    HierarchicalBlock,
+    HierarchicalSelfAttention,
+    SelfAttention,
+    TransformerLayer,
+)
+from .cache import EvalCache
 from .common import DropPath, Mlp, NormFactory, checkpoint_block
-from .convs import ConvBlock, ConvStem, Downsample
-from .position import AbsolutePositionEmbedding, EvalCache, RelativePositionBias
-from .windows import crop, merge_windows, pad_to_windows, split_windows, window_grid
+from .convs import Conv2d, ConvBlock, ConvStem, Downsample, InvertedResidual
+from .position import AbsolutePositionEmbedding, RelativePositionBias
+from .windows import BorderMask, crop, merge_windows, pad_to_windows, split_windows, window_grid
 
 __all__ = [
     'AbsolutePositionEmbedding',
+    'BorderMask',
     'CarrierTokenizer',
+    'Conv2d',
     'ConvBlock',
     'ConvStem',
     'Downsample',
     'DropPath',
     'EvalCache',
     'HierarchicalBlock',
+    'HierarchicalSelfAttention',
+    'InvertedResidual',
     'Mlp',
     'NormFactory',
     'RelativePositionBias',

@@ -1,16 +1,22 @@
-"""Hierarchical attention (HAT): windows that talk to each other through carrier tokens.
+"""Hierarchical attention in both families' sense.
 
-Source: https://arxiv.org/abs/2306.06189. Letters: B batch, C channels, N tokens, G heads, w window
-side, c carrier side, nh nw windows along each axis.
+FasterViT's HAT (https://arxiv.org/abs/2306.06189): windows that talk to each other through carrier
+tokens. HAT-Net's H-MHSA (https://arxiv.org/abs/2106.03180): windows first, then all tokens to a
+pooled map.
+
+Letters: B batch, C channels, H W map size, N tokens, G heads, d = C / G channels of a head, w
+window side, c carrier side, nh nw windows along each axis.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import DropPath, Mlp
-from .position import AbsolutePositionEmbedding, EvalCache, RelativePositionBias
-from .windows import merge_windows, split_windows
+from .cache import EvalCache
+from .common import DropPath, Mlp, NormFactory
+from .convs import Conv2d
+from .position import AbsolutePositionEmbedding, RelativePositionBias
+from .windows import BorderMask, crop, merge_windows, pad_to_windows, split_windows, window_grid
 
 
 class SelfAttention(nn.Module):
@@ -104,7 +110,7 @@ class CarrierTokenizer(nn.Module):
 
     def __init__(self, dim: int, window: int, carrier_size: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.conv = Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.window = window
         self.carrier_size = carrier_size
 
@@ -112,9 +118,6 @@ class CarrierTokenizer(nn.Module):
         """Maps (B, C, nh * w, nw * w) to carriers in window order, (B * nh * nw, c * c, C)."""
         # As matrix products by axis: pooling kernels computed from the size make torch.compile
         # recompile for every size, and torch 2.13 then returns wrong values without a word.
-        if torch.is_grad_enabled():
-            # Else the gradient of the weight has strides that DistributedDataParallel warns of.
-            x = x.contiguous()
         x = self.conv(x)
         rows, cols = (self._pooling(windows, x) for windows in grid)
         x = rows @ (x @ cols.t())
@@ -200,3 +203,76 @@ class HierarchicalBlock(nn.Module):
         upsampled = x[:, (cell[:, None] * c + cell).flatten()]
         tokens = x[:, c * c :] + _scaled(upsampled, self.carrier.gamma1)
         return torch.cat([x[:, : c * c], tokens], 1)
+
+
+class HierarchicalSelfAttention(nn.Module):
+    """H-MHSA: attention inside windows, then of every token to the pooled result.
+
+    Where a map ends inside its last windows these are smaller: what is added to fill them is no
+    key, and no norm sees it. Pooling windows at the border average the tokens that exist.
+
+    Args:
+        dim: Channels C, a multiple of ``num_heads``.
+        num_heads: Heads G.
+        window: Window side w; 1 for global attention of all tokens to all tokens and nothing else.
+        ds_ratio: Side in tokens of the squares that are pooled to one key.
+        norm_layer: Makes the norms from channels and eps.
+        cache: Where masks are kept in eval mode.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int,
+        ds_ratio: int,
+        norm_layer: NormFactory,
+        cache: EvalCache | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window = window
+        self.norm = norm_layer(dim, 1e-6)
+        self.qkv = Conv2d(dim, 3 * dim, 1)
+        if window > 1:
+            self.mask = BorderMask(window, cache)
+            self.grid_norm = norm_layer(dim, 1e-6)
+            self.pool = nn.AvgPool2d(ds_ratio, ceil_mode=True, count_include_pad=False)
+            self.ds_norm = norm_layer(dim, 1e-6)
+            self.q = Conv2d(dim, dim, 1)
+            self.kv = Conv2d(dim, 2 * dim, 1)
+        self.proj = Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the same shape."""
+        # The fused attention kernels want the channels of a token side by side.
+        x = x.contiguous(memory_format=torch.channels_last)
+        qkv = self.qkv(self.norm(x))
+        if self.window == 1:
+            return self.proj(self._attend(*self._tokens(qkv, 3), x.shape[-2:]))
+        y = self.grid_norm(x + self._attend_in_windows(qkv))
+        keys_values = self.kv(self.ds_norm(self.pool(y)))
+        z = self._attend(*self._tokens(self.q(y), 1), *self._tokens(keys_values, 2), x.shape[-2:])
+        return self.proj(z + y)
+
+    def _tokens(self, x: Tensor, parts: int) -> Tensor:
+        """(B, parts * C, H, W) to (parts, B, G, H * W, d), the channels being (parts, G, d)."""
+        x = x.flatten(2).unflatten(1, (parts, self.num_heads, -1))
+        return x.permute(1, 0, 2, 4, 3)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sides: tuple[int, int]) -> Tensor:
+        """Attention of all to all, back as a map (B, C, *sides)."""
+        x = F.scaled_dot_product_attention(q, k, v)
+        return x.transpose(2, 3).flatten(1, 2).unflatten(2, sides)
+
+    def _attend_in_windows(self, qkv: Tensor) -> Tensor:
+        height, width = qkv.shape[-2:]
+        grid = window_grid(height, width, self.window)
+        mask = self.mask(height, width, qkv.device)
+        if mask is not None:
+            mask = mask.repeat(qkv.shape[0], 1, 1, 1)
+        x = pad_to_windows(qkv, grid, self.window).permute(0, 2, 3, 1)
+        x = split_windows(x, grid, self.window).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = x.permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return crop(merge_windows(x, grid, self.window), height, width).permute(0, 3, 1, 2)

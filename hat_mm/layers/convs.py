@@ -1,12 +1,27 @@
-"""The convolutional half of FasterViT: stem, conv block and down-sampler.
+"""Convolutional parts: stem, block and down-sampler of FasterViT, inverted residual of HAT-Net.
 
-Source: https://arxiv.org/abs/2306.06189. All maps are (B, C, H, W).
+Sources: https://arxiv.org/abs/2306.06189 and https://arxiv.org/abs/2106.03180. All maps are
+(B, C, H, W).
 """
 
 import torch
 from torch import Tensor, nn
 
 from .common import DropPath, NormFactory
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution whose weight gets a gradient of its own strides, on maps of any memory layout.
+
+    With the channels last, those of 1x1 and depthwise convolutions differ on axes of length 1, and
+    DistributedDataParallel warns and copies them in every step.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to (B, C', H', W')."""
+        # The gradient goes back through two reshapes, of which the second makes plain strides.
+        weight = self.weight.flatten().view_as(self.weight)
+        return self._conv_forward(x, weight, self.bias)
 
 
 class ConvStem(nn.Sequential):
@@ -76,3 +91,30 @@ class Downsample(nn.Module):
             # ("ValueRangeError: Invalid ranges"). The copy is fused into the norm.
             x = x.clone(memory_format=torch.contiguous_format)
         return self.conv(x)
+
+
+class InvertedResidual(nn.Module):
+    """Norm, pointwise expansion, depthwise convolution, pointwise projection, norm; no skip.
+
+    Args:
+        dim: Channels C in and out.
+        expansion: Channels of the depthwise convolution as a multiple of C.
+        kernel: Side of the depthwise convolution, odd.
+        norm_layer: Makes the two norms.
+    """
+
+    def __init__(self, dim: int, expansion: int, kernel: int, norm_layer: NormFactory) -> None:
+        super().__init__()
+        hidden = dim * expansion
+        self.norm1 = norm_layer(dim, 1e-6)
+        self.conv1 = Conv2d(dim, hidden, 1, bias=False)
+        self.act = nn.SiLU(inplace=True)
+        self.conv2 = Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
+        self.conv3 = Conv2d(hidden, dim, 1, bias=False)
+        self.norm2 = norm_layer(dim, 1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the same shape."""
+        x = self.act(self.conv1(self.norm1(x)))
+        x = self.act(self.conv2(x))
+        return self.norm2(self.conv3(x))

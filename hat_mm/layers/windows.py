@@ -5,7 +5,9 @@ Letters: B batch, C channels, H W map size, w window side, nh nw windows along e
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .cache import EvalCache
 
 
 def window_grid(height: int, width: int, window: int) -> tuple[int, int]:
@@ -80,3 +82,39 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
     for axis, size in ((1, height), (2, width)):
         x = x.index_select(axis, torch.arange(size, device=x.device))
     return x
+
+
+class BorderMask(nn.Module):
+    """Tells real tokens from padding where a map ends inside its last windows.
+
+    Args:
+        window: Side w of a window.
+        cache: Where the last mask is kept in eval mode. Defaults to one of its own.
+
+    Shape:
+        Called with ``(height, width, device)``, returns (nh * nw, 1, 1, w * w), True for real
+        tokens, in the order of :func:`split_windows` for one image; None if all windows are full.
+    """
+
+    def __init__(self, window: int, cache: EvalCache | None = None) -> None:
+        super().__init__()
+        self.window = window
+        self._cache = EvalCache() if cache is None else cache
+
+    def forward(self, height: int, width: int, device: torch.device) -> Tensor | None:
+        """Makes the mask of a map of ``height`` times ``width`` tokens."""
+        full = height % self.window == 0 and width % self.window == 0
+        # One graph of torch.compile for both outcomes, as in pad_to_windows.
+        if not torch.compiler.is_compiling() and full:
+            return None
+        sides = (height, width)
+        return self._cache.get(self, (*sides, device), lambda: self._compute(sides, device))
+
+    def _compute(self, sides: tuple[int, int], device: torch.device) -> Tensor:
+        w = self.window
+        rows, cols = (
+            (torch.arange(windows * w, device=device) < side).view(windows, w)
+            for windows, side in zip(window_grid(*sides, w), sides, strict=True)
+        )
+        mask = rows[:, None, :, None] & cols[None, :, None, :]
+        return mask.reshape(-1, 1, 1, w * w)

@@ -1,0 +1,260 @@
+"""HAT-Net: attention in windows and to a pooled map, with inverted residuals between.
+
+Source: "Vision Transformers with Hierarchical Attention", https://arxiv.org/abs/2106.03180. Any
+height and width: windows at the bottom and right border are smaller where a side does not divide.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from hat_mm.checkpoints import HAT_NET_NAMES
+from hat_mm.layers import (
+    DropPath,
+    EvalCache,
+    HierarchicalSelfAttention,
+    InvertedResidual,
+    NormFactory,
+)
+from hat_mm.registry import MODELS
+
+from .base import HierarchicalBackbone, Stage, check_ints, drop_path_rates
+
+_NUM_STAGES = 4
+_STEM_DIMS = 16
+
+
+@dataclass(frozen=True)
+class HATNetArch:
+    """One variant of HAT-Net; each field but two has a number for each stage.
+
+    Attributes:
+        embed_dims: Channels.
+        head_dim: Channels of an attention head, one int for all stages.
+        depths: Blocks.
+        expansions: Hidden width of the inverted residuals as a multiple of the channels.
+        grids: Window side in tokens; 1 for plain global attention.
+        ds_ratios: Side in tokens of the squares that are pooled to one key; 1 where the grid is 1.
+        kernels: Side of the depthwise convolutions, odd.
+        drop_path_rate: Drop-path rate of the last block when training.
+    """
+
+    embed_dims: tuple[int, ...] = (48, 96, 240, 384)
+    head_dim: int = 48
+    depths: tuple[int, ...] = (2, 2, 6, 3)
+    expansions: tuple[int, ...] = (8, 8, 4, 4)
+    grids: tuple[int, ...] = (8, 7, 7, 1)
+    ds_ratios: tuple[int, ...] = (8, 4, 2, 1)
+    kernels: tuple[int, ...] = (3, 3, 3, 3)
+    drop_path_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ('embed_dims', 'depths', 'expansions', 'grids', 'ds_ratios', 'kernels'):
+            values = getattr(self, name)
+            check_ints(name, values, _NUM_STAGES)
+            object.__setattr__(self, name, tuple(values))
+        check_ints('head_dim', (self.head_dim,), length=1)
+        for i in range(_NUM_STAGES):
+            if self.embed_dims[i] % self.head_dim:
+                raise ValueError(
+                    f'head_dim = {self.head_dim} does not divide embed_dims[{i}] = '
+                    f'{self.embed_dims[i]}'
+                )
+            if self.kernels[i] % 2 == 0:
+                raise ValueError(f'kernels[{i}] must be odd, not {self.kernels[i]}')
+            if self.grids[i] == 1 and self.ds_ratios[i] != 1:
+                raise ValueError(
+                    f'grids[{i}] = 1 makes every token of stage {i} a key, so ds_ratios[{i}] '
+                    f'must be 1, not {self.ds_ratios[i]}'
+                )
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return self.embed_dims
+
+
+_SMALL = HATNetArch(embed_dims=(64, 128, 320, 512), head_dim=64, depths=(2, 3, 8, 3))
+
+HAT_NET_ARCHS = MappingProxyType(
+    {
+        'tiny': HATNetArch(),
+        'small': _SMALL,
+        'medium': replace(_SMALL, depths=(3, 6, 18, 3), kernels=(5, 3, 5, 3), drop_path_rate=0.3),
+        'large': replace(
+            _SMALL, embed_dims=(64, 128, 320, 640), depths=(3, 8, 27, 3), drop_path_rate=0.3
+        ),
+    }
+)
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions of stride 2: an image to a map of a quarter of its size, rounded up.
+
+    Args:
+        in_channels: Channels of the image.
+        embed_dims: Channels of the resulting map.
+        norm_layer: Makes the norm between the convolutions.
+    """
+
+    def __init__(self, in_channels: int, embed_dims: int, norm_layer: NormFactory) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, _STEM_DIMS, 3, stride=2, padding=1)
+        self.norm = norm_layer(_STEM_DIMS, 1e-6)
+        self.act = nn.SiLU(inplace=True)
+        self.conv2 = nn.Conv2d(_STEM_DIMS, embed_dims, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, in_channels, H, W) to (B, C, ceil(H / 4), ceil(W / 4)), channels last."""
+        x = self.conv2(self.act(self.norm(self.conv1(x))))
+        # Attention wants it so, and depthwise convolutions are faster.
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2 and a norm.
+
+    Args:
+        in_dim: Channels in.
+        out_dim: Channels out.
+        norm_layer: Makes the norm.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, norm_layer: NormFactory) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, out_dim, 3, stride=2, padding=1)
+        self.norm = norm_layer(out_dim, 1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
+        return self.norm(self.conv(x))
+
+
+class Block(nn.Module):
+    """Hierarchical attention and an inverted residual, each with a skip connection.
+
+    Args:
+        dim: Channels C, a multiple of ``head_dim``.
+        head_dim: Channels of an attention head.
+        grid: Window side in tokens; 1 for plain global attention.
+        ds_ratio: Side in tokens of the squares that are pooled to one key.
+        expansion: Hidden width of the inverted residual as a multiple of C.
+        kernel: Side of its depthwise convolution.
+        drop_path_rate: Probability that an image skips a branch while training.
+        norm_layer: Makes the norms.
+        cache: Where masks are kept in eval mode.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        head_dim: int,
+        grid: int,
+        ds_ratio: int,
+        expansion: int,
+        kernel: int,
+        drop_path_rate: float,
+        norm_layer: NormFactory,
+        cache: EvalCache,
+    ) -> None:
+        super().__init__()
+        self.attn = HierarchicalSelfAttention(
+            dim, dim // head_dim, grid, ds_ratio, norm_layer, cache
+        )
+        self.conv = InvertedResidual(dim, expansion, kernel, norm_layer)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the same shape."""
+        x = x + self.drop_path(self.attn(x))
+        return x + self.drop_path(self.conv(x))
+
+
+@MODELS.register_module()
+class HATNet(HierarchicalBackbone):
+    """HAT-Net backbone for detection, segmentation and classification.
+
+    Its norms span the whole map: the features of an image depend on what it is padded with.
+
+    Source: https://arxiv.org/abs/2106.03180.
+
+    Args:
+        arch: Variant: ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, or a dict of fields of
+            :class:`HATNetArch`.
+        in_channels: Channels of the images.
+        drop_path_rate: Drop-path rate of the last block, in [0, 1); None for the arch's.
+        out_indices: Stages whose maps are returned, in this order. Strides are 4, 8, 16, 32.
+        out_norm_cfg: Config of the norm of each returned map; None for raw maps, as published.
+        norm_cfg: Changes the type of all other norms, for example ``dict(type='SyncBN')``; each
+            keeps its own eps unless ``eps`` is given. Published is group norm of one group.
+        frozen_stages: Freezes nothing (-1), the stem (0), or the stem and the first k stages with
+            their output norms (k).
+        norm_eval: Keeps batch norms, which only ``norm_cfg`` and ``out_norm_cfg`` bring in, in
+            evaluation mode while training.
+        with_cp: Recomputes the activations of blocks for the gradient, saving memory.
+        init_cfg: mmengine's initialisation config; ``dict(type='Pretrained', checkpoint=FILE)``
+            takes official files and native ones.
+
+    Raises:
+        ValueError: A value is out of range; the message names the choices.
+        TypeError: ``arch`` is no name or dict.
+    """
+
+    archs = HAT_NET_ARCHS
+    arch_type = HATNetArch
+    name_map = HAT_NET_NAMES
+    published_norm = dict(type='GN', num_groups=1)
+    from_scratch = [dict(type='TruncNormal', layer='Conv2d', std=0.02, bias=0.0)]
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        in_channels: int = 3,
+        drop_path_rate: float | None = None,
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
+        out_norm_cfg: dict | None = None,
+        norm_cfg: dict | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(
+            arch=arch,
+            overrides={'drop_path_rate': drop_path_rate},
+            in_channels=in_channels,
+            out_indices=out_indices,
+            out_norm_cfg=out_norm_cfg,
+            norm_cfg=norm_cfg,
+            frozen_stages=frozen_stages,
+            norm_eval=norm_eval,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
+        )
+
+    def _build(self, num_stages: int) -> None:
+        spec, norm_layer, cache = self.spec, self.norm_layer, EvalCache()
+        rates = drop_path_rates(spec.drop_path_rate, spec.depths)
+        self.stem = Stem(self.in_channels, spec.dims[0], norm_layer)
+        self.stages = nn.ModuleList()
+        for i in range(num_stages):
+            dim = spec.dims[i]
+            blocks = (
+                Block(
+                    dim,
+                    spec.head_dim,
+                    spec.grids[i],
+                    spec.ds_ratios[i],
+                    spec.expansions[i],
+                    spec.kernels[i],
+                    rate,
+                    norm_layer,
+                    cache,
+                )
+                for rate in rates[i]
+            )
+            downsample = Downsample(spec.dims[i - 1], dim, norm_layer) if i else None
+            self.stages.append(Stage(downsample, blocks, self.with_cp))

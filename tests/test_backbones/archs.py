@@ -1,10 +1,18 @@
-"""Tiny archs, and their tensors under official names."""
+"""The families, a tiny arch of each, and its tensors under official names."""
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from golden import fill
 
 import hat_mm
+from hat_mm.checkpoints import FASTERVIT_NAMES, HAT_NET_NAMES, NameMap
+from test_backbones.plain_fastervit import PlainFasterViT
+from test_backbones.plain_hat_net import PlainHATNet
 
-_OFFICIAL = (
+_FASTERVIT_OFFICIAL = (
     (r'^stem\.conv(\d)', lambda m: f'patch_embed.conv_down.{3 * int(m[1]) - 3}'),
     (r'^stem\.norm(\d)', lambda m: f'patch_embed.conv_down.{3 * int(m[1]) - 2}'),
     (
@@ -26,25 +34,118 @@ _OFFICIAL = (
     (r'pos_embed\.fc2', 'pos_embed.cpb_mlp.2'),
 )
 
+_HAT_NET_OFFICIAL = (
+    (r'^stem\.conv(\d)', lambda m: f'patch_embed.{3 * int(m[1]) - 3}'),
+    (r'^stem\.norm', 'patch_embed.1'),
+    (r'^stages\.(\d)\.downsample', lambda m: f'ds{int(m[1]) + 1}'),
+    (r'^stages\.(\d)\.blocks', r'blocks.\1'),
+    (r'\.conv\.conv1\.', '.conv.conv1.1.'),
+    (r'\.conv\.norm1\.', '.conv.conv1.0.'),
+    (r'\.conv\.conv2\.', '.conv.conv2.0.'),
+    (r'\.conv\.conv3\.', '.conv.conv3.0.'),
+    (r'\.conv\.norm2\.', '.conv.conv3.1.'),
+)
 
-def tiny(**fields):
-    """A FasterViT arch that computes in milliseconds."""
-    arch = dict(
-        embed_dims=4, stem_dims=4, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), window_size=4
+
+def _fastervit_unused(shapes: dict, channels: int) -> dict[str, tuple[int, ...]]:
+    return {'head.weight': (10, channels), 'head.bias': (10,)}
+
+
+def _hat_net_unused(shapes: dict, channels: int) -> dict[str, tuple[int, ...]]:
+    unused = {
+        name.replace('.proj.', '.proj_norm.'): (shape[0],)
+        for name, shape in shapes.items()
+        if '.attn.proj.' in name
+    }
+    return {'classifier.1.weight': (10, channels), 'classifier.1.bias': (10,), **unused}
+
+
+def _plain_fastervit(state, spec):
+    return PlainFasterViT(
+        state,
+        spec.depths,
+        spec.num_heads,
+        spec.window_size,
+        spec.carrier_size if spec.carriers else 0,
+        spec.propagate,
     )
-    return {**arch, **fields}
 
 
-def official_tiny(arch):
-    """Names and shapes that an official checkpoint of a dict arch would have."""
-    backbone = hat_mm.FasterViT(arch, out_indices=(3,))
-    shapes = {}
-    for name, tensor in backbone.state_dict().items():
-        if 'num_batches_tracked' in name:
-            continue
-        for pattern, replacement in _OFFICIAL:
-            name = re.sub(pattern, replacement, name)
-        shapes[name] = tuple(tensor.shape)
-    shapes['head.weight'] = (10, backbone.out_channels[-1])
-    shapes['head.bias'] = (10,)
-    return shapes
+def _plain_hat_net(state, spec):
+    return PlainHATNet(state, spec.depths, spec.grids, spec.ds_ratios, spec.head_dim)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the tests know of a family beside its class.
+
+    Attributes:
+        backbone: The class.
+        arch: Fields of an arch that computes in milliseconds.
+        wide: Fields that give it as many channels as PyTorch treats alike at all sizes.
+        name_map: Its official names.
+        official: Substitutions that make official names of native ones.
+        unused: Official shapes and channels to shapes of tensors that a backbone has no use for.
+        plain: Official tensors and arch to the plain implementation.
+    """
+
+    backbone: type
+    arch: dict[str, Any]
+    wide: dict[str, Any]
+    name_map: NameMap
+    official: tuple
+    unused: Callable
+    plain: Callable
+
+    def tiny(self, **fields: Any) -> dict[str, Any]:
+        """A tiny arch, with some fields changed."""
+        return {**self.arch, **fields}
+
+    def state(self, arch: dict) -> dict:
+        """What an official checkpoint of a dict arch would hold, filled by the golden rule."""
+        backbone = self.backbone(arch, out_indices=(3,))
+        shapes = {}
+        for name, tensor in backbone.state_dict().items():
+            if 'num_batches_tracked' in name:
+                continue
+            for pattern, replacement in self.official:
+                name = re.sub(pattern, replacement, name)
+            shapes[name] = tuple(tensor.shape)
+        shapes |= self.unused(shapes, backbone.out_channels[-1])
+        return {name: fill(name, shape) for name, shape in shapes.items()}
+
+
+FAMILIES = {
+    'FasterViT': Family(
+        backbone=hat_mm.FasterViT,
+        arch=dict(
+            embed_dims=4, stem_dims=4, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), window_size=4
+        ),
+        wide=dict(embed_dims=64, num_heads=(1, 1, 4, 4)),
+        name_map=FASTERVIT_NAMES,
+        official=_FASTERVIT_OFFICIAL,
+        unused=_fastervit_unused,
+        plain=_plain_fastervit,
+    ),
+    'HATNet': Family(
+        backbone=hat_mm.HATNet,
+        arch=dict(
+            embed_dims=(4, 8, 16, 24),
+            head_dim=4,
+            depths=(1, 1, 2, 1),
+            expansions=(2, 2, 2, 2),
+            grids=(4, 3, 4, 1),
+            ds_ratios=(4, 3, 2, 1),
+        ),
+        wide=dict(embed_dims=(64, 64, 128, 128), head_dim=32),
+        name_map=HAT_NET_NAMES,
+        official=_HAT_NET_OFFICIAL,
+        unused=_hat_net_unused,
+        plain=_plain_hat_net,
+    ),
+}
+
+
+def tiny(**fields: Any) -> dict[str, Any]:
+    """A tiny FasterViT arch, with some fields changed."""
+    return FAMILIES['FasterViT'].tiny(**fields)

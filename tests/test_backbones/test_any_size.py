@@ -2,41 +2,41 @@
 
 import pytest
 import torch
-from golden import fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hat_mm
-from test_backbones.archs import official_tiny, tiny
-from test_backbones.reference import PlainFasterViT
+from test_backbones.archs import FAMILIES, tiny
 
 # Sides small enough for loops, large enough for several windows on an axis of stage 2.
 SIDES = st.one_of(st.integers(1, 40), st.integers(41, 150))
 VARIANTS = {
-    'carriers': tiny(),
-    'propagate': tiny(propagate=True, layer_scale=0.5, window_size=(7, 7, 3, 2)),
-    'three-carriers': tiny(window_size=5, carrier_size=3, propagate=True, layer_scale=0.5),
-    'no-carriers': tiny(carriers=False, layer_scale=0.5),
+    'carriers': ('FasterViT', {}),
+    'propagate': ('FasterViT', dict(propagate=True, layer_scale=0.5, window_size=(7, 7, 3, 2))),
+    'three-carriers': (
+        'FasterViT',
+        dict(window_size=5, carrier_size=3, propagate=True, layer_scale=0.5),
+    ),
+    'no-carriers': ('FasterViT', dict(carriers=False, layer_scale=0.5)),
+    'hat-net': ('HATNet', {}),
+    'hat-net-published-grids': ('HATNet', dict(grids=(8, 7, 7, 1), ds_ratios=(8, 4, 2, 1))),
+    'hat-net-all-global': (
+        'HATNet',
+        dict(grids=(5, 3, 1, 2), ds_ratios=(1, 7, 1, 3), kernels=(5, 3, 7, 1), head_dim=2),
+    ),
 }
 
 
-def pair(arch):
+def pair(name, fields):
     """Our backbone and the plain one with the same weights, under official names."""
-    state = {name: fill(name, shape) for name, shape in official_tiny(arch).items()}
-    ours = hat_mm.FasterViT(arch, out_norm_cfg=None).eval()
+    family = FAMILIES[name]
+    state = family.state(family.tiny(**fields))
+    ours = family.backbone(family.tiny(**fields), out_norm_cfg=None).eval()
     ours.load_state_dict(state)
-    plain = PlainFasterViT(
-        state,
-        ours.spec.depths,
-        ours.spec.num_heads,
-        ours.spec.window_size,
-        ours.spec.carrier_size if ours.spec.carriers else 0,
-        ours.spec.propagate,
-    )
-    return ours, plain
+    return ours, family.plain(state, ours.spec)
 
 
-PAIRS = {name: pair(arch) for name, arch in VARIANTS.items()}
+PAIRS = {variant: pair(*what) for variant, what in VARIANTS.items()}
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -51,9 +51,14 @@ def test_equals_the_plain_implementation(variant, batch, height, width, seed):
             assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
 
 
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
 @pytest.mark.parametrize('size', [(1, 1), (37, 911), (4000, 32), (2, 3), (225, 223)])
-def test_extreme_sizes(size):
-    backbone = hat_mm.FasterViT(tiny()).eval()
+def test_extreme_sizes(family, size):
+    backbone = family.backbone(family.tiny()).eval()
     with torch.inference_mode():
         maps = backbone(torch.randn(1, 3, *size))
     for out, channels, stride in zip(
@@ -63,22 +68,22 @@ def test_extreme_sizes(size):
         assert out.isfinite().all()
 
 
-def test_no_call_changes_a_later_one():
-    backbone = hat_mm.FasterViT(tiny()).eval()
+def test_no_call_changes_a_later_one(family):
+    backbone = family.backbone(family.tiny()).eval()
     images = [torch.randn(2, 3, *size) for size in ((64, 64), (97, 33), (40, 200), (64, 64))]
+
+    def fresh():
+        """A backbone with the same weights, which has never seen an input."""
+        other = family.backbone(family.tiny()).eval()
+        other.load_state_dict(backbone.state_dict())
+        return other
+
     with torch.no_grad():
-        alone = [hat_mm_copy(backbone)(image) for image in images]
+        alone = [fresh()(image) for image in images]
         together = [backbone(image) for image in images]
     for first, second in zip(alone, together, strict=True):
         for a, b in zip(first, second, strict=True):
             assert torch.equal(a, b)
-
-
-def hat_mm_copy(backbone):
-    """A fresh backbone with the same weights, which has never seen an input."""
-    fresh = hat_mm.FasterViT(tiny()).eval()
-    fresh.load_state_dict(backbone.state_dict())
-    return fresh
 
 
 def far_pixel_moves_stage_2(arch):

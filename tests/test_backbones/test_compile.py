@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-import hat_mm
-from test_backbones.archs import tiny
+from test_backbones.archs import FAMILIES
 
 SIZES = [
     (160, 224),
@@ -21,9 +20,11 @@ SIZES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize('batch', [1, 2])
-def test_one_compile_serves_many_sizes(batch):
+@pytest.mark.parametrize('family', FAMILIES)
+def test_one_compile_serves_many_sizes(family, batch):
     torch._dynamo.reset()
-    backbone = hat_mm.FasterViT(tiny(embed_dims=64, num_heads=(1, 1, 4, 4))).eval()
+    family = FAMILIES[family]
+    backbone = family.backbone(family.tiny(**family.wide)).eval()
     counter = torch._dynamo.testing.CompileCounterWithBackend('inductor')
     compiled = torch.compile(backbone, dynamic=True, backend=counter)
     with torch.no_grad():

@@ -14,10 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import hat_mm
 from hat_mm.layers import EvalCache
-from test_backbones.archs import tiny
+from test_backbones.archs import FAMILIES, tiny
 
-# Config of a tiny backbone of each family.
-FAMILIES = {
+# Configs of tiny backbones, each family and what branches its code.
+CONFIGS = {
     'fastervit': dict(type='hat_mm.FasterViT', arch=tiny(drop_path_rate=0.0)),
     'fastervit-propagate': dict(
         type='hat_mm.FasterViT',
@@ -27,13 +27,21 @@ FAMILIES = {
         type='hat_mm.FasterViT',
         arch=tiny(drop_path_rate=0.0, carriers=False, layer_scale=1e-5, window_size=(7, 7, 6, 3)),
     ),
+    'hat-net': dict(type='hat_mm.HATNet', arch=FAMILIES['HATNet'].tiny(drop_path_rate=0.0)),
+    'hat-net-batch-norm': dict(
+        type='hat_mm.HATNet',
+        arch=FAMILIES['HATNet'].tiny(drop_path_rate=0.0),
+        norm_cfg=dict(type='BN'),
+        out_norm_cfg=dict(type='BN'),
+    ),
 }
+NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 SIZE = (2, 3, 96, 150)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=CONFIGS)
 def config(request):
-    return copy.deepcopy(FAMILIES[request.param])
+    return copy.deepcopy(CONFIGS[request.param])
 
 
 @pytest.fixture
@@ -109,11 +117,19 @@ def test_output_norms(config):
 
 
 def test_norm_cfg_changes_the_type_and_keeps_eps(config, image):
-    plain, sync = build(config), build(config, norm_cfg=dict(type='SyncBN'))
-    kept = [m.eps for m in plain.stem.modules() if isinstance(m, _BatchNorm)]
-    assert [m.eps for m in sync.stem.modules() if isinstance(m, nn.SyncBatchNorm)] == kept
-    given = build(config, norm_cfg=dict(type='BN', eps=0.5))
-    assert {m.eps for m in given.stem.modules() if isinstance(m, _BatchNorm)} == {0.5}
+    plain, sync = build(config, norm_cfg=dict(type='BN')), build(config, norm_cfg={})
+    published = [(type(m), m.eps) for m in sync.stem.modules() if isinstance(m, NORMS)]
+    assert [m.eps for m in plain.stem.modules() if isinstance(m, NORMS)] == [
+        eps for _, eps in published
+    ]
+    given = build(config, norm_cfg=dict(eps=0.5))
+    assert [(type(m), m.eps) for m in given.stem.modules() if isinstance(m, NORMS)] == [
+        (kind, 0.5) for kind, _ in published
+    ]
+    sync = build(config, norm_cfg=dict(type='SyncBN'))
+    assert [m.eps for m in sync.stem.modules() if isinstance(m, nn.SyncBatchNorm)] == [
+        eps for _, eps in published
+    ]
     sync.load_state_dict(plain.state_dict())
     with torch.no_grad():
         reverted = revert_sync_batchnorm(sync).eval()
@@ -123,7 +139,7 @@ def test_norm_cfg_changes_the_type_and_keeps_eps(config, image):
 
 @pytest.mark.parametrize('frozen_stages', range(5))
 def test_frozen_stages(config, image, frozen_stages):
-    backbone = build(config, frozen_stages=frozen_stages)
+    backbone = build(config, frozen_stages=frozen_stages, out_norm_cfg=dict(type='BN'))
     frozen = ['stem.'] + [f'stages.{i}.' for i in range(frozen_stages)]
     frozen += [f'norm{i}.' for i in range(frozen_stages)]
 
@@ -144,7 +160,8 @@ def test_frozen_stages(config, image, frozen_stages):
 
 
 def test_norm_eval(config, image):
-    backbone = build(config, norm_eval=True).train()
+    backbone = build(config, norm_eval=True, norm_cfg=dict(type='BN')).train()
+    assert any('running' in name for name in backbone.state_dict())
     before = copy.deepcopy(backbone.state_dict())
     backbone(image)
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
@@ -185,7 +202,7 @@ def test_autocast_is_close_to_float32(config, image, dtype, tolerance):
 
 
 def test_position_tensors_stay_float32_under_autocast():
-    backbone = build(FAMILIES['fastervit']).eval()
+    backbone = build(CONFIGS['fastervit']).eval()
     bias = backbone.stages[2].blocks[0].carrier.attn.bias
     with torch.no_grad():
         expected = bias((6, 5))
@@ -220,15 +237,17 @@ def test_nothing_that_is_stored_depends_on_the_input_size(config, image):
 def test_start_values(config):
     backbone = MODELS.build(config)
     backbone.init_weights()
-    linears = [m for m in backbone.modules() if isinstance(m, nn.Linear)]
-    spread = torch.cat([m.weight.detach().flatten() for m in linears]).std()
+    # Layers that the recipe fills; the other convolutions start as PyTorch's do.
+    [rule] = backbone.from_scratch
+    filled = [m for m in backbone.modules() if isinstance(m, getattr(nn, rule['layer']))]
+    spread = torch.cat([m.weight.detach().flatten() for m in filled]).std()
     assert float(spread) == pytest.approx(0.02, rel=0.05)
-    assert all(m.bias is None or not m.bias.any() for m in linears)
+    assert all(m.bias is None or not m.bias.any() for m in filled)
     for m in backbone.modules():
-        if isinstance(m, (nn.LayerNorm, _BatchNorm)):
+        if isinstance(m, NORMS):
             assert (m.weight == 1).all()
             assert not m.bias.any()
-        if isinstance(m, nn.Conv2d):
+        if isinstance(m, nn.Conv2d) and m not in filled:
             bound = 1 / (m.weight[0].numel() ** 0.5)
             assert m.weight.abs().max() <= bound
     scale = config['arch'].get('layer_scale')
@@ -238,7 +257,7 @@ def test_start_values(config):
 
 
 def test_layer_depths_rise_through_the_network(config):
-    backbone = build(config)
+    backbone = build(config, out_norm_cfg=dict(type='BN'))
     prefix = 'backbone.'
     depths = {}
     for name, _ in backbone.named_parameters():
@@ -262,11 +281,11 @@ def test_traces(config, image):
 
 
 class TestCache:
-    """Position tensors kept in eval mode never go stale."""
+    """Position tensors and masks kept in eval mode never go stale."""
 
     @pytest.fixture
     def backbone(self):
-        return build(FAMILIES['fastervit']).eval()
+        return build(CONFIGS['fastervit']).eval()
 
     @staticmethod
     def cache(backbone):
@@ -288,6 +307,21 @@ class TestCache:
                 backbone(image[..., :size].contiguous())
         # 96 x 96 and 96 x 150 pixels: 2 x 2 and 2 x 3 windows of four tokens, two carriers each.
         assert calls == [(4, 4), (4, 6), (4, 4)]
+
+    def test_masks_are_made_once_for_each_size(self, image):
+        backbone = build(CONFIGS['hat-net']).eval()
+        calls = []
+        for stage in backbone.stages[:3]:
+            mask = stage.blocks[0].attn.mask
+            mask._compute = lambda sides, device, make=mask._compute: (
+                calls.append(sides) or make(sides, device)
+            )
+        with torch.no_grad():
+            for size in (96, 96, 150, 150, 96):
+                backbone(image[..., :size].contiguous())
+        # Windows of 4, 3 and 4 tokens: 96 x 96 pixels fill them in stage 0 (24 x 24 tokens) and
+        # stage 1 (12 x 12), not in stage 2 (6 x 6); of 96 x 150 nothing divides.
+        assert calls == [(6, 6), (24, 38), (12, 19), (6, 10), (6, 6)]
 
     def test_is_off_while_gradients_are_on(self, backbone, image):
         loss_of(backbone(image)).backward()
@@ -352,12 +386,13 @@ class TestCache:
             assert difference(maps, self.fresh(backbone, image)) == 0
         assert EvalCache().limit <= 32 * 2**20
 
-    def test_is_one_for_the_whole_backbone(self, backbone):
+    def test_is_one_for_the_whole_backbone(self, config):
+        backbone = build(config)
         caches = {id(m._cache) for m in backbone.modules() if hasattr(m, '_cache')}
         assert len(caches) == 1
 
 
 def test_public_names():
-    assert hat_mm.FasterViT.__name__ in hat_mm.__all__
+    assert all(family.backbone.__name__ in hat_mm.__all__ for family in FAMILIES.values())
     with pytest.raises(AttributeError, match='FasterVit'):
         _ = hat_mm.FasterVit

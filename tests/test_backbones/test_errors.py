@@ -3,44 +3,63 @@
 import pytest
 import torch
 
-import hat_mm
-from test_backbones.archs import tiny
+from test_backbones.archs import FAMILIES
 
-ARGUMENTS = [
-    (dict(arch='7'), ValueError, "unknown arch '7'.*4-21k-224"),
-    (dict(arch='4-21k-225'), ValueError, "did you mean '4-21k-224'"),
+# What every family refuses, and what only one knows.
+COMMON = [
     (dict(arch=True), TypeError, 'arch must be a name'),
     (dict(arch=None), TypeError, 'not None'),
     (dict(arch=dict(depth=(1, 1, 1, 1))), ValueError, "'depth'.*did you mean 'depths'"),
     (dict(arch=dict(depths=(1, 1, 1))), ValueError, r'depths.*4 positive ints.*\(1, 1, 1\)'),
-    (dict(arch=dict(embed_dims=(64, 128))), ValueError, 'embed_dims must be a positive int'),
-    (dict(arch=dict(num_heads=(2, 4, 7, 16))), ValueError, r'num_heads\[2\] = 7.*256 channels'),
-    (dict(arch=dict(carriers=(1,))), ValueError, r'carriers.*\(1,\)'),
-    (dict(window_size=1), ValueError, 'window_size.2. = 1 is smaller than carrier_size = 2'),
-    (dict(window_size=(7, 7)), ValueError, r'window_size must be 4 positive ints'),
-    (dict(window_size=0), ValueError, 'window_size'),
     (dict(out_indices=(0, 4)), ValueError, r'out of 0 to 3, not \(0, 4\)'),
-    (dict(arch=dict(carriers=None)), ValueError, 'carriers.*not None'),
     (dict(out_indices=True), ValueError, 'out_indices.*not True'),
-    (dict(drop_path_rate='high'), ValueError, "drop_path_rate.*not 'high'"),
     (dict(out_indices=()), ValueError, 'out_indices'),
     (dict(out_indices=(1, 1)), ValueError, 'out_indices'),
     (dict(in_channels=0), ValueError, 'in_channels must be a positive int, not 0'),
+    (dict(drop_path_rate='high'), ValueError, "drop_path_rate.*not 'high'"),
     (dict(drop_path_rate=1.5), ValueError, r'drop_path_rate must be in \[0, 1\), not 1.5'),
     (dict(frozen_stages=5), ValueError, 'frozen_stages.*not 5'),
     (dict(frozen_stages=-2), ValueError, 'frozen_stages.*not -2'),
     (dict(windowsize=7), TypeError, 'windowsize'),
 ]
+OWN = {
+    'FasterViT': [
+        (dict(arch='7'), ValueError, "unknown arch '7'.*4-21k-224"),
+        (dict(arch='4-21k-225'), ValueError, "did you mean '4-21k-224'"),
+        (dict(arch='tiny'), ValueError, "unknown arch 'tiny'.*choices: 0, 1"),
+        (dict(arch=dict(embed_dims=(64, 128))), ValueError, 'embed_dims must be a positive int'),
+        (dict(arch=dict(num_heads=(2, 4, 7, 16))), ValueError, r'num_heads\[2\] = 7.*256 channels'),
+        (dict(arch=dict(carriers=(1,))), ValueError, r'carriers.*\(1,\)'),
+        (dict(arch=dict(carriers=None)), ValueError, 'carriers.*not None'),
+        (dict(window_size=1), ValueError, 'window_size.2. = 1 is smaller than carrier_size = 2'),
+        (dict(window_size=(7, 7)), ValueError, r'window_size must be 4 positive ints'),
+        (dict(window_size=0), ValueError, 'window_size'),
+    ],
+    'HATNet': [
+        (dict(arch=0), ValueError, "unknown arch '0'; choices: tiny, small, medium, large"),
+        (dict(arch='midium'), ValueError, "did you mean 'medium'"),
+        (dict(arch=dict(embed_dims=64)), ValueError, 'embed_dims must be 4 positive ints.*not 64'),
+        (dict(arch=dict(head_dim=(48,) * 4)), ValueError, 'head_dim must be a positive int'),
+        (dict(arch=dict(head_dim=32)), ValueError, r'head_dim = 32.*embed_dims\[0\] = 48'),
+        (dict(arch=dict(kernels=(3, 4, 3, 3))), ValueError, r'kernels\[1\] must be odd, not 4'),
+        (dict(arch=dict(grids=(8, 7, 0, 1))), ValueError, r'grids.*\(8, 7, 0, 1\)'),
+        (dict(arch=dict(grids=(8, 7, 1, 1))), ValueError, r'ds_ratios\[2\] must be 1, not 2'),
+        (dict(window_size=7), TypeError, 'window_size'),
+    ],
+}
+ARGUMENTS = [(family, *case) for family in FAMILIES for case in [*COMMON, *OWN[family]]]
 
 
-@pytest.mark.parametrize(('arguments', 'error', 'message'), ARGUMENTS)
-def test_arguments(arguments, error, message):
+@pytest.mark.parametrize(('family', 'arguments', 'error', 'message'), ARGUMENTS)
+def test_arguments(family, arguments, error, message):
     with torch.device('meta'), pytest.raises(error, match=message):
-        hat_mm.FasterViT(**arguments)
+        FAMILIES[family].backbone(**arguments)
 
 
+@pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('shape', [(3, 32, 32), (1, 4, 32, 32), (1, 3, 0, 32), (1, 1, 3, 32, 32)])
-def test_inputs(shape):
-    backbone = hat_mm.FasterViT(tiny()).eval()
+def test_inputs(family, shape):
+    family = FAMILIES[family]
+    backbone = family.backbone(family.tiny()).eval()
     with pytest.raises(ValueError, match=r'images of shape \(batch, 3, height, width\)'):
         backbone(torch.zeros(shape))

@@ -8,7 +8,7 @@ from golden import Golden, official_state
 import hat_mm
 
 # Golden file, its official names, our arguments.
-CASES = [
+FASTERVIT = [
     ('fastervit_0_224', 'fastervit_0', dict(arch='0')),
     ('fastervit_0_anyres_256', 'fastervit_0', dict(arch='0')),
     ('fastervit_0_anyres_448', 'fastervit_0', dict(arch='0')),
@@ -22,9 +22,17 @@ CASES = [
     ('fastervit_4_224', 'fastervit_4', dict(arch='4')),
     ('fastervit_4_21k_224', 'fastervit_4_21k', dict(arch='4-21k-224')),
 ]
+HAT_NET = [
+    ('hat_net_tiny_224', 'tiny'),
+    ('hat_net_tiny_448x672', 'tiny'),
+    ('hat_net_small_224', 'small'),
+    ('hat_net_medium_224', 'medium'),
+]
 
 
-@pytest.mark.parametrize(('file', 'names', 'arguments'), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ('file', 'names', 'arguments'), FASTERVIT, ids=[case[0] for case in FASTERVIT]
+)
 def test_fastervit_equals_the_published_model(file, names, arguments):
     golden = Golden(file)
     state = official_state(names)
@@ -38,6 +46,21 @@ def test_fastervit_equals_the_published_model(file, names, arguments):
         logits = F.linear(features.mean((2, 3)), state['head.weight'], state['head.bias'])
     outputs = {f'stage{i}': out for i, out in enumerate(maps)}
     outputs |= {'norm': features, 'logits': logits}
+    errors = {name: golden.error(name, ours) for name, ours in outputs.items()}
+    assert max(errors.values()) <= 1e-5, errors
+
+
+@pytest.mark.parametrize(('file', 'arch'), HAT_NET, ids=[case[0] for case in HAT_NET])
+def test_hat_net_equals_the_published_model(file, arch):
+    golden = Golden(file)
+    state = official_state(f'hat_net_{arch}')
+    backbone = hat_mm.HATNet(arch).eval()
+    backbone.load_state_dict(state)
+    with torch.inference_mode():
+        maps = backbone(golden.image())
+        features = maps[-1].mean((2, 3))
+        logits = F.linear(features, state['classifier.1.weight'], state['classifier.1.bias'])
+    outputs = {f'stage{i}': out for i, out in enumerate(maps)} | {'logits': logits}
     errors = {name: golden.error(name, ours) for name, ours in outputs.items()}
     assert max(errors.values()) <= 1e-5, errors
 

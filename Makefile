@@ -12,10 +12,10 @@ PY := $(VENV)/bin/python
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo demo-hat-net test test-slow lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo '  STACK=onedl does the same on the OneDL forks, in .venv-onedl'
 	@echo '  PYTHON=... and CXX=... name the interpreter and the compiler of the set-up'
 
@@ -31,6 +31,10 @@ setup: ## set up .venv: checks, packages, mmcv compiled with its operators (once
 
 demo: setup ## draw a data set, train Mask R-CNN with a tiny FasterViT on it, show what it learned
 	@$(IN_VENV) $(PY) tools/demo.py --work-dir work_dirs/demo-$(STACK) $(ARGS)
+
+demo-hat-net: setup ## the same with a small HAT-Net
+	@$(IN_VENV) $(PY) tools/demo.py configs/toy/mask-rcnn_hat-net-toy_fpn_shapes.py \
+	  --work-dir work_dirs/demo-hat-net-$(STACK) $(ARGS)
 
 test: setup ## run the tests; ARGS='-k word' passes options to pytest
 	@$(IN_VENV) $(PY) -m pytest $(ARGS)

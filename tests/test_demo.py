@@ -109,8 +109,10 @@ def steps_of(demo, monkeypatch, args, fail=()):
     return calls
 
 
-def arguments(folder, *options):
-    return argparse.Namespace(work_dir=folder, num_train=256, num_val=48, cfg_options=list(options))
+def arguments(folder, *options, config=ROOT / 'configs/toy/mask-rcnn_fastervit-tiny_fpn_shapes.py'):
+    return argparse.Namespace(
+        config=config, work_dir=folder, num_train=256, num_val=48, cfg_options=list(options)
+    )
 
 
 def test_goes_on_where_it_stopped(demo, monkeypatch, tmp_path):
@@ -131,6 +133,15 @@ def test_another_config_starts_anew(demo, monkeypatch, tmp_path):
     assert steps_of(demo, monkeypatch, arguments(tmp_path)) == everything
     other = arguments(tmp_path, 'train_cfg.max_epochs=2')
     assert steps_of(demo, monkeypatch, other) == everything
+    hat_net = ROOT / 'configs/toy/mask-rcnn_hat-net-toy_fpn_shapes.py'
+    assert steps_of(demo, monkeypatch, arguments(tmp_path, config=hat_net)) == everything
+
+
+def test_a_config_that_is_not_there_is_one_line(demo, tmp_path, capsys):
+    assert demo.main(['configs/toy/none.py', '--work-dir', str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('demo.py: error: there is no config configs/toy/none.py; ')
+    assert error.count('\n') == 1
 
 
 def test_no_write_permission_is_one_line(demo, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Shows FasterViT learning instance segmentation: draws a data set, trains, tests, paints pictures.
+"""Shows a backbone learning instance segmentation: draws data, trains, tests, paints pictures.
 
 A second run skips what is done, and goes on where an interrupted one stopped. Each step is one of
 the ordinary tools, run as you would run it yourself; its command is printed.
@@ -35,6 +35,9 @@ class DemoError(Exception):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument(
+        'config', nargs='?', type=Path, default=CONFIG, help='one of configs/toy; FasterViT if none'
+    )
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
     parser.add_argument('--num-train', type=int, default=256, help='training images')
     parser.add_argument('--num-val', type=int, default=48, help='validation images')
@@ -115,13 +118,15 @@ def run_step(title: str, command: list[str]) -> tuple[float, int]:
 # --- what an earlier run has left -----------------------------------------------------------------
 
 
-def load_config(options: list[str]) -> object:
-    """The toy config with the overrides."""
+def load_config(path: Path, options: list[str]) -> object:
+    """A toy config with the overrides."""
     mmengine = compat.require('mmengine')
     compat.require('mmdet')
     parser = argparse.ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=mmengine.DictAction, default={})
-    cfg = mmengine.Config.fromfile(str(CONFIG))
+    if not path.is_file():
+        raise DemoError(f'there is no config {path}; {CONFIG.parent} has some')
+    cfg = mmengine.Config.fromfile(str(path))
     cfg.merge_from_dict(
         parser.parse_args(['--cfg-options', *options] if options else []).cfg_options
     )
@@ -199,7 +204,8 @@ def make_overview(pictures: Path, out: Path, count: int = 6, columns: int = 2) -
 
 def demo(args: argparse.Namespace) -> str:
     """Runs what is still to do; returns the closing table."""
-    cfg = load_config(args.cfg_options)
+    config = str(args.config)
+    cfg = load_config(args.config, args.cfg_options)
     work_dir: Path = args.work_dir
     work_dir.mkdir(parents=True, exist_ok=True)
     key = fingerprint(cfg, args)
@@ -230,7 +236,7 @@ def demo(args: argparse.Namespace) -> str:
 
     if not state.get('trained'):
         resume = ['--resume'] if last.exists() else []
-        command = [str(TOOLS / 'train.py'), str(CONFIG), '--work-dir', str(work_dir), *resume]
+        command = [str(TOOLS / 'train.py'), config, '--work-dir', str(work_dir), *resume]
         step('training', 'Training', [*command, *options])
         state['trained'] = last.read_text(encoding='utf-8').strip()
         write_state(work_dir, state)
@@ -241,7 +247,7 @@ def demo(args: argparse.Namespace) -> str:
     overview = work_dir / OVERVIEW
     if not state.get('metrics') or not overview.is_file():
         folder = work_dir / 'test'
-        command = [str(TOOLS / 'test.py'), str(CONFIG), state['trained'], '--work-dir', str(folder)]
+        command = [str(TOOLS / 'test.py'), config, state['trained'], '--work-dir', str(folder)]
         step('test', 'Test', [*command, '--show-dir', str(pictures.absolute()), *options])
         make_overview(pictures, overview)
         state['metrics'] = newest_metrics(folder)

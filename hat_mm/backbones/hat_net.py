@@ -17,11 +17,14 @@ from hat_mm.layers import (
     EvalCache,
     HierarchicalSelfAttention,
     InvertedResidual,
+    MapNorm,
     NormFactory,
 )
 from hat_mm.registry import MODELS
 
 from .base import HierarchicalBackbone, Stage, check_ints, drop_path_rates
+
+MODELS.register_module(module=MapNorm)
 
 _NUM_STAGES = 4
 _STEM_DIMS = 16
@@ -206,7 +209,7 @@ class HATNet(HierarchicalBackbone):
     archs = HAT_NET_ARCHS
     arch_type = HATNetArch
     name_map = HAT_NET_NAMES
-    published_norm = dict(type='GN', num_groups=1)
+    published_norm = dict(type='hat_mm.MapNorm')
     from_scratch = [dict(type='TruncNormal', layer='Conv2d', std=0.02, bias=0.0)]
 
     def __init__(

@@ -8,8 +8,8 @@ from .attention import (
     TransformerLayer,
 )
 from .cache import EvalCache
-from .common import DropPath, Mlp, NormFactory, checkpoint_block
-from .convs import Conv2d, ConvBlock, ConvStem, Downsample, InvertedResidual
+from .common import DropPath, MapNorm, Mlp, NormFactory, checkpoint_block
+from .convs import Conv2d, ConvBlock, ConvStem, Downsample, InvertedResidual, PointwiseConv
 from .position import AbsolutePositionEmbedding, RelativePositionBias
 from .windows import BorderMask, crop, merge_windows, pad_to_windows, split_windows, window_grid
 
@@ -26,8 +26,10 @@ __all__ = [
     'HierarchicalBlock',
     'HierarchicalSelfAttention',
     'InvertedResidual',
+    'MapNorm',
     'Mlp',
     'NormFactory',
+    'PointwiseConv',
     'RelativePositionBias',
     'SelfAttention',
     'TransformerLayer',

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .cache import EvalCache
 from .common import DropPath, Mlp, NormFactory
-from .convs import Conv2d
+from .convs import Conv2d, PointwiseConv
 from .position import AbsolutePositionEmbedding, RelativePositionBias
 from .windows import BorderMask, crop, merge_windows, pad_to_windows, split_windows, window_grid
 
@@ -233,26 +233,26 @@ class HierarchicalSelfAttention(nn.Module):
         self.num_heads = num_heads
         self.window = window
         self.norm = norm_layer(dim, 1e-6)
-        self.qkv = Conv2d(dim, 3 * dim, 1)
+        self.qkv = PointwiseConv(dim, 3 * dim)
         if window > 1:
             self.mask = BorderMask(window, cache)
             self.grid_norm = norm_layer(dim, 1e-6)
             self.pool = nn.AvgPool2d(ds_ratio, ceil_mode=True, count_include_pad=False)
             self.ds_norm = norm_layer(dim, 1e-6)
-            self.q = Conv2d(dim, dim, 1)
-            self.kv = Conv2d(dim, 2 * dim, 1)
-        self.proj = Conv2d(dim, dim, 1)
+            self.q = PointwiseConv(dim, dim)
+            self.kv = PointwiseConv(dim, 2 * dim)
+        self.proj = PointwiseConv(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""
         # The fused attention kernels want the channels of a token side by side.
         x = x.contiguous(memory_format=torch.channels_last)
-        qkv = self.qkv(self._pre_norm(x))
+        y = self._pre_norm(x)
         if self.window == 1:
-            return self.proj(self._attend(*self._tokens(qkv, 3), x.shape[-2:]))
-        y = self.grid_norm(x + self._attend_in_windows(qkv))
-        keys_values = self.kv(self.ds_norm(self.pool(y)))
-        z = self._attend(*self._tokens(self.q(y), 1), *self._tokens(keys_values, 2), x.shape[-2:])
+            return self.proj(self._attend(*self._tokens(self.qkv(y), 3), y.shape[-2:]))
+        y = self.grid_norm(x + self._attend_in_windows(y))
+        q, kv = self.q(y), self.kv(self.ds_norm(self.pool(y)))
+        z = self._attend(*self._tokens(q, 1), *self._tokens(kv, 2), y.shape[-2:])
         return self.proj(z + y)
 
     def _pre_norm(self, x: Tensor) -> Tensor:
@@ -268,19 +268,22 @@ class HierarchicalSelfAttention(nn.Module):
         x = x.flatten(2).unflatten(1, (parts, self.num_heads, -1))
         return x.permute(1, 0, 2, 4, 3)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sides: tuple[int, int]) -> Tensor:
-        """Attention of all to all, back as a map (B, C, *sides)."""
-        x = F.scaled_dot_product_attention(q, k, v)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, sides: tuple[int, int], mask: Tensor | None = None
+    ) -> Tensor:
+        """Attention of all to all that the mask allows, back as a map (B, C, *sides)."""
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return x.transpose(2, 3).flatten(1, 2).unflatten(2, sides)
 
-    def _attend_in_windows(self, qkv: Tensor) -> Tensor:
-        height, width = qkv.shape[-2:]
-        grid = window_grid(height, width, self.window)
-        mask = self.mask(height, width, qkv.device)
+    def _attend_in_windows(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        w = self.window
+        grid = window_grid(height, width, w)
+        mask = self.mask(height, width, x.device)
         if mask is not None:
-            mask = mask.repeat(qkv.shape[0], 1, 1, 1)
-        x = pad_to_windows(qkv, grid, self.window).permute(0, 2, 3, 1)
-        x = split_windows(x, grid, self.window).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = x.permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        return crop(merge_windows(x, grid, self.window), height, width).permute(0, 3, 1, 2)
+            mask = mask.repeat(batch, 1, 1, 1)
+        x = split_windows(pad_to_windows(x, grid, w).permute(0, 2, 3, 1), grid, w)
+        # Each window as a map of its own, (B * nh * nw, C, w, w).
+        qkv = self.qkv(x.transpose(1, 2).unflatten(2, (w, w)))
+        x = self._attend(*self._tokens(qkv, 3), (w, w), mask).flatten(2).transpose(1, 2)
+        return crop(merge_windows(x, grid, w), height, width).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Pieces that no single family owns: drop path, MLP, activation checkpointing."""
+"""Pieces of no single kind: drop path, norm, MLP, activation checkpointing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -38,6 +38,29 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """Shows the rate in the module's printed form."""
         return f'rate={self.rate:g}'
+
+
+class MapNorm(nn.GroupNorm):
+    """Group norm of one group: each image is normalised over all its channels and positions.
+
+    Args:
+        dim: Channels.
+        eps: Added to the variance.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__(1, dim, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the same shape."""
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        # torch.compile's own decomposition flattens the map, and index expressions of a flattened
+        # map of symbolic size take it many minutes.
+        y = x.float()
+        variance, mean = torch.var_mean(y, (1, 2, 3), correction=0, keepdim=True)
+        scale = self.weight[:, None, None] * torch.rsqrt(variance + self.eps)
+        return ((y - mean) * scale + self.bias[:, None, None]).type_as(x)
 
 
 class Mlp(nn.Module):

@@ -5,6 +5,7 @@ Sources: https://arxiv.org/abs/2306.06189 and https://arxiv.org/abs/2106.03180. 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .common import DropPath, NormFactory
@@ -22,6 +23,23 @@ class Conv2d(nn.Conv2d):
         # The gradient goes back through two reshapes, of which the second makes plain strides.
         weight = self.weight.flatten().view_as(self.weight)
         return self._conv_forward(x, weight, self.bias)
+
+
+class PointwiseConv(nn.Conv2d):
+    """1x1 convolution by a matrix product, whose result has its channels last in memory.
+
+    Args:
+        in_dim: Channels in.
+        out_dim: Channels out.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__(in_dim, out_dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to (B, C', H, W)."""
+        x = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        return x.permute(0, 3, 1, 2)
 
 
 class ConvStem(nn.Sequential):

@@ -103,9 +103,8 @@ class BorderMask(nn.Module):
 
     def forward(self, height: int, width: int, device: torch.device) -> Tensor | None:
         """Makes the mask of a map of ``height`` times ``width`` tokens."""
-        full = height % self.window == 0 and width % self.window == 0
         # One graph of torch.compile for both outcomes, as in pad_to_windows.
-        if not torch.compiler.is_compiling() and full:
+        if not torch.compiler.is_compiling() and not (height % self.window or width % self.window):
             return None
         sides = (height, width)
         return self._cache.get(self, (*sides, device), lambda: self._compute(sides, device))

@@ -11,7 +11,15 @@ from .cache import EvalCache
 from .common import DropPath, MapNorm, Mlp, NormFactory, checkpoint_block
 from .convs import Conv2d, ConvBlock, ConvStem, Downsample, InvertedResidual, PointwiseConv
 from .position import AbsolutePositionEmbedding, RelativePositionBias
-from .windows import BorderMask, crop, merge_windows, pad_to_windows, split_windows, window_grid
+from .windows import (
+    BorderMask,
+    average_windows,
+    crop,
+    merge_windows,
+    pad_to_windows,
+    split_windows,
+    window_grid,
+)
 
 __all__ = [
     'AbsolutePositionEmbedding',
@@ -33,6 +41,7 @@ __all__ = [
     'RelativePositionBias',
     'SelfAttention',
     'TransformerLayer',
+    'average_windows',
     'checkpoint_block',
     'crop',
     'merge_windows',

@@ -16,7 +16,15 @@ from .cache import EvalCache
 from .common import DropPath, Mlp, NormFactory
 from .convs import Conv2d, PointwiseConv
 from .position import AbsolutePositionEmbedding, RelativePositionBias
-from .windows import BorderMask, crop, merge_windows, pad_to_windows, split_windows, window_grid
+from .windows import (
+    BorderMask,
+    average_windows,
+    crop,
+    merge_windows,
+    pad_to_windows,
+    split_windows,
+    window_grid,
+)
 
 
 class SelfAttention(nn.Module):
@@ -232,12 +240,12 @@ class HierarchicalSelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.window = window
+        self.ds_ratio = ds_ratio
         self.norm = norm_layer(dim, 1e-6)
         self.qkv = PointwiseConv(dim, 3 * dim)
         if window > 1:
             self.mask = BorderMask(window, cache)
             self.grid_norm = norm_layer(dim, 1e-6)
-            self.pool = nn.AvgPool2d(ds_ratio, ceil_mode=True, count_include_pad=False)
             self.ds_norm = norm_layer(dim, 1e-6)
             self.q = PointwiseConv(dim, dim)
             self.kv = PointwiseConv(dim, 2 * dim)
@@ -251,7 +259,7 @@ class HierarchicalSelfAttention(nn.Module):
         if self.window == 1:
             return self.proj(self._attend(*self._tokens(self.qkv(y), 3), y.shape[-2:]))
         y = self.grid_norm(x + self._attend_in_windows(y))
-        q, kv = self.q(y), self.kv(self.ds_norm(self.pool(y)))
+        q, kv = self.q(y), self.kv(self.ds_norm(average_windows(y, self.ds_ratio)))
         z = self._attend(*self._tokens(q, 1), *self._tokens(kv, 2), y.shape[-2:])
         return self.proj(z + y)
 

@@ -84,6 +84,28 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
     return x
 
 
+def average_windows(x: Tensor, window: int) -> Tensor:
+    """Averages each window of a map; windows at the border average the tokens that exist.
+
+    Args:
+        x: Map, (B, C, H, W).
+        window: Side w of a window.
+
+    Returns:
+        Map of windows, (B, C, nh, nw).
+    """
+    height, width = x.shape[-2:]
+    grid = window_grid(height, width, window)
+    # Zeros are averaged in and out again: average pooling with ceil_mode would do without, but
+    # torch.compile makes a graph for each way in which a size can divide.
+    x = F.avg_pool2d(pad_to_windows(x, grid, window), window)
+    rows, cols = (
+        window / (side - window * torch.arange(n, device=x.device)).clamp(max=window)
+        for side, n in zip((height, width), grid, strict=True)
+    )
+    return x * (rows[:, None] * cols).to(x.dtype)
+
+
 class BorderMask(nn.Module):
     """Tells real tokens from padding where a map ends inside its last windows.
 

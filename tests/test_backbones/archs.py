@@ -82,7 +82,7 @@ class Family:
     Attributes:
         backbone: The class.
         arch: Fields of an arch that computes in milliseconds.
-        wide: Fields that give it as many channels as PyTorch treats alike at all sizes.
+        wide: Fields that give it so many channels that PyTorch treats all sizes alike.
         name_map: Its official names.
         official: Substitutions that make official names of native ones.
         unused: Official shapes and channels to shapes of tensors that a backbone has no use for.
@@ -137,7 +137,7 @@ FAMILIES = {
             grids=(4, 3, 4, 1),
             ds_ratios=(4, 3, 2, 1),
         ),
-        wide=dict(embed_dims=(64, 64, 128, 128), head_dim=32),
+        wide=dict(embed_dims=(64, 64, 160, 640), head_dim=32, depths=(1, 1, 1, 1)),
         name_map=HAT_NET_NAMES,
         official=_HAT_NET_OFFICIAL,
         unused=_hat_net_unused,

@@ -453,6 +453,20 @@ def _find_packages_without_pkg_resources(module: ModuleType) -> None:
         _replace_everywhere(old, new, 'mmengine')
 
 
+def _find_configs_of_forks(module: ModuleType) -> None:
+    """Let ``mmseg::`` in a config find a fork, which has the module but another distribution.
+
+    mmengine looks for the distribution that it knows, mmsegmentation, or a module of that name.
+    """
+    for name, package in module.MODULE2PACKAGE.items():
+        if name == package or importlib.util.find_spec(name) is None:
+            continue
+        try:
+            importlib.metadata.distribution(package)
+        except importlib.metadata.PackageNotFoundError:
+            module.MODULE2PACKAGE[name] = name
+
+
 # --- 6. NumPy ----------------------------------------------------------------------------------
 
 
@@ -493,6 +507,7 @@ BREAKAGES = (
     Breakage('init-dist-without-cuda', 'mmengine.dist.utils', _init_dist_without_cuda),
     Breakage('ddp-and-syncbn-on-cpu', 'mmengine.model.wrappers.distributed', _wrap_cpu_models),
     Breakage('pkg-resources', 'mmengine.utils.package_utils', _find_packages_without_pkg_resources),
+    Breakage('configs-of-forks', 'mmengine.config.utils', _find_configs_of_forks),
     Breakage('numpy-in1d', 'mmpretrain.evaluation.metrics.retrieval', _restore_in1d),
 )
 

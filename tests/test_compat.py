@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,7 @@ def test_no_environment_variable_makes_loading_unsafe(probe):
 def test_import_is_light_and_needs_no_toolbox(run_python):
     script = """
 import sys
+import types
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition('.')[0] in ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'):
@@ -383,6 +385,14 @@ def test_installed_paths_are_found_without_pkg_resources():
     assert not is_installed('no_such_package')
     with pytest.raises(Exception, match='no_such_package'):
         get_installed_path('no_such_package')
+
+
+def test_configs_of_forks_are_found_by_their_module():
+    known = {'numpy': 'numpy', 'yaml': 'PyYAML', 'json': 'no-such-package', 'absent': 'no-package'}
+    module = types.SimpleNamespace(MODULE2PACKAGE=dict(known))
+    compat._find_configs_of_forks(module)
+    # Only where the module is there and the distribution is not.
+    assert module.MODULE2PACKAGE == {**known, 'json': 'json'}
 
 
 def test_in1d_is_there_for_the_retrieval_metrics():

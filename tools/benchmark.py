@@ -12,6 +12,7 @@ import datetime
 import logging
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def build(spec: str) -> torch.nn.Module:
     if scope in ('mmdet', 'mmseg', 'mmpretrain'):
         compat.require(f'{scope}.models')
     cfg: dict[str, Any] = {'type': kind}
-    for argument in filter(None, arguments.split(',')):
+    # At commas that are in no brackets.
+    for argument in filter(None, re.split(r',(?![^(\[{]*[)\]}])', arguments)):
         key, equals, value = argument.partition('=')
         if not equals:
             raise UserError(f'{argument!r} in {spec!r} is not KEY=VALUE')

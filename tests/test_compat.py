@@ -389,10 +389,10 @@ def test_installed_paths_are_found_without_pkg_resources():
 
 def test_configs_of_forks_are_found_by_their_module():
     known = {'numpy': 'numpy', 'yaml': 'PyYAML', 'json': 'no-such-package', 'absent': 'no-package'}
-    module = types.SimpleNamespace(MODULE2PACKAGE=dict(known))
-    compat._find_configs_of_forks(module)
+    packages = dict(known)
+    compat._find_configs_of_forks(types.SimpleNamespace(MODULE2PACKAGE=packages))
     # Only where the module is there and the distribution is not.
-    assert module.MODULE2PACKAGE == {**known, 'json': 'json'}
+    assert packages == {**known, 'json': 'json'}
 
 
 def test_in1d_is_there_for_the_retrieval_metrics():

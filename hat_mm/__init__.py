@@ -15,9 +15,10 @@ __version__ = '0.1.0'
 _PUBLIC = {
     'FasterViT': 'hat_mm.backbones',
     'HATNet': 'hat_mm.backbones',
+    'MapNorm': 'hat_mm.layers',
 }
 
-__all__ = ['FasterViT', 'HATNet', '__version__']
+__all__ = ['FasterViT', 'HATNet', 'MapNorm', '__version__']
 
 compat.apply()
 

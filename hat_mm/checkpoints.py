@@ -98,7 +98,7 @@ FASTERVIT_NAMES = NameMap(
 
 HAT_NET_NAMES = NameMap(
     family='HATNet',
-    marker=r'blocks\.\d\.\d+\.attn\.|ds\d\.conv\.',
+    marker=r'blocks\.\d\.\d+\.attn\.(grid|proj)_norm\.|ds\d\.conv\.',
     # The classifier, and a norm that the published network never uses.
     dropped=r'classifier\..*|.*\.attn\.proj_norm\..*',
     rules=(
@@ -245,11 +245,20 @@ def adapt(
     if not report.complete:
         raise ValueError(
             f'an official {name_map.family} checkpoint with depths {name_map.depths(state)} does '
-            f'not fit arch {arch}: {report}. Use the file of this arch, or the arch of this file.'
+            f'not fit arch {arch}: {report}. {_remedy(report)}'
         )
     optional = rf'{unused}|.*{_COUNTER}'
     native = {**{n: v for n, v in own.items() if re.fullmatch(optional, n)}, **native}
     return native, replace(report, dropped=no_use)
+
+
+def _remedy(report: LoadReport) -> str:
+    if report.missing and all(re.search(r'\.running_(mean|var)$', n) for n in report.missing):
+        return (
+            'The norms of the file keep no running statistics, those of the backbone do: leave '
+            'norm_cfg at its default, None.'
+        )
+    return 'Use the file of this arch, or the arch of this file.'
 
 
 def _foreign(state: Collection[str], name_map: NameMap) -> str:

@@ -60,6 +60,7 @@ def test_memory_grows_with_the_image(run_python):
         ('hat_mm.HATNet:arch', "'arch' in 'hat_mm.HATNet:arch' is not KEY=VALUE"),
         ('hat_mm.HATNet:arch=tny', "unknown arch 'tny'"),
         ('hat_mm.Hatnet', 'hat_mm.Hatnet is not in the'),
+        ('hat_mm.HATNet:in_channels=1', 'takes no image of 3 channels: HATNet takes images'),
     ],
 )
 def test_bad_backbones_are_one_line(run_python, argument, message):

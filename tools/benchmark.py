@@ -80,6 +80,11 @@ def build(spec: str) -> torch.nn.Module:
             cfg[key] = value
     backbone = registry.MODELS.build(cfg)
     backbone.eval()
+    with torch.inference_mode():
+        try:
+            backbone(torch.zeros(1, 3, 32, 32))  # also what libraries allocate once
+        except Exception as error:
+            raise UserError(f'{spec} takes no image of 3 channels: {error}') from error
     return backbone
 
 
@@ -131,7 +136,6 @@ def forward_memory(args: argparse.Namespace) -> int:
     [spec], [size] = args.backbones, args.size
     backbone = build(spec)
     with torch.inference_mode():
-        backbone(torch.zeros(1, 3, 32, 32))  # what libraries allocate once
         x = image(args, size)
         before = status('VmRSS')
         Path('/proc/self/clear_refs').write_text('5')  # resets the peak

@@ -1,14 +1,15 @@
 """Measures how much the padding of a batch changes what a detector's backbone sees in an image.
 
-Each image of the test set goes through the backbone alone, and again with zeros at the bottom and
-right, as a detector adds them to make the images of a batch equal in size. Printed is the relative
-change of each feature map where the image is, averaged over the images.
+Each image of the test set goes through the backbone alone (filled to the detector's divisor), and again
+with zeros at the bottom and right, as a detector adds them to make the images of a batch equal in size.
+Printed is the relative change of each feature map where the image is, averaged over the images.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 
 import torch
@@ -37,8 +38,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--cfg-options', nargs='+', action=mmengine.DictAction, default={})
     args = parser.parse_args()
-    if args.images < 1 or min(args.pad) <= 0:
-        parser.error('--images and --pad must be positive')
+    if args.images < 1 or not all(0 < pad < math.inf for pad in args.pad):
+        parser.error('--images and --pad must be positive and finite')
     return args
 
 
@@ -80,10 +81,11 @@ def main() -> None:
         model.data_preprocessor({'inputs': [data[i]['inputs']], 'data_samples': None})['inputs']
         for i in range(min(args.images, len(data)))
     ]
-    names = [f'stride {stride}' for stride in model.backbone.out_strides]
-    print('| added to both sides | ' + ' | '.join(names) + ' |')
-    print('|' + '---|' * (len(names) + 1))
     with torch.inference_mode():
+        maps = model.backbone(images[0])
+        names = [f'stride {round(images[0].shape[-1] / m.shape[-1])}' for m in maps]
+        print('| added to both sides | ' + ' | '.join(names) + ' |')
+        print('|' + '---|' * (len(names) + 1))
         for pad in args.pad:
             mean = torch.stack([changes(model.backbone, x, pad) for x in images]).mean(0)
             print(f'| {pad:.0%} | ' + ' | '.join(f'{value:.1%}' for value in mean.tolist()) + ' |')

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hat_mm.checkpoints import NameMap, adapt
-from hat_mm.layers import NormFactory, checkpoint_block
+from hat_mm.layers import MapNorm, NormFactory, checkpoint_block, guard_group_norm
 
 
 def resolve_arch(arch: Any, table: Mapping[str, Any], row: type) -> tuple[str, Any]:
@@ -153,10 +153,10 @@ class HierarchicalBackbone(BaseModule):
         self.spec = replace(spec, **{k: v for k, v in overrides.items() if v is not None})
         dims, self.depths = self.spec.dims, self.spec.depths
         num_stages = len(self.depths)
-        if isinstance(in_channels, bool) or not isinstance(in_channels, int) or in_channels < 1:
+        if _not_int(in_channels) or in_channels < 1:
             raise ValueError(f'in_channels must be a positive int, not {in_channels!r}')
         self.out_indices = _check_out_indices(out_indices, num_stages)
-        if frozen_stages not in range(-1, num_stages + 1):
+        if _not_int(frozen_stages) or frozen_stages not in range(-1, num_stages + 1):
             raise ValueError(
                 f'frozen_stages must be -1 (none), 0 (the stem) or 1 to {num_stages} (the stem and '
                 f'as many stages), not {frozen_stages!r}'
@@ -167,6 +167,11 @@ class HierarchicalBackbone(BaseModule):
         self.with_cp = with_cp
         self.out_channels = tuple(dims[i] for i in self.out_indices)
         self.out_strides = tuple(4 * 2**i for i in self.out_indices)
+        for name, cfg in (('norm_cfg', norm_cfg), ('out_norm_cfg', out_norm_cfg)):
+            if cfg is not None and not isinstance(cfg, Mapping):
+                raise TypeError(
+                    f"{name} must be a dict such as dict(type='BN') or None, not {cfg!r}"
+                )
         published = self.published_norm
         if norm_cfg is not None and norm_cfg.get('type', published['type']) != published['type']:
             published = {}
@@ -177,7 +182,7 @@ class HierarchicalBackbone(BaseModule):
         for i in self.out_indices:
             norm = None
             if out_norm_cfg is not None:
-                norm = build_norm_layer(deepcopy(dict(out_norm_cfg)), dims[i])[1]
+                norm = _build_norm('out_norm_cfg', out_norm_cfg, dims[i])
             self.add_module(f'norm{i}', norm)
         self._freeze()
 
@@ -188,7 +193,7 @@ class HierarchicalBackbone(BaseModule):
     @property
     def norm_layer(self) -> NormFactory:
         """Makes a norm of a map from its channels and eps, as ``norm_cfg`` says."""
-        return lambda dim, eps: build_norm_layer({'eps': eps, **self._norm_cfg}, dim)[1]
+        return lambda dim, eps: _build_norm('norm_cfg', {'eps': eps, **self._norm_cfg}, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Computes feature maps.
@@ -315,15 +320,33 @@ class HierarchicalBackbone(BaseModule):
         return state
 
 
+def _not_int(value: Any) -> bool:
+    return isinstance(value, bool) or not isinstance(value, int)
+
+
+def _build_norm(name: str, cfg: Mapping[str, Any], dim: int) -> nn.Module:
+    try:
+        norm = build_norm_layer(deepcopy(dict(cfg)), dim)[1]
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f'{name} = {dict(cfg)!r} makes no norm of {dim} channels ({error or "missing field"}); '
+            "examples are dict(type='BN'), dict(type='SyncBN') and dict(type='GN', num_groups=1)"
+        ) from error
+    if isinstance(norm, nn.GroupNorm) and not isinstance(norm, MapNorm):
+        norm.register_forward_pre_hook(guard_group_norm)
+    return norm
+
+
 def _check_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
-    indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+    indices = (out_indices,) if isinstance(out_indices, int) else out_indices
     if (
-        not indices
+        not isinstance(indices, Sequence)
+        or not indices
+        or any(_not_int(i) or i not in range(num_stages) for i in indices)
         or len(set(indices)) != len(indices)
-        or any(isinstance(i, bool) or i not in range(num_stages) for i in indices)
     ):
         raise ValueError(
             f'out_indices must be different stages out of 0 to {num_stages - 1}, '
             f'not {out_indices!r}'
         )
-    return indices
+    return tuple(indices)

@@ -186,13 +186,15 @@ class HATNet(HierarchicalBackbone):
 
     Args:
         arch: Variant: ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, or a dict of fields of
-            :class:`HATNetArch`.
+            :class:`HATNetArch`. No tensor's shape tells ``head_dim``, ``ds_ratios`` or the size
+            of ``grids``, so an official file also loads where these differ.
         in_channels: Channels of the images.
         drop_path_rate: Drop-path rate of the last block, in [0, 1); None for the arch's.
         out_indices: Stages whose maps are returned, in this order. Strides are 4, 8, 16, 32.
         out_norm_cfg: Config of the norm of each returned map; None for raw maps, as published.
         norm_cfg: Changes the type of all other norms, for example ``dict(type='SyncBN')``; each
-            keeps its own eps unless ``eps`` is given. Published is group norm of one group.
+            keeps its own eps unless ``eps`` is given. Published is group norm of one group, which
+            official files need.
         frozen_stages: Freezes nothing (-1), the stem (0), or the stem and the first k stages with
             their output norms (k).
         norm_eval: Keeps batch norms, which only ``norm_cfg`` and ``out_norm_cfg`` bring in, in

@@ -8,7 +8,7 @@ from .attention import (
     TransformerLayer,
 )
 from .cache import EvalCache
-from .common import DropPath, MapNorm, Mlp, NormFactory, checkpoint_block
+from .common import DropPath, MapNorm, Mlp, NormFactory, checkpoint_block, guard_group_norm
 from .convs import Conv2d, ConvBlock, ConvStem, Downsample, InvertedResidual, PointwiseConv
 from .position import AbsolutePositionEmbedding, RelativePositionBias
 from .windows import (
@@ -44,6 +44,7 @@ __all__ = [
     'average_windows',
     'checkpoint_block',
     'crop',
+    'guard_group_norm',
     'merge_windows',
     'pad_to_windows',
     'split_windows',

@@ -255,21 +255,13 @@ class HierarchicalSelfAttention(nn.Module):
         """Maps (B, C, H, W) to the same shape."""
         # The fused attention kernels want the channels of a token side by side.
         x = x.contiguous(memory_format=torch.channels_last)
-        y = self._pre_norm(x)
+        y = self.norm(x)
         if self.window == 1:
             return self.proj(self._attend(*self._tokens(self.qkv(y), 3), y.shape[-2:]))
         y = self.grid_norm(x + self._attend_in_windows(y))
         q, kv = self.q(y), self.kv(self.ds_norm(average_windows(y, self.ds_ratio)))
         z = self._attend(*self._tokens(q, 1), *self._tokens(kv, 2), y.shape[-2:])
         return self.proj(z + y)
-
-    def _pre_norm(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not x.requires_grad:
-            # Behind frozen layers: the backward pass of torch 2.13's group norm on the CPU crashes
-            # for channels-last input that needs no gradient.
-            x = self.norm(x.clone(memory_format=torch.contiguous_format))
-            return x.contiguous(memory_format=torch.channels_last)
-        return self.norm(x)
 
     def _tokens(self, x: Tensor, parts: int) -> Tensor:
         """(B, parts * C, H, W) to (parts, B, G, H * W, d), the channels being (parts, G, d)."""

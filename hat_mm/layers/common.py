@@ -40,6 +40,18 @@ class DropPath(nn.Module):
         return f'rate={self.rate:g}'
 
 
+def guard_group_norm(norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+    """Forward pre-hook of group norms, against a crash in their backward pass.
+
+    The one of torch 2.13 on the CPU ends the process for channels-last input that needs no
+    gradient, which is what a trainable norm behind frozen layers gets.
+    """
+    [x] = args
+    if torch.is_grad_enabled() and not x.requires_grad:
+        return (x.clone(memory_format=torch.contiguous_format),)
+    return None
+
+
 class MapNorm(nn.GroupNorm):
     """Group norm of one group: each image is normalised over all its channels and positions.
 
@@ -50,6 +62,7 @@ class MapNorm(nn.GroupNorm):
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__(1, dim, eps)
+        self.register_forward_pre_hook(guard_group_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""

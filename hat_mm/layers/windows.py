@@ -99,8 +99,9 @@ def average_windows(x: Tensor, window: int) -> Tensor:
     # Zeros are averaged in and out again: average pooling with ceil_mode would do without, but
     # torch.compile makes a graph for each way in which a size can divide.
     x = F.avg_pool2d(pad_to_windows(x, grid, window), window)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     rows, cols = (
-        window / (side - window * torch.arange(n, device=x.device)).clamp(max=window)
+        window / (side - window * torch.arange(n, device=x.device, dtype=dtype)).clamp(max=window)
         for side, n in zip((height, width), grid, strict=True)
     )
     return x * (rows[:, None] * cols).to(x.dtype)
@@ -129,7 +130,8 @@ class BorderMask(nn.Module):
         if not torch.compiler.is_compiling() and not (height % self.window or width % self.window):
             return None
         sides = (height, width)
-        return self._cache.get(self, (*sides, device), lambda: self._compute(sides, device))
+        key = (self.window, *sides, device)
+        return self._cache.get(self, key, lambda: self._compute(sides, device))
 
     def _compute(self, sides: tuple[int, int], device: torch.device) -> Tensor:
         w = self.window

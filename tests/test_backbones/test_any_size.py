@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hat_mm
+from hat_mm.layers import average_windows
 from test_backbones.archs import FAMILIES, tiny
 
 # Sides small enough for loops, large enough for several windows on an axis of stage 2.
@@ -20,10 +21,11 @@ VARIANTS = {
     'no-carriers': ('FasterViT', dict(carriers=False, layer_scale=0.5)),
     'hat-net': ('HATNet', {}),
     'hat-net-published-grids': ('HATNet', dict(grids=(8, 7, 7, 1), ds_ratios=(8, 4, 2, 1))),
-    'hat-net-all-global': (
+    'hat-net-mixed': (
         'HATNet',
         dict(grids=(5, 3, 1, 2), ds_ratios=(1, 7, 1, 3), kernels=(5, 3, 7, 1), head_dim=2),
     ),
+    'hat-net-all-global': ('HATNet', dict(grids=(1, 1, 1, 1), ds_ratios=(1, 1, 1, 1))),
 }
 
 
@@ -84,6 +86,15 @@ def test_no_call_changes_a_later_one(family):
     for first, second in zip(alone, together, strict=True):
         for a, b in zip(first, second, strict=True):
             assert torch.equal(a, b)
+
+
+def test_window_averages_keep_double_precision():
+    x = torch.rand(2, 3, 11, 9, dtype=torch.float64)
+    pooled = average_windows(x, 7)
+    rows, cols = [slice(0, 7), slice(7, 11)], [slice(0, 7), slice(7, 9)]
+    expected = [[x[:, :, r, c].mean((2, 3)) for c in cols] for r in rows]
+    expected = torch.stack([torch.stack(row, -1) for row in expected], -2)
+    assert torch.allclose(pooled, expected, rtol=1e-14, atol=0)
 
 
 def far_pixel_moves_stage_2(arch):

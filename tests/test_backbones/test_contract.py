@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import hat_mm
-from hat_mm.layers import EvalCache
+from hat_mm.layers import BorderMask, DropPath, EvalCache
 from test_backbones.archs import FAMILIES, tiny
 
 # Configs of tiny backbones, each family and what branches its code.
@@ -61,7 +61,7 @@ def build(config, **arguments):
 
 def difference(maps, others):
     pairs = zip(maps, others, strict=True)
-    return max(float((a.float() - b).norm() / b.norm()) for a, b in pairs)
+    return max(float(((a.float() - b).norm() / b.norm()).detach()) for a, b in pairs)
 
 
 def loss_of(maps):
@@ -166,6 +166,50 @@ def test_norm_eval(config, image):
     backbone(image)
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
     assert backbone.stages[0].training
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('norm', [None, dict(type='GN', num_groups=2)])
+def test_norms_train_behind_frozen_layers(config, image, norm, layout):
+    # Group norm of torch 2.13 would end the process here.
+    backbone = build(config, norm_cfg=norm, out_norm_cfg=dict(type='GN', num_groups=1)).train()
+    image = image.contiguous(memory_format=layout)
+    norms = [module for module in backbone.modules() if isinstance(module, NORMS)]
+    for module in [*norms[:1], norms[len(norms) // 2], *norms[-1:]]:
+        backbone.requires_grad_(False)
+        module.requires_grad_(True)
+        loss_of(backbone(image)).backward()
+        assert module.weight.grad.any()
+
+
+def test_drop_path_of_a_sample():
+    x = torch.ones(4000, 2, 3)
+    drop = DropPath(0.25)
+    assert drop.eval()(x) is x
+    out = drop.train()(x)
+    kept = out[:, 0, 0] != 0
+    assert torch.equal(out, kept[:, None, None] * x / 0.75)
+    assert 0.7 < kept.float().mean() < 0.8
+
+
+def test_drop_path_drops_in_training(config, image):
+    same = image[:1].repeat(6, 1, 1, 1)
+    for rate in (0.0, 0.9):
+        maps = build(config, drop_path_rate=rate).train()(same)
+        differs = [not torch.allclose(m, m[:1].expand_as(m), rtol=1e-3, atol=1e-3) for m in maps]
+        # The first block never drops.
+        assert differs == [False, rate > 0, rate > 0, rate > 0]
+
+
+def test_checkpointing_runs_blocks_again(config, image):
+    for with_cp, runs in ((False, 1), (True, 2)):
+        backbone = build(config, with_cp=with_cp).train()
+        calls = []
+        blocks = [block for stage in backbone.stages for block in stage.blocks]
+        for i, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda *_, i=i, calls=calls: calls.append(i))
+        loss_of(backbone(image)).backward()
+        assert sorted(calls) == sorted([*range(len(blocks))] * runs)
 
 
 def test_checkpointing_changes_nothing(config, image):
@@ -323,6 +367,14 @@ class TestCache:
         # stage 1 (12 x 12), not in stage 2 (6 x 6); of 96 x 150 nothing divides.
         assert calls == [(6, 6), (24, 38), (12, 19), (6, 10), (6, 6)]
 
+    def test_masks_of_another_window_are_others(self):
+        module = BorderMask(8).eval()
+        with torch.no_grad():
+            before = module(13, 13, torch.device('cpu'))
+            module.window = 5
+            after = module(13, 13, torch.device('cpu'))
+        assert (before.shape, after.shape) == ((4, 1, 1, 64), (9, 1, 1, 25))
+
     def test_is_off_while_gradients_are_on(self, backbone, image):
         loss_of(backbone(image)).backward()
         loss_of(backbone(image)).backward()
@@ -394,5 +446,6 @@ class TestCache:
 
 def test_public_names():
     assert all(family.backbone.__name__ in hat_mm.__all__ for family in FAMILIES.values())
+    assert all(getattr(hat_mm, name) for name in hat_mm.__all__)
     with pytest.raises(AttributeError, match='FasterVit'):
         _ = hat_mm.FasterVit

@@ -20,6 +20,18 @@ COMMON = [
     (dict(drop_path_rate=1.5), ValueError, r'drop_path_rate must be in \[0, 1\), not 1.5'),
     (dict(frozen_stages=5), ValueError, 'frozen_stages.*not 5'),
     (dict(frozen_stages=-2), ValueError, 'frozen_stages.*not -2'),
+    (dict(frozen_stages=True), ValueError, 'frozen_stages.*not True'),
+    (dict(frozen_stages=1.0), ValueError, 'frozen_stages.*not 1.0'),
+    (dict(out_indices=None), ValueError, 'out_indices.*not None'),
+    (dict(norm_cfg='BN'), TypeError, "norm_cfg must be a dict .*not 'BN'"),
+    (dict(out_norm_cfg='BN'), TypeError, "out_norm_cfg must be a dict .*not 'BN'"),
+    (dict(norm_cfg=dict(type='GN')), ValueError, "norm_cfg = .*'GN'.*makes no norm"),
+    (dict(out_norm_cfg=dict(type='Nope')), ValueError, "out_norm_cfg = .*'Nope'.*makes no norm"),
+    (
+        dict(norm_cfg=dict(type='BN', groups=2)),
+        ValueError,
+        "norm_cfg = .*'groups': 2.*makes no norm",
+    ),
     (dict(windowsize=7), TypeError, 'windowsize'),
 ]
 OWN = {

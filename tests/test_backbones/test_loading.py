@@ -190,6 +190,11 @@ def test_4_does_not_load_into_4_21k():
         without.load_state_dict(official('FasterViT'))
 
 
+def test_norms_with_statistics_are_the_named_cause():
+    with pytest.raises(ValueError, match='leave norm_cfg at its default'):
+        make('HATNet', norm_cfg=dict(type='SyncBN')).load_state_dict(official('HATNet'))
+
+
 OTHERS = {'FasterViT': 'HATNet', 'HATNet': 'FasterViT'}
 
 
@@ -197,11 +202,12 @@ OTHERS = {'FasterViT': 'HATNet', 'HATNet': 'FasterViT'}
     'state',
     [
         lambda name: {'layer1.0.conv1.weight': torch.zeros(1)},
+        lambda name: {'blocks.0.0.attn.q.weight': torch.zeros(1)},
         lambda name: official(OTHERS[name]),
         lambda name: make(OTHERS[name]).state_dict(),
         lambda name: {'epoch': 3},
     ],
-    ids=['resnet', 'other family', 'native names of the other family', 'no checkpoint'],
+    ids=['resnet', 'twins', 'other family', 'native names of the other family', 'no checkpoint'],
 )
 def test_file_of_another_family(name, state):
     with pytest.raises(ValueError, match=f'no {name} checkpoint|does not fit {name}'):

@@ -1,4 +1,5 @@
-# mask-rcnn_fpn_1x_coco with the optimizer that HAT-Net's authors used.
+# mask-rcnn_fpn_1x_coco with the schedule of HAT-Net's authors: shorter warm-up, another learning
+# rate and weight decay, on all parameters alike.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/datasets/coco_instance.py',

@@ -1,7 +1,7 @@
 """Attention takes PyTorch's fused kernels: no tensor of all queries by all keys exists.
 
-In training that holds for HAT-Net only: on a CPU, PyTorch has no fused kernel for FasterViT's biases,
-which need a gradient.
+In training that holds for HAT-Net only: on a CPU, PyTorch has no fused kernel for FasterViT's
+biases, which need a gradient.
 """
 
 import collections

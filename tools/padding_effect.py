@@ -1,9 +1,9 @@
 """Measures how much the padding of a batch changes what a detector's backbone sees in an image.
 
 Each image of the test set goes through the backbone alone, filled to the detector's divisor, and
-again with zeros at the bottom and right, as a detector adds them to make the images of a batch equal
-in size. Printed is the relative change of each feature map where the image is, averaged over the
-images.
+again with zeros at the bottom and right, as a detector adds them to make the images of a batch
+equal in size. Printed is the relative change of each feature map where the image is, averaged over
+the images.
 """
 
 from __future__ import annotations

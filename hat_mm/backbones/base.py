@@ -59,7 +59,7 @@ def check_ints(name: str, values: Sequence[int], length: int) -> None:
     if (
         not isinstance(values, Sequence)
         or len(values) != length
-        or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values)
+        or any(_not_int(v) or v < 1 for v in values)
     ):
         shown = values[0] if length == 1 else values
         wanted = 'a positive int' if length == 1 else f'{length} positive ints, one for each stage'
@@ -153,8 +153,7 @@ class HierarchicalBackbone(BaseModule):
         self.spec = replace(spec, **{k: v for k, v in overrides.items() if v is not None})
         dims, self.depths = self.spec.dims, self.spec.depths
         num_stages = len(self.depths)
-        if _not_int(in_channels) or in_channels < 1:
-            raise ValueError(f'in_channels must be a positive int, not {in_channels!r}')
+        check_ints('in_channels', (in_channels,), length=1)
         self.out_indices = _check_out_indices(out_indices, num_stages)
         if _not_int(frozen_stages) or frozen_stages not in range(-1, num_stages + 1):
             raise ValueError(

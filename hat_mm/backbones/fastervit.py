@@ -7,7 +7,6 @@ biases follow the input of each call.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -197,8 +196,8 @@ class AttentionStage(nn.Module):
         if self.tokenizer is not None:
             tokens = torch.cat([self.tokenizer(x, grid), tokens], 1)
         for block in self.blocks:
-            run = partial(checkpoint_block, block) if self.with_cp else block
-            tokens = run(tokens, grid)
+            args = (tokens, grid)
+            tokens = checkpoint_block(block, *args) if self.with_cp else block(*args)
         x = merge_windows(tokens[:, self.num_carriers :], grid, self.window_size)
         return crop(x, height, width).permute(0, 3, 1, 2)
 

@@ -13,12 +13,21 @@ __version__ = '0.1.0'
 
 # Public name -> module that defines it.
 _PUBLIC = {
+    'DropoutPooling': 'hat_mm.necks',
     'FasterViT': 'hat_mm.backbones',
     'HATNet': 'hat_mm.backbones',
+    'LayerDecayOptimWrapperConstructor': 'hat_mm.optim',
     'MapNorm': 'hat_mm.layers',
 }
 
-__all__ = ['FasterViT', 'HATNet', 'MapNorm', '__version__']
+__all__ = [
+    'DropoutPooling',
+    'FasterViT',
+    'HATNet',
+    'LayerDecayOptimWrapperConstructor',
+    'MapNorm',
+    '__version__',
+]
 
 compat.apply()
 

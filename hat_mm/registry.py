@@ -5,6 +5,15 @@ for the scope, and ``locations`` import the class. Nothing has to be listed in `
 """
 
 from mmengine.registry import MODELS as _MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as _OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', parent=_MODELS, scope='hat_mm', locations=['hat_mm.backbones'])
+MODELS = Registry(
+    'model', parent=_MODELS, scope='hat_mm', locations=['hat_mm.backbones', 'hat_mm.necks']
+)
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optim_wrapper_constructor',
+    parent=_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='hat_mm',
+    locations=['hat_mm.optim'],
+)

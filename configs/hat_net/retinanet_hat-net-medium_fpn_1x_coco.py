@@ -1,5 +1,5 @@
 _base_ = [
-    '../_base_/recipes/retinanet_fpn_1x_coco.py',
+    '../_base_/recipes/retinanet_fpn_pvt-1x_coco.py',
     '../_base_/backbones/hat-net-medium.py',
 ]
 model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels[1:]))

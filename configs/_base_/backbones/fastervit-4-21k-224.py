@@ -1,0 +1,11 @@
+# FasterViT-4, trained on ImageNet-21K and tuned on ImageNet-1K at 224 pixels, windows of 14, with the
+# authors' weights (non-commercial licence: see WEIGHTS.md).
+backbone = dict(
+    type='hat_mm.FasterViT',
+    arch='4-21k-224',
+    init_cfg=dict(
+        type='Pretrained',
+        checkpoint='https://huggingface.co/ahatamiz/FasterViT/resolve/main/fastervit_4_21k_224_w14.pth.tar',
+    ),
+)
+channels = [196, 392, 784, 1568]

@@ -1,0 +1,10 @@
+# FasterViT-6 with the authors' ImageNet-1K weights (non-commercial licence: see WEIGHTS.md).
+backbone = dict(
+    type='hat_mm.FasterViT',
+    arch='6',
+    init_cfg=dict(
+        type='Pretrained',
+        checkpoint='https://huggingface.co/ahatamiz/FasterViT/resolve/main/fastervit_6_224_1k.pth.tar',
+    ),
+)
+channels = [320, 640, 1280, 2560]

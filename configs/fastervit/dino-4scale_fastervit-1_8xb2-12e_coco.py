@@ -1,0 +1,5 @@
+_base_ = [
+    '../_base_/recipes/dino-4scale_8xb2-12e_coco.py',
+    '../_base_/backbones/fastervit-1.py',
+]
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels[1:]))

@@ -1,0 +1,9 @@
+_base_ = [
+    '../_base_/recipes/fastervit_32xb128_in1k.py',
+    '../_base_/datasets/imagenet_224-full.py',
+    '../_base_/backbones/fastervit-2.py',
+]
+model = dict(
+    backbone=dict(_base_.backbone, init_cfg=None),
+    head=dict(in_channels=_base_.channels[-1]),
+)

@@ -1,0 +1,5 @@
+_base_ = [
+    '../_base_/recipes/fpn_4xb4-80k_ade20k-512x512.py',
+    '../_base_/backbones/fastervit-4-21k-384.py',
+]
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))

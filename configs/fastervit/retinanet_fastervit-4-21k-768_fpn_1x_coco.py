@@ -1,0 +1,5 @@
+_base_ = [
+    '../_base_/recipes/retinanet_fpn_1x_coco.py',
+    '../_base_/backbones/fastervit-4-21k-768.py',
+]
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels[1:]))

@@ -331,6 +331,25 @@ def _build_runner(cfg: Any) -> Any:
     return importlib.import_module('mmengine.runner').Runner.from_cfg(cfg)
 
 
+def _batch_warning(cfg: Any, processes: int) -> str | None:
+    """What to say of a learning rate that is meant for another number of images a step."""
+    scaling = cfg.get('auto_scale_lr') or {}
+    base, loader = scaling.get('base_batch_size'), cfg.train_dataloader
+    if not base or scaling.get('enable') or not isinstance(loader, dict):
+        return None
+    images = loader.get('batch_size')
+    steps = cfg.optim_wrapper.get('accumulative_counts', 1)
+    if images is None or processes * images * steps == base:
+        return None
+    accumulated = f' x {steps} accumulated' if steps != 1 else ''
+    return (
+        f'the learning rate is meant for {base} images a step, this run takes '
+        f'{processes * images * steps} ({processes} process{"es" * (processes != 1)} x {images} '
+        f'images{accumulated}): --auto-scale-lr scales it, train_dataloader.batch_size and '
+        'optim_wrapper.accumulative_counts change the number of images'
+    )
+
+
 def train(argv: Sequence[str] | None = None) -> None:
     """Train as ``tools/train.py`` does.
 
@@ -359,7 +378,11 @@ def train(argv: Sequence[str] | None = None) -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if cfg.get('load_from') is not None:
         _check_checkpoint(cfg.load_from, 'checkpoint')
-    _build_runner(cfg).train()
+    runner = _build_runner(cfg)
+    warning = _batch_warning(cfg, runner.world_size)
+    if warning:
+        runner.logger.warning(warning)
+    runner.train()
 
 
 def test(argv: Sequence[str] | None = None) -> dict:
@@ -475,9 +498,8 @@ def explain(error: BaseException) -> str | None:
         root = settings['cfg'].get('data_root')
         if isinstance(root, str) and _is_local(root) and not os.path.isdir(root):
             text = (
-                f'data folder {root!r} does not exist (data_root of {kind}; set it in the config, '
-                f'or with --cfg-options train_dataloader.dataset.data_root=DIR, likewise for '
-                f'val_dataloader and test_dataloader): {_text(error)}'
+                f'data folder {root!r} does not exist (data_root of {kind}; docs/datasets.md says '
+                f'what belongs there and how to point to another folder): {_text(error)}'
             )
     return text
 

@@ -48,18 +48,20 @@ def build(cfg: Any) -> torch.nn.Module:
 
 def shorten(cfg: Any) -> None:
     """Leaves one block in each stage of the backbone, and as few boxes as small images have."""
-    backbone = cfg.model.backbone
-    kind = getattr(hat_mm, backbone.type.removeprefix('hat_mm.'))
-    fields = dataclasses.asdict(kind.archs[str(backbone.arch)])
-    backbone.arch = {**fields, 'depths': (1,) * len(fields['depths'])}
+    model = cfg.model
+    kind = getattr(hat_mm, model.backbone.type.removeprefix('hat_mm.'))
+    fields = dataclasses.asdict(kind.archs[str(model.backbone.arch)])
+    model.backbone.arch = {**fields, 'depths': (1,) * len(fields['depths'])}
     if cfg.default_scope == 'mmseg':
-        cfg.model.data_preprocessor.size = (96, 128)  # instead of whole crops
-    proposals = cfg.model.get('test_cfg', {}).get('rpn')
-    if proposals is not None:
-        proposals.max_per_img = 20
-        cfg.model.test_cfg.rcnn.max_per_img = 5
-    if 'num_queries' in cfg.model:
-        cfg.model.num_queries = 20
+        model.data_preprocessor.size = (96, 128)  # instead of whole crops
+    if 'roi_head' in model:
+        model.test_cfg.rpn.max_per_img = 20
+        model.test_cfg.rcnn.max_per_img = 5
+        stages = model.train_cfg.rcnn
+        for stage in stages if isinstance(stages, list) else [stages]:
+            stage.sampler.num = 32
+    if 'num_queries' in model:
+        model.num_queries = 20
 
 
 def step(cfg: Any) -> tuple[dict[str, float], list]:
@@ -75,6 +77,7 @@ def step(cfg: Any) -> tuple[dict[str, float], list]:
     shorten(cfg)
     optim = importlib.import_module('mmengine.optim')
     model = importlib.import_module('mmengine.model').revert_sync_batchnorm(build(cfg))
+    model.init_weights()
     with _scope(cfg):
         optim_wrapper = optim.build_optim_wrapper(model, cfg.optim_wrapper)
         reached = set()
@@ -158,6 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if not leaves:
         parser.error(f'no config has a name like {args.only!r}')
+    # The start value of every parameter is not what the grid is about.
+    importlib.import_module('mmengine.logging').MMLogger.get_current_instance().setLevel('WARNING')
     cells, errors = {}, {}
     for number, leaf in enumerate(leaves, 1):
         start = time.perf_counter()

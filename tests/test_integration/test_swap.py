@@ -1,56 +1,193 @@
-"""mmdet's own config takes our backbones in place of its ResNet through the command line alone."""
+"""The toolboxes' own configs take our backbones through the command line alone.
 
+Each is trained for a step and tested with FasterViT by our tools and with HAT-Net by its own.
+"""
+
+import importlib
+import itertools
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
-import mmdet
 import pytest
 import torch
 
 import hat_mm
+from hat_mm import __main__ as program
+from hat_mm import runtime, toy
 
-CONFIG = Path(mmdet.__file__).parent / '.mim/configs/mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = itertools.count()
 
+
+class Swap(NamedTuple):
+    """A config in a toolbox's wheel and what its heads have to be told."""
+
+    config: str
+    heads: tuple[str, ...]  # the channels go into {all}, {rest} (all but the first), {aux}, {last}
+    small: tuple[str, ...]  # what makes it small
+    metric: str
+
+
+COCO_SMALL = (
+    'train_cfg.max_epochs=1',
+    'train_dataloader.dataset.ann_file=annotations/train.json',
+    'train_dataloader.dataset.data_prefix.img=train/',
+    'test_dataloader.dataset.ann_file=annotations/val.json',
+    'test_dataloader.dataset.data_prefix.img=val/',
+    'test_evaluator.ann_file={root}/annotations/val.json',
+    'test_dataloader.dataset.pipeline.1.scale=(128,96)',
+    *('{split}_dataloader.dataset.metainfo.classes=circle,square,triangle',),
+)
 SWAPS = {
-    'FasterViT': ('arch=0', '[64,128,256,512]'),
-    'HATNet': ('arch=tiny', '[48,96,240,384]'),
+    'mmdet-cascade': Swap(
+        'mmdet/.mim/configs/cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
+        ('model.neck.in_channels={all}',),
+        (
+            *COCO_SMALL,
+            'train_dataloader.dataset.pipeline.2.scale=(128,96)',
+            'model.test_cfg.rpn.max_per_img=20',
+            'model.test_cfg.rcnn.max_per_img=5',
+        ),
+        'coco/segm_mAP',
+    ),
+    'mmdet-dino': Swap(
+        'mmdet/.mim/configs/dino/dino-4scale_r50_8xb2-12e_coco.py',
+        ('model.backbone.out_indices=(1,2,3)', 'model.neck.in_channels={rest}'),
+        (
+            *COCO_SMALL,
+            *(
+                f'train_dataloader.dataset.pipeline.3.transforms.{step}.scales=[(96,128)]'
+                for step in ('0.0', '1.0', '1.2')
+            ),
+            'train_dataloader.dataset.pipeline.3.transforms.1.1.crop_size=(64,80)',
+            'model.num_queries=20',
+        ),
+        'coco/bbox_mAP',
+    ),
+    'mmseg-upernet': Swap(
+        'mmseg/.mim/configs/upernet/upernet_r50_4xb4-80k_ade20k-512x512.py',
+        (
+            'model.pretrained=None',
+            'model.decode_head.in_channels={all}',
+            'model.auxiliary_head.in_channels={aux}',
+        ),
+        (
+            'train_cfg.max_iters=1',
+            'default_hooks.checkpoint.interval=1',
+            'train_dataloader.dataset.pipeline.2.scale=(256,96)',
+            'train_dataloader.dataset.pipeline.3.crop_size=(96,96)',
+            'model.data_preprocessor.size=(96,96)',
+            'test_dataloader.dataset.pipeline.1.scale=(256,96)',
+            '{split}_dataloader.dataset.img_suffix=.png',
+        ),
+        'mIoU',
+    ),
+    'mmpretrain-resnet50': Swap(
+        'mmpretrain/.mim/configs/resnet/resnet50_8xb32_in1k.py',
+        ('model.backbone.out_indices=3', 'model.head.in_channels={last}'),
+        (
+            'train_cfg.max_epochs=1',
+            'train_dataloader.dataset.pipeline.1.scale=96',
+            'test_dataloader.dataset.pipeline.1.scale=96',
+            'test_dataloader.dataset.pipeline.2.crop_size=96',
+            '{split}_dataloader.dataset.metainfo.classes=circle,square,triangle',
+        ),
+        'accuracy/top1',
+    ),
+}
+LAYOUTS = {'mmdet': 'instances', 'mmseg': 'semantic', 'mmpretrain': 'classes'}
+BACKBONES = {
+    'FasterViT': ('0', [64, 128, 256, 512]),
+    'HATNet': ('tiny', [48, 96, 240, 384]),
 }
 
 
-@pytest.mark.parametrize('name', SWAPS)
-def test_one_step_of_mmdets_mask_rcnn(name, run_python, shapes, tmp_path):
-    arch, channels = SWAPS[name]
-    swap = (
+@pytest.fixture(scope='module')
+def sets(tmp_path_factory):
+    """A tiny set in the layout of each toolbox."""
+    folder = tmp_path_factory.mktemp('sets')
+    for toolbox, layout in LAYOUTS.items():
+        toy.make_dataset(folder / toolbox, layout=layout, num_train=4, num_val=2)
+    return folder
+
+
+def options(swap: Swap, toolbox: str, backbone: str, root: Path) -> list[str]:
+    """The ``--cfg-options`` of a swap on a tiny set."""
+    arch, channels = BACKBONES[backbone]
+
+    def shown(values):
+        return str(values).replace(' ', '')
+
+    heads = [
+        text.format(
+            all=shown(channels), rest=shown(channels[1:]), aux=channels[2], last=channels[3]
+        )
+        for text in swap.heads
+    ]
+    given = [
         'model.backbone._delete_=True',
-        f'model.backbone.type=hat_mm.{name}',
-        f'model.backbone.{arch}',
-        f'model.neck.in_channels={channels}',
-    )
-    data = 'train_dataloader.dataset'
-    small = (
-        f'{data}.data_root={shapes}/',
-        f'{data}.ann_file=annotations/train.json',
-        f'{data}.data_prefix.img=train/',
-        f'{data}.metainfo.classes=circle,square,triangle',
-        f'{data}.pipeline.2.scale=(256,192)',
-        'train_dataloader.batch_size=4',
-        'train_dataloader.num_workers=0',
-        'train_dataloader.persistent_workers=False',
-        'train_cfg.max_epochs=1',
-        'default_hooks.logger.interval=1',
-        'param_scheduler=[]',  # the first step would have next to no learning rate
-        *('val_cfg=None', 'val_dataloader=None', 'val_evaluator=None'),
-    )
-    done = run_python(
-        *('tools/train.py', str(CONFIG), '--work-dir', str(tmp_path)),
-        *('--cfg-options', *swap, *small),
-    )
-    assert done.returncode == 0, done.stderr
-    assert 'Epoch(train) [1][1/1]' in done.stdout + done.stderr
-    state = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)['state_dict']
+        f'model.backbone.type=hat_mm.{backbone}',
+        f'model.backbone.arch={arch}',
+        *heads,
+    ]
+    for split in ('train', 'test'):
+        given += [
+            f'{split}_dataloader.dataset.data_root={root}/',
+            f'{split}_dataloader.batch_size={4 if split == "train" else 1}',
+            f'{split}_dataloader.num_workers=0',
+            f'{split}_dataloader.persistent_workers=False',
+        ]
+        given += [text.format(split=split, root=root) for text in swap.small if '{split}' in text]
+    given += [text.format(root=root) for text in swap.small if '{split}' not in text]
+    # The first step of a warm-up would have next to no learning rate.
+    given += ['param_scheduler=[]', 'val_cfg=None', 'val_dataloader=None', 'val_evaluator=None']
+    return [*given, f'experiment_name=swap{next(RUNS)}']
+
+
+@pytest.fixture(autouse=True)
+def argv(monkeypatch):
+    """Give back what a program changes."""
+    monkeypatch.setattr(sys, 'argv', sys.argv)
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+
+
+@pytest.mark.parametrize(('tools', 'backbone'), [('ours', 'FasterViT'), ('its own', 'HATNet')])
+@pytest.mark.parametrize('name', SWAPS)
+def test_one_step_and_one_test(name, tools, backbone, sets, tmp_path, caplog):
+    swap, toolbox = SWAPS[name], name.partition('-')[0]
+    packages = Path(importlib.import_module(toolbox).__file__).parents[1]
+    config = str(packages / swap.config)
+    work_dir = ['--work-dir', str(tmp_path)]
+    changes = ['--cfg-options', *options(swap, toolbox, backbone, sets / toolbox)]
+    if tools == 'ours':
+        runtime.train([config, *work_dir, *changes])
+    else:
+        program.main([str(packages / toolbox / '.mim/tools/train.py'), config, *work_dir, *changes])
+    [checkpoint] = tmp_path.glob('*_1.pth')
+    state = torch.load(checkpoint, weights_only=True)['state_dict']
     trained = {k.removeprefix('backbone.'): v for k, v in state.items() if 'backbone.' in k}
-    backbone = getattr(hat_mm, name)(arch.removeprefix('arch='))
-    backbone.load_state_dict(trained)
-    # A step of SGD moved its norms away from their start.
+    arch = BACKBONES[backbone][0]
+    out_indices = [int(k[4]) for k in trained if k.startswith('norm') and k.endswith('.weight')]
+    getattr(hat_mm, backbone)(arch, out_indices=out_indices or (0, 1, 2, 3)).load_state_dict(trained)
+    # A step moved its norms away from their start.
     norms = [v for k, v in trained.items() if 'norm' in k and k.endswith('.weight')]
     assert norms
     assert not any(torch.equal(norm, torch.ones_like(norm)) for norm in norms)
+
+    changes = ['--cfg-options', *options(swap, toolbox, backbone, sets / toolbox)]
+    test = [config, str(checkpoint), *work_dir, *changes]
+    if tools == 'ours':
+        assert swap.metric in runtime.test(test)
+    else:
+        program.main([str(packages / toolbox / '.mim/tools/test.py'), *test])
+        [log] = [p for p in tmp_path.glob('*/*.json') if swap.metric in p.read_text()]
+
+
+def test_the_program_runs_as_if_called_by_itself(run_python, tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text('import sys, helper\nprint(__name__, sys.argv[1:], helper.value)\n')
+    (tmp_path / 'helper.py').write_text('value = 7\n')
+    done = run_python('-m', 'hat_mm', str(script), '--a', 'b')
+    assert done.stdout == "__main__ ['--a', 'b'] 7\n", done.stderr
+    assert run_python('-m', 'hat_mm', 'no.py').stderr.startswith('usage: python -m hat_mm PROGRAM')

@@ -1,12 +1,21 @@
-"""The README's Python runs, its commands and links exist."""
+"""The README's Python runs; commands, options and links of all pages exist and fit."""
 
+import importlib
 import re
 import shlex
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+import hat_mm
+from hat_mm import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -54,6 +63,101 @@ def test_command_exists(command):
     configs = [word for word in words[2:] if word.startswith('configs/')]
     assert configs or '.mim/configs/' in words[2]
     assert all((ROOT / config).is_file() for config in configs)
+
+
+# --- commands of all pages ------------------------------------------------------------------------
+
+SITE = sysconfig.get_path('purelib')
+
+
+def tool_commands(tools: tuple[str, ...]) -> list[list[str]]:
+    """Words of the commands of all pages that call one of these tools, ours or a toolbox's."""
+    found = []
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for block in re.findall(r'^```bash\n(.*?)^```', text, re.MULTILINE | re.DOTALL):
+            for line in block.splitlines():
+                # The README's environment is the default one, tests run in others, too.
+                words = shlex.split(line.replace('.venv/lib/python3.11/site-packages', SITE))
+                words = [word for word in words if word not in ('python', 'bash', '-m', 'hat_mm')]
+                if words and words[0].endswith(tools):
+                    found.append(words)
+    return found
+
+
+TOOLS = ('tools/train.py', 'tools/test.py', 'tools/dist_train.sh', 'tools/misc/print_config.py')
+CONFIG_COMMANDS = tool_commands(TOOLS)
+
+
+def test_the_pages_have_commands():
+    pages = {words[0].rpartition('/')[2] for words in CONFIG_COMMANDS}
+    assert pages == {'train.py', 'test.py', 'dist_train.sh', 'print_config.py'}
+    text = (ROOT / 'docs/configs.md').read_text()
+    assert len(re.findall(r'^(?:python|bash) ', text, re.MULTILINE)) >= 10
+
+
+def merged(words: list[str]) -> Config:
+    """The config of a command with its options."""
+    program, *args = words
+    parser = runtime.test_parser() if program.endswith('test.py') else runtime.train_parser()
+    if program.endswith('.sh'):
+        args = [args[0], *args[2:]]  # without the number of GPUs
+    if program.endswith('print_config.py'):
+        args = args[: args.index('--save-path')]
+    args = parser.parse_args(args)
+    cfg = Config.fromfile(args.config)
+    keys = args.cfg_options or {}
+    for key in keys:
+        # What is set has to be there: a typo would add a key that nobody reads.
+        above, _, last = key.rpartition('.')
+        new = ('backbone.', 'window_size', 'accumulative_counts', 'constructor', 'paramwise_cfg')
+        if above and not any(name in key for name in (*new, 'test_cfg', 'metainfo')):
+            assert last in at(cfg, above), key
+    cfg.merge_from_dict(keys)
+    return cfg
+
+
+def at(cfg: Config, key: str):
+    for name in key.split('.'):
+        cfg = cfg[int(name)] if name.isdigit() else cfg[name]
+    return [str(i) for i in range(len(cfg))] if isinstance(cfg, list) else cfg
+
+
+@pytest.mark.parametrize('words', CONFIG_COMMANDS, ids=lambda words: '-'.join(words[1:3])[-60:])
+def test_options_fit(words):
+    assert (ROOT / words[0]).is_file()
+    cfg = merged(words)
+    scope = cfg.default_scope
+    importlib.import_module(f'{scope}.utils').register_all_modules(init_default_scope=False)
+    registries = importlib.import_module(f'{scope}.registry')
+    if 'init_cfg' in cfg.model.backbone:
+        cfg.model.backbone.init_cfg = None
+    if 'data_preprocessor' in cfg:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    with DefaultScope.overwrite_default_scope(scope), torch.device('meta'):
+        model = registries.MODELS.build(cfg.model)
+        assert type(model.backbone).__module__.startswith(hat_mm.__name__)
+        optim = importlib.import_module('mmengine.optim')
+        assert optim.build_optim_wrapper(model, cfg.optim_wrapper)
+        for split in ('train', 'val', 'test'):
+            assert Compose(cfg[f'{split}_dataloader'].dataset.pipeline)
+
+
+def test_the_config_for_own_data_builds(tmp_path, monkeypatch):
+    [text] = re.findall(
+        r'^```python\n(.*?)^```', (ROOT / 'docs/datasets.md').read_text(), re.MULTILINE | re.DOTALL
+    )
+    path = tmp_path / 'own.py'
+    path.write_text(text.replace("['configs/", f"['{ROOT}/configs/"))
+    cfg = Config.fromfile(path)
+    assert cfg.model.roi_head.bbox_head.num_classes == len(cfg.metainfo.classes) == 3
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert loader.dataset.data_root == 'data/shapes/'
+        assert loader.dataset.metainfo == cfg.metainfo
+    assert cfg.test_evaluator.ann_file == 'data/shapes/annotations/val.json'
+
+
+# --- links ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('page', PAGES)

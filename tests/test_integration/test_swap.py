@@ -169,7 +169,9 @@ def test_one_step_and_one_test(name, tools, backbone, sets, tmp_path, caplog):
     trained = {k.removeprefix('backbone.'): v for k, v in state.items() if 'backbone.' in k}
     arch = BACKBONES[backbone][0]
     out_indices = [int(k[4]) for k in trained if k.startswith('norm') and k.endswith('.weight')]
-    getattr(hat_mm, backbone)(arch, out_indices=out_indices or (0, 1, 2, 3)).load_state_dict(trained)
+    getattr(hat_mm, backbone)(arch, out_indices=out_indices or (0, 1, 2, 3)).load_state_dict(
+        trained
+    )
     # A step moved its norms away from their start.
     norms = [v for k, v in trained.items() if 'norm' in k and k.endswith('.weight')]
     assert norms

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 
 from hat_mm import runtime
 
@@ -68,6 +69,42 @@ def test_training_leaves_checkpoint_config_and_log(trained):
     assert (trained / Path(TOY_CONFIG).name).is_file()
     assert list(trained.glob('*/*.log'))
     assert any(key.startswith('backbone.') for key in weights(trained / 'epoch_1.pth'))
+
+
+def test_the_log_warns_of_another_batch(trained):
+    [log] = trained.glob('*/*.log')
+    assert (
+        'WARNING - the learning rate is meant for 4 images a step, this run takes 2 '
+        '(1 process x 2 images): --auto-scale-lr scales it'
+    ) in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'processes', 'told'),
+    [
+        ({}, 2, None),
+        ({}, 1, 'this run takes 8 (1 process x 8 images)'),
+        ({'optim_wrapper.accumulative_counts': 2}, 1, None),
+        (
+            {'optim_wrapper.accumulative_counts': 3},
+            2,
+            '48 (2 processes x 8 images x 3 accumulated)',
+        ),
+        ({'auto_scale_lr.enable': True}, 1, None),
+        ({'auto_scale_lr': None}, 1, None),
+    ],
+)
+def test_which_batches_are_warned_of(changes, processes, told):
+    cfg = Config(
+        dict(
+            train_dataloader=dict(batch_size=8),
+            optim_wrapper=dict(type='OptimWrapper'),
+            auto_scale_lr=dict(enable=False, base_batch_size=16),
+        )
+    )
+    cfg.merge_from_dict(changes)
+    warning = runtime._batch_warning(cfg, processes)
+    assert told in warning if told else warning is None
 
 
 def test_test_script_evaluates_dumps_and_paints(trained, toy_options, run_python, tmp_path):
@@ -206,7 +243,7 @@ def test_no_checkpoint_at_all(tool, tmp_path):
     ('options', 'parts'),
     [
         (['train_dataloader.dataset.data_root=no/such/'],
-         ["data folder 'no/such/' does not exist", 'data_root']),
+         ["data folder 'no/such/' does not exist", 'docs/datasets.md']),
         (['train_dataloader.dataset.ann_file=annotations/none.json'],
          ['CocoDataset: ', 'none.json']),
         (['model.backbone.arch=9'], ['hat_mm.FasterViT: ', '9']),

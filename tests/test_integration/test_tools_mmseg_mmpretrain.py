@@ -10,6 +10,8 @@ import pytest
 
 from hat_mm import runtime
 
+ROOT = Path(__file__).resolve().parents[2]
+
 TINY = dict(
     embed_dims=16, stem_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 4), window_size=2,
     carriers=(2,),
@@ -162,6 +164,23 @@ def test_mmpretrain_dumps_metrics_and_flips(classifier, tmp_path):
          '--tta']
     )  # fmt: skip
     assert json.loads(out.read_text()) == pytest.approx(metrics)
+
+
+@pytest.mark.parametrize(
+    ('config', 'folder'),
+    [
+        ('mask-rcnn_hat-net-tiny_fpn_1x_coco', 'data/coco/'),
+        ('hat-net-tiny_fpn_4xb4-80k_ade20k-512x512', 'data/ade/ADEChallengeData2016'),
+        ('hat-net-tiny_8xb128_in1k', 'data/imagenet'),
+    ],
+)
+def test_missing_data_name_the_page_that_helps(config, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = str(ROOT / f'configs/hat_net/{config}.py')
+    assert runtime.run_tool(lambda: runtime.train([path]), 'train.py') == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if 'error: ' in line]
+    assert f"data folder '{folder}' does not exist" in line
+    assert 'docs/datasets.md says what belongs there' in line
 
 
 def test_mmpretrain_builds_the_backbone_by_name():

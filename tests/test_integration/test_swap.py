@@ -48,6 +48,10 @@ SWAPS = {
             'train_dataloader.dataset.pipeline.2.scale=(128,96)',
             'model.test_cfg.rpn.max_per_img=20',
             'model.test_cfg.rcnn.max_per_img=5',
+            'model.test_cfg.rcnn.score_thr=0',
+            *(f'model.roi_head.bbox_head.{stage}.num_classes=3' for stage in range(3)),
+            'model.roi_head.mask_head.num_classes=3',
+            *(f'model.train_cfg.rcnn.{stage}.sampler.num=32' for stage in range(3)),
         ),
         'coco/segm_mAP',
     ),
@@ -62,6 +66,8 @@ SWAPS = {
             ),
             'train_dataloader.dataset.pipeline.3.transforms.1.1.crop_size=(64,80)',
             'model.num_queries=20',
+            'model.bbox_head.num_classes=3',
+            'model.test_cfg.max_per_img=10',
         ),
         'coco/bbox_mAP',
     ),
@@ -183,7 +189,7 @@ def test_one_step_and_one_test(name, tools, backbone, sets, tmp_path, caplog):
         assert swap.metric in runtime.test(test)
     else:
         program.main([str(packages / toolbox / '.mim/tools/test.py'), *test])
-        [log] = [p for p in tmp_path.glob('*/*.json') if swap.metric in p.read_text()]
+        assert [p for p in tmp_path.glob('*/*.json') if swap.metric in p.read_text()]
 
 
 def test_the_program_runs_as_if_called_by_itself(run_python, tmp_path):

@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hat-net test test-slow lint format clean
+.PHONY: help setup demo demo-hat-net demo-seg demo-cls demo-cascade test test-slow lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,18 @@ demo: setup ## draw a data set, train Mask R-CNN with a tiny FasterViT on it, sh
 demo-hat-net: setup ## the same with a small HAT-Net
 	@$(IN_VENV) $(PY) tools/demo.py configs/toy/mask-rcnn_hat-net-toy_fpn_shapes.py \
 	  --work-dir work_dirs/demo-hat-net-$(STACK) $(ARGS)
+
+demo-seg: setup ## semantic segmentation: UPerNet with a tiny FasterViT
+	@$(IN_VENV) $(PY) tools/demo.py configs/toy/fastervit-tiny_upernet_shapes.py \
+	  --work-dir work_dirs/demo-seg-$(STACK) $(ARGS)
+
+demo-cls: setup ## classification with a tiny FasterViT, shows a confusion matrix
+	@$(IN_VENV) $(PY) tools/demo.py configs/toy/fastervit-tiny_shapes.py \
+	  --work-dir work_dirs/demo-cls-$(STACK) $(ARGS)
+
+demo-cascade: setup ## instance segmentation: Cascade Mask R-CNN with a tiny FasterViT
+	@$(IN_VENV) $(PY) tools/demo.py configs/toy/cascade-mask-rcnn_fastervit-tiny_fpn_shapes.py \
+	  --work-dir work_dirs/demo-cascade-$(STACK) $(ARGS)
 
 test: setup ## run the tests; ARGS='-k word' passes options to pytest
 	@$(IN_VENV) $(PY) -m pytest $(ARGS)

@@ -11,7 +11,7 @@ from mmengine.logging import MMLogger, print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
-from hat_mm.backbones.base import _near
+from hat_mm.backbones.base import near_names
 from hat_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 _OPTIONS = (
@@ -79,7 +79,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise TypeError(f'paramwise_cfg must be a dict, not {options!r}')
         for name in options:
             if name not in _OPTIONS:
-                raise ValueError(f'unknown paramwise_cfg option {name!r}{_near(name, _OPTIONS)}')
+                choices = near_names(name, _OPTIONS)
+                raise ValueError(f'unknown paramwise_cfg option {name!r}{choices}')
         rate = options.get('layer_decay_rate')
         if not _is_number(rate) or not 0 < rate <= 1:
             raise ValueError(

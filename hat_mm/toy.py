@@ -1,8 +1,8 @@
 """Toy data that the package draws by itself: coloured shapes with exact visible masks.
 
 A scene is drawn by :func:`draw_scene` from a random generator and a :class:`Style`, without any
-file; a writer such as :func:`write_instances` puts scenes on the disk in one layout. NumPy does the
-drawing, so the pixels do not depend on OpenCV's version; Pillow, imported on use, only encodes.
+file; a writer puts scenes on the disk in one of the :data:`LAYOUTS`. NumPy does the drawing, so the
+pixels do not depend on OpenCV's version; Pillow, imported on use, only encodes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,10 @@ MARKER = 'dataset.json'
 """File in a set's folder with the parameters that drew it."""
 
 SPLITS = ('train', 'val')
+ADE_SPLITS = {'train': 'training', 'val': 'validation'}
 IMAGE_SIDES = (192, 384)
+SINGLE_SIDES = (112, 160)
+"""Sides of an image with one object, which fills more of it then."""
 OBJECT_SIZES = (32, 96)
 MAX_OBJECTS = 4
 MIN_VISIBLE = 0.3
@@ -191,30 +195,32 @@ def _background(
     return image, base
 
 
-def draw_scene(rng: np.random.Generator, style: Style = EASY) -> Scene:
+def draw_scene(rng: np.random.Generator, style: Style = EASY, only: int | None = None) -> Scene:
     """Draws one scene: a cluttered background and one to four objects, later ones in front.
 
-    The image is never square; its sides are 192 to 384 pixels, an object's 32 to 96 (a turned
-    object fits in a circle of that width). At least 30 % of every object stays visible, so nothing
-    in the image goes without a label.
+    The image is never square; its sides are 192 to 384 pixels, or 112 to 160 for one object. An
+    object's are 32 to 96 (a turned one fits in a circle of that width). At least 30 % of every
+    object stays visible, so nothing in the image goes without a label.
 
     Args:
         rng: Source of all randomness.
         style: What to draw.
+        only: Label of the one object to draw; None draws one to four of random labels.
 
     Returns:
         The image, labels and visible masks.
     """
-    height, width = (int(side) for side in rng.integers(IMAGE_SIDES[0], IMAGE_SIDES[1] + 1, 2))
+    least, greatest = IMAGE_SIDES if only is None else SINGLE_SIDES
+    height, width = (int(side) for side in rng.integers(least, greatest + 1, 2))
     if height == width:
-        width += 1 if width < IMAGE_SIDES[1] else -1
+        width += 1 if width < greatest else -1
     size = (height, width)
     image, base = _background(rng, style, size)
     colours, labels = [base], []
     masks: list[np.ndarray] = []
     areas: list[int] = []
-    for _ in range(rng.integers(1, MAX_OBJECTS + 1)):
-        label = int(rng.integers(len(style.classes)))
+    for _ in range(rng.integers(1, MAX_OBJECTS + 1) if only is None else 1):
+        label = int(rng.integers(len(style.classes))) if only is None else only
         for _ in range(20):
             mask = _object_mask(rng, style, label, size)
             left = [int((other & ~mask).sum()) for other in masks]
@@ -237,7 +243,9 @@ def draw_scene(rng: np.random.Generator, style: Style = EASY) -> Scene:
     )
 
 
-def scenes(split: str, count: int, seed: int, style: Style) -> Iterator[Scene]:
+def scenes(
+    split: str, count: int, seed: int, style: Style, single: bool = False
+) -> Iterator[Scene]:
     """Draws the scenes of a split; the i-th does not depend on how many there are.
 
     Args:
@@ -245,12 +253,14 @@ def scenes(split: str, count: int, seed: int, style: Style) -> Iterator[Scene]:
         count: Number of scenes.
         seed: Non-negative seed of the whole set.
         style: What to draw.
+        single: Whether each has one object, of each class in turn.
 
     Yields:
         The scenes, in order.
     """
     for index in range(count):
-        yield draw_scene(np.random.default_rng([seed, SPLITS.index(split), index]), style)
+        rng = np.random.default_rng([seed, SPLITS.index(split), index])
+        yield draw_scene(rng, style, index % len(style.classes) if single else None)
 
 
 def encode_mask(mask: np.ndarray) -> dict:
@@ -277,38 +287,119 @@ def _annotation(mask: np.ndarray, label: int, image_id: int, annotation_id: int)
 
 
 def write_instances(
-    folder: Path,
-    counts: dict[str, int],
-    seed: int,
-    style: Style,
-    progress: Callable[[str, int, int], None],
+    folder: Path, split: str, drawn: Iterable[Scene], classes: tuple[str, ...]
 ) -> None:
-    """Writes scenes as COCO instances: ``SPLIT/*.png`` and ``annotations/SPLIT.json``.
+    """Writes a split as COCO instances: ``SPLIT/*.png`` and ``annotations/SPLIT.json``.
 
     Args:
-        folder: An existing, empty folder.
-        counts: Number of images of each split.
-        seed: Non-negative seed.
-        style: What to draw.
-        progress: Called with (split, images done, images in all) after each image.
+        folder: An existing folder.
+        split: ``'train'`` or ``'val'``.
+        drawn: The scenes.
+        classes: Name of each label.
     """
+    (folder / split).mkdir()
+    images, annotations = [], []
+    for index, scene in enumerate(drawn):
+        name = _file_name(index)
+        _save(scene.image, folder / split / name)
+        height, width = scene.image.shape[:2]
+        images.append({'id': index + 1, 'file_name': name, 'height': height, 'width': width})
+        for mask, label in zip(scene.masks, scene.labels.tolist(), strict=True):
+            annotations.append(_annotation(mask, label, index + 1, len(annotations) + 1))
+    categories = [{'id': i + 1, 'name': name} for i, name in enumerate(classes)]
+    content = {'images': images, 'annotations': annotations, 'categories': categories}
+    (folder / 'annotations').mkdir(exist_ok=True)
+    _dump(content, folder / 'annotations' / f'{split}.json')
+
+
+def write_semantic(
+    folder: Path, split: str, drawn: Iterable[Scene], classes: tuple[str, ...]
+) -> None:
+    """Writes a split in ADE20K's layout: ``images/SPLIT/*.png``, ``annotations/SPLIT/*.png``.
+
+    The splits are named ``training`` and ``validation``. A label map is an 8-bit grey image in
+    which 0 would be unlabelled and does not occur, 1 is the background, 2 the first class.
+
+    Args:
+        folder: An existing folder.
+        split: ``'train'`` or ``'val'``.
+        drawn: The scenes.
+        classes: Name of each label.
+    """
+    del classes  # names are the config's business, as with ADE20K
+    images, maps = (folder / kind / ADE_SPLITS[split] for kind in ('images', 'annotations'))
+    images.mkdir(parents=True)
+    maps.mkdir(parents=True)
+    for index, scene in enumerate(drawn):
+        _save(scene.image, images / _file_name(index))
+        label_map = np.ones(scene.image.shape[:2], np.uint8)
+        for mask, label in zip(scene.masks, scene.labels.tolist(), strict=True):
+            label_map[mask] = label + 2
+        _save(label_map, maps / _file_name(index))
+
+
+def write_classes(
+    folder: Path, split: str, drawn: Iterable[Scene], classes: tuple[str, ...]
+) -> None:
+    """Writes a split of scenes with one object each as an image folder: ``SPLIT/CLASS/*.png``.
+
+    Args:
+        folder: An existing folder.
+        split: ``'train'`` or ``'val'``.
+        drawn: The scenes.
+        classes: Name of each label.
+    """
+    for name in classes:
+        (folder / split / name).mkdir(parents=True)
+    for index, scene in enumerate(drawn):
+        _save(scene.image, folder / split / classes[scene.labels[0]] / _file_name(index))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a set lies on the disk.
+
+    Attributes:
+        write: Called for each split with (folder, split, scenes, classes).
+        folder: Where the set goes by default.
+        num_train: Default number of training images.
+        num_val: Default number of validation images.
+        single: Whether each scene has one object only.
+        pngs: Number of PNG files of a scene.
+        others: Other files, relative to the set's folder.
+    """
+
+    write: Callable[[Path, str, Iterable[Scene], tuple[str, ...]], None]
+    folder: str
+    num_train: int = 256
+    num_val: int = 48
+    single: bool = False
+    pngs: int = 1
+    others: tuple[str, ...] = ()
+
+
+LAYOUTS = {
+    'instances': Layout(
+        write_instances,
+        'data/shapes',
+        others=tuple(f'annotations/{split}.json' for split in SPLITS),
+    ),
+    'semantic': Layout(write_semantic, 'data/shapes-semantic', num_train=768, pngs=2),
+    'classes': Layout(
+        write_classes, 'data/shapes-classes', num_train=2048, num_val=96, single=True
+    ),
+}
+
+
+def _file_name(index: int) -> str:
+    return f'{index:06d}.png'
+
+
+def _save(pixels: np.ndarray, path: Path) -> None:
+    """Writes (H, W, 3) RGB or (H, W) grey values as PNG."""
     from PIL import Image
 
-    (folder / 'annotations').mkdir()
-    for split, count in counts.items():
-        (folder / split).mkdir()
-        images, annotations = [], []
-        for index, scene in enumerate(scenes(split, count, seed, style)):
-            name = f'{index:06d}.png'
-            Image.fromarray(scene.image).save(folder / split / name)
-            height, width = scene.image.shape[:2]
-            images.append({'id': index + 1, 'file_name': name, 'height': height, 'width': width})
-            for mask, label in zip(scene.masks, scene.labels.tolist(), strict=True):
-                annotations.append(_annotation(mask, label, index + 1, len(annotations) + 1))
-            progress(split, index + 1, count)
-        categories = [{'id': i + 1, 'name': name} for i, name in enumerate(style.classes)]
-        content = {'images': images, 'annotations': annotations, 'categories': categories}
-        _dump(content, folder / 'annotations' / f'{split}.json')
+    Image.fromarray(pixels).save(path)
 
 
 def _dump(content: dict, path: Path) -> None:
@@ -316,23 +407,31 @@ def _dump(content: dict, path: Path) -> None:
     path.write_text(json.dumps(content, separators=(',', ':')) + '\n', encoding='utf-8')
 
 
-def _is_complete(folder: Path, parameters: dict) -> bool:
+def _is_complete(folder: Path, parameters: dict[str, Any]) -> bool:
     """Whether a folder holds the whole set that the parameters draw."""
-    found = _read_marker(folder)
-    return found == parameters and all(
-        (folder / 'annotations' / f'{split}.json').is_file()
-        and len(list((folder / split).glob('*.png'))) == count
-        for split, count in parameters['counts'].items()
+    layout = LAYOUTS[parameters['layout']]
+    return (
+        _read_marker(folder) == parameters
+        and all((folder / name).is_file() for name in layout.others)
+        and len(list(folder.rglob('*.png'))) == layout.pngs * sum(parameters['counts'].values())
     )
 
 
-def _read_marker(folder: Path) -> dict | None:
+def _read_marker(folder: Path) -> dict[str, Any] | None:
     """The parameters that drew a set, or None where the folder is no set of ours."""
     try:
         found = json.loads((folder / MARKER).read_text(encoding='utf-8'))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and 'format' in found else None
+    if not isinstance(found, dict) or 'format' not in found:
+        return None
+    return {'layout': 'instances', **found}
+
+
+def _write_marker(folder: Path, parameters: dict[str, Any]) -> None:
+    """Leaves the parameters in a set; without the layout, as ever, if it is that of instances."""
+    instances = parameters['layout'] == 'instances'
+    _dump({k: v for k, v in parameters.items() if k != 'layout' or not instances}, folder / MARKER)
 
 
 def _check_replaceable(folder: Path, parameters: dict, force: bool) -> None:
@@ -354,24 +453,27 @@ def _check_replaceable(folder: Path, parameters: dict, force: bool) -> None:
         )
 
 
-def make_instances(
+def make_dataset(
     out: str | Path,
     *,
-    num_train: int = 256,
-    num_val: int = 48,
+    layout: str = 'instances',
+    num_train: int | None = None,
+    num_val: int | None = None,
     seed: int = 0,
     hard: bool = False,
     force: bool = False,
     progress: Callable[[str, int, int], None] = lambda split, done, total: None,
 ) -> bool:
-    """Makes the instance set ``shapes`` in COCO's layout, unless it is already there.
+    """Makes a set of shapes, unless it is already there.
 
     The set is drawn beside ``out`` and moved there when complete, so an interrupted call leaves
     nothing that could be taken for a set. The same arguments give the same bytes.
 
     Args:
         out: Folder of the set.
-        num_train: Number of training images.
+        layout: ``'instances'`` (COCO's), ``'semantic'`` (ADE20K's) or ``'classes'`` (a folder for
+            each class).
+        num_train: Number of training images; None is the layout's, as for ``num_val``.
         num_val: Number of validation images.
         seed: Non-negative seed.
         hard: Six rotated classes in heavy clutter and noise, instead of three upright ones in
@@ -384,9 +486,13 @@ def make_instances(
         True if the set was drawn, False if it was there.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If the layout is unknown or a number out of range.
         FileExistsError: If ``out`` holds something else.
     """
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
+    num_train = LAYOUTS[layout].num_train if num_train is None else num_train
+    num_val = LAYOUTS[layout].num_val if num_val is None else num_val
     for name, value, least in (
         ('num_train', num_train, 1),
         ('num_val', num_val, 1),
@@ -397,7 +503,13 @@ def make_instances(
     out = Path(out).absolute()
     style = HARD if hard else EASY
     counts = {'train': num_train, 'val': num_val}
-    parameters = {'format': FORMAT, 'counts': counts, 'seed': seed, 'hard': hard}
+    parameters = {
+        'format': FORMAT,
+        'counts': counts,
+        'seed': seed,
+        'hard': hard,
+        'layout': layout,
+    }
     if _is_complete(out, parameters):
         return False
     _check_replaceable(out, parameters, force)
@@ -409,14 +521,26 @@ def make_instances(
     partial = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
     try:
         partial.chmod(0o777 & ~_umask())
-        write_instances(partial, counts, seed, style, progress)
-        _dump(parameters, partial / MARKER)
+        for split, count in counts.items():
+            drawn = scenes(split, count, seed, style, LAYOUTS[layout].single)
+            reported = _reporting(drawn, progress, split, count)
+            LAYOUTS[layout].write(partial, split, reported, style.classes)
+        _write_marker(partial, parameters)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return True
+
+
+def _reporting(
+    drawn: Iterable[Scene], progress: Callable[[str, int, int], None], split: str, count: int
+) -> Iterator[Scene]:
+    """Hands scenes on, and reports each when the next is asked for: then it has been written."""
+    for done, scene in enumerate(drawn, start=1):
+        yield scene
+        progress(split, done, count)
 
 
 def _umask() -> int:

@@ -1,18 +1,20 @@
 """Shared by all tests: hat_mm before any toolbox, no network, few threads, one tiny data set."""
 
+import functools
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import utils
 from mmengine.utils import ManagerMixin
 
 # Its repairs apply to toolboxes that are imported later.
-from hat_mm.toy import make_instances
+from hat_mm.toy import make_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 CPUS = len(os.sched_getaffinity(0))
@@ -51,6 +53,14 @@ def _fresh_globals() -> None:
         kinds += kind.__subclasses__()
 
 
+@pytest.fixture(autouse=True, scope='session')
+def _quick_external_bases() -> Iterator[None]:
+    """Read each model index once: mmengine reads all of a toolbox's for every external base."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, '_get_cfg_metainfo', functools.cache(utils._get_cfg_metainfo))
+        yield
+
+
 # --- a tiny data set and the toy config on it ---------------------------------------------------
 
 
@@ -58,7 +68,7 @@ def _fresh_globals() -> None:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy instance set with four training and two validation images."""
     folder = tmp_path_factory.mktemp('data') / 'shapes'
-    make_instances(folder, num_train=4, num_val=2)
+    make_dataset(folder, num_train=4, num_val=2)
     return folder
 
 

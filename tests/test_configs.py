@@ -185,15 +185,6 @@ def scope(request):
         yield
 
 
-@pytest.fixture(autouse=True, scope='module')
-def quick_external_bases():
-    """Read the model index of a toolbox once: mmengine reads 80 files for each external base."""
-    utils = importlib.import_module('mmengine.config.utils')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, '_get_cfg_metainfo', functools.cache(utils._get_cfg_metainfo))
-        yield
-
-
 @functools.cache
 def parsed(path: Path) -> Config:
     return Config.fromfile(str(path))

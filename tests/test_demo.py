@@ -12,10 +12,12 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+TOYS = ROOT / 'configs/toy'
 SMALL = (
     *('--num-train', '4', '--num-val', '2', '--cfg-options', 'train_cfg.max_epochs=1'),
-    *('train_cfg.val_interval=10', 'model.test_cfg.rcnn.max_per_img=5'),
+    'train_cfg.val_interval=10',
 )
+SMALL_RCNN = (*SMALL, 'model.test_cfg.rcnn.max_per_img=5')
 
 
 @pytest.fixture(scope='module')
@@ -38,21 +40,29 @@ def run_demo(folder, *args):
     )
 
 
-def test_from_nothing_to_pictures_and_a_second_run(tmp_path):
-    first = run_demo(tmp_path, *SMALL)
-    assert first.returncode == 0, first.stderr[-2000:]
-    for row in ('box mAP', 'mask mAP', 'minutes', 'peak memory', 'pictures'):
-        assert f'\n{row}' in first.stdout
-    assert (tmp_path / 'data/shapes/val/000001.png').is_file()
-    assert len(list((tmp_path / 'work/pictures').glob('*.png'))) == 2
-    assert (tmp_path / 'work/pictures.png').stat().st_size < 300_000
+def check_first_run(tmp_path, done, rows, best, overview):
+    """What a first run has printed and left; ``best`` has the greatest value of each metric."""
+    assert done.returncode == 0, done.stderr[-2000:]
+    for row in (*rows, 'minutes', 'peak memory', 'pictures'):
+        assert f'\n{row}' in done.stdout
+    assert len(list((tmp_path / 'work/pictures').rglob('*.png'))) == 2
+    assert 1000 < (tmp_path / 'work' / overview).stat().st_size < 300_000
     state = json.loads((tmp_path / 'work/demo.json').read_text())
-    assert 0 <= state['metrics']['coco/bbox_mAP'] <= 1
+    for name, greatest in best.items():
+        assert 0 <= state['metrics'][name] <= greatest
     assert state['memory'] > 100 * 2**20
+    return state
+
+
+def test_from_nothing_to_pictures_and_a_second_run(tmp_path):
+    first = run_demo(tmp_path, *SMALL_RCNN)
+    best = {'coco/bbox_mAP': 1, 'coco/segm_mAP': 1}
+    check_first_run(tmp_path, first, ['box mAP', 'mask mAP'], best, 'pictures.png')
+    assert (tmp_path / 'data/shapes/val/000001.png').is_file()
 
     checkpoint = tmp_path / 'work/epoch_1.pth'
     written = checkpoint.stat().st_mtime_ns
-    second = run_demo(tmp_path, *SMALL)
+    second = run_demo(tmp_path, *SMALL_RCNN)
     assert second.returncode == 0, second.stderr[-2000:]
     assert 'Training: done before' in second.stdout
     assert 'Test: done before' in second.stdout
@@ -60,10 +70,35 @@ def test_from_nothing_to_pictures_and_a_second_run(tmp_path):
     assert second.stdout.splitlines()[-5:] == first.stdout.splitlines()[-5:]
 
 
+def test_cascade(tmp_path):
+    config = TOYS / 'cascade-mask-rcnn_fastervit-tiny_fpn_shapes.py'
+    done = run_demo(tmp_path, str(config), *SMALL_RCNN)
+    best = {'coco/bbox_mAP': 1, 'coco/segm_mAP': 1}
+    check_first_run(tmp_path, done, ['box mAP', 'mask mAP'], best, 'pictures.png')
+
+
+def test_segmentation(tmp_path):
+    done = run_demo(tmp_path, str(TOYS / 'fastervit-tiny_upernet_shapes.py'), *SMALL)
+    state = check_first_run(tmp_path, done, ['mIoU'], {'mIoU': 100}, 'pictures.png')
+    assert f'\nmIoU         {state["metrics"]["mIoU"] / 100:.3f}\n' in done.stdout
+    assert (tmp_path / 'data/shapes-semantic/annotations/validation/000001.png').is_file()
+
+
+def test_classification(tmp_path):
+    done = run_demo(tmp_path, str(TOYS / 'fastervit-tiny_shapes.py'), *SMALL)
+    best = {'accuracy/top1': 100}
+    state = check_first_run(tmp_path, done, ['top-1'], best, 'confusion_matrix.png')
+    matrix = state['metrics']['confusion_matrix/result']
+    assert [sum(row) for row in matrix] == [1, 1, 0]  # a circle and a square
+    right = sum(matrix[i][i] for i in range(3))
+    assert state['metrics']['accuracy/top1'] == 50 * right
+    assert (tmp_path / 'data/shapes-classes/val/square/000001.png').is_file()
+
+
 def test_a_foreign_data_folder_stops_it(tmp_path):
     (tmp_path / 'data/shapes').mkdir(parents=True)
     (tmp_path / 'data/shapes/mine').touch()
-    done = run_demo(tmp_path, *SMALL)
+    done = run_demo(tmp_path, *SMALL_RCNN)
     assert done.returncode == 1
     assert 'is not a toy set' in done.stderr
     assert done.stderr.splitlines()[-1].startswith('demo.py: error: Data set failed')
@@ -109,9 +144,9 @@ def steps_of(demo, monkeypatch, args, fail=()):
     return calls
 
 
-def arguments(folder, *options, config=ROOT / 'configs/toy/mask-rcnn_fastervit-tiny_fpn_shapes.py'):
+def arguments(folder, *options, config=TOYS / 'mask-rcnn_fastervit-tiny_fpn_shapes.py'):
     return argparse.Namespace(
-        config=config, work_dir=folder, num_train=256, num_val=48, cfg_options=list(options)
+        config=config, work_dir=folder, num_train=None, num_val=None, cfg_options=list(options)
     )
 
 
@@ -133,8 +168,11 @@ def test_another_config_starts_anew(demo, monkeypatch, tmp_path):
     assert steps_of(demo, monkeypatch, arguments(tmp_path)) == everything
     other = arguments(tmp_path, 'train_cfg.max_epochs=2')
     assert steps_of(demo, monkeypatch, other) == everything
-    hat_net = ROOT / 'configs/toy/mask-rcnn_hat-net-toy_fpn_shapes.py'
+    hat_net = TOYS / 'mask-rcnn_hat-net-toy_fpn_shapes.py'
     assert steps_of(demo, monkeypatch, arguments(tmp_path, config=hat_net)) == everything
+    more = arguments(tmp_path, config=hat_net)
+    more.num_train = 300
+    assert steps_of(demo, monkeypatch, more) == everything
 
 
 def test_a_config_that_is_not_there_is_one_line(demo, tmp_path, capsys):

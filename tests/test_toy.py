@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from hat_mm import toy
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {'num_train': 12, 'num_val': 6}
 
+of_layouts = pytest.mark.parametrize('layout', toy.LAYOUTS)
+
 
 def digests(folder: Path) -> dict[str, str]:
     return {
@@ -27,8 +30,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('toy') / 'shapes'
-    assert toy.make_instances(folder, **SMALL)
+    """A set in each layout, below one folder."""
+    folder = tmp_path_factory.mktemp('toy')
+    for layout in toy.LAYOUTS:
+        assert toy.make_dataset(folder / layout, layout=layout, **SMALL)
     return folder
 
 
@@ -45,33 +50,53 @@ def run_tool(*args, cwd):
 # --- the files ------------------------------------------------------------------------------------
 
 
-def test_byte_identical_in_another_process(small, tmp_path):
-    run = run_tool('--out', 'again', '--num-train', 12, '--num-val', 6, cwd=tmp_path)
+@of_layouts
+def test_byte_identical_in_another_process(small, tmp_path, layout):
+    options = ('--layout', layout, '--out', 'again', '--num-train', 12, '--num-val', 6)
+    run = run_tool(*options, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert 'drawing train: 12/12' in run.stdout
-    assert digests(tmp_path / 'again') == digests(small)
+    assert digests(tmp_path / 'again') == digests(small / layout)
 
 
-def test_an_image_does_not_depend_on_the_number_of_images(small, tmp_path):
-    toy.make_instances(tmp_path / 'fewer', num_train=2, num_val=1)
-    for name in ('train/000001.png', 'val/000000.png'):
-        assert (tmp_path / 'fewer' / name).read_bytes() == (small / name).read_bytes()
+def test_the_instance_set_keeps_its_bytes(small):
+    """As before there were other layouts, so a set drawn then is taken for what it is."""
+    folder = small / 'instances'
+    known = {'format': 1, 'counts': {'train': 12, 'val': 6}, 'seed': 0, 'hard': False}
+    assert json.loads((folder / toy.MARKER).read_text()) == known
+    # The pixels, as another version of Pillow may compress them in another way.
+    pixels = [np.array(Image.open(path)).tobytes() for path in sorted(folder.rglob('*.png'))]
+    annotations = [path.read_bytes() for path in sorted(folder.glob('annotations/*.json'))]
+    digest = hashlib.sha256(b''.join(pixels + annotations)).hexdigest()
+    assert digest == 'a0d57aa99e62e158cac74a31c6bf3550eacfe93257257ee820ebfffb7b0ba9ee'
 
 
-def test_another_seed_and_the_splits_differ(small, tmp_path):
-    toy.make_instances(tmp_path / 'other', **SMALL, seed=1)
-    images = [path.read_bytes() for path in (*small.rglob('*.png'), *tmp_path.rglob('*.png'))]
-    assert len(images) == 36
-    assert len(set(images)) == 36
+@of_layouts
+def test_an_image_does_not_depend_on_the_number_of_images(small, tmp_path, layout):
+    toy.make_dataset(tmp_path / 'fewer', layout=layout, num_train=2, num_val=1)
+    images = [path.relative_to(tmp_path / 'fewer') for path in tmp_path.rglob('*.png')]
+    assert len(images) == 3 * toy.LAYOUTS[layout].pngs
+    for image in images:
+        assert (tmp_path / 'fewer' / image).read_bytes() == (small / layout / image).read_bytes()
+
+
+@of_layouts
+def test_another_seed_and_the_splits_differ(small, tmp_path, layout):
+    toy.make_dataset(tmp_path / 'other', layout=layout, **SMALL, seed=1)
+    paths = [*(small / layout).rglob('*.png'), *tmp_path.rglob('*.png')]
+    images = [path.read_bytes() for path in paths]
+    assert len(images) == 36 * toy.LAYOUTS[layout].pngs
+    assert len(set(images)) == len(images)
 
 
 @pytest.mark.parametrize(('split', 'count'), [('train', 12), ('val', 6)])
 def test_coco_layout_agrees_with_the_images(small, split, count):
-    coco = COCO(str(small / 'annotations' / f'{split}.json'))
+    folder = small / 'instances'
+    coco = COCO(str(folder / 'annotations' / f'{split}.json'))
     assert [c['name'] for c in coco.loadCats(coco.getCatIds())] == ['circle', 'square', 'triangle']
-    assert len(coco.imgs) == count == len(list((small / split).glob('*.png')))
+    assert len(coco.imgs) == count == len(list((folder / split).glob('*.png')))
     for record in coco.imgs.values():
-        image = np.array(Image.open(small / split / record['file_name']))
+        image = np.array(Image.open(folder / split / record['file_name']))
         assert image.shape == (record['height'], record['width'], 3)
         annotations = coco.loadAnns(coco.getAnnIds(record['id']))
         assert 1 <= len(annotations) <= 4
@@ -87,6 +112,38 @@ def test_coco_layout_agrees_with_the_images(small, split, count):
             assert len(np.unique(image[mask > 0], axis=0)) == 1
             covered += mask
         assert covered.max() == 1
+
+
+@pytest.mark.parametrize(
+    ('split', 'ade', 'count'), [('train', 'training', 12), ('val', 'validation', 6)]
+)
+def test_semantic_layout_agrees_with_the_scenes(small, split, ade, count):
+    names = [f'{index:06d}.png' for index in range(count)]
+    images, maps = (small / 'semantic' / kind / ade for kind in ('images', 'annotations'))
+    assert sorted(path.name for path in images.iterdir()) == names
+    assert sorted(path.name for path in maps.iterdir()) == names
+    for name, scene in zip(names, toy.scenes(split, count, 0, toy.EASY), strict=True):
+        assert np.array_equal(np.array(Image.open(images / name)), scene.image)
+        with Image.open(maps / name) as file:
+            assert file.mode == 'L'
+            label_map = np.array(file)
+        # ADE20K's: 0 would be unlabelled, 1 is the first class, here the background.
+        assert np.array_equal(label_map == 1, ~scene.masks.any(axis=0))
+        for label in range(3):
+            masks = scene.masks[scene.labels == label]
+            assert np.array_equal(label_map == label + 2, masks.any(axis=0))
+
+
+@pytest.mark.parametrize(('split', 'count'), [('train', 12), ('val', 6)])
+def test_class_layout_agrees_with_the_scenes(small, split, count):
+    folder = small / 'classes' / split
+    assert {path.name for path in folder.iterdir()} == set(toy.EASY.classes)
+    for name in toy.EASY.classes:
+        assert len(list((folder / name).iterdir())) == count / 3
+    for index, scene in enumerate(toy.scenes(split, count, 0, toy.EASY, single=True)):
+        assert scene.labels.tolist() == [index % 3]
+        image = Image.open(folder / toy.EASY.classes[index % 3] / f'{index:06d}.png')
+        assert np.array_equal(np.array(image), scene.image)
 
 
 # --- what is drawn --------------------------------------------------------------------------------
@@ -108,6 +165,15 @@ def test_sizes(many):
 def test_all_classes_and_numbers_of_objects(many):
     assert set(np.concatenate([scene.labels for scene in many])) == {0, 1, 2}
     assert {len(scene.labels) for scene in many} == {1, 2, 3, 4}
+
+
+def test_single_objects_are_whole_and_their_images_small():
+    for scene in toy.scenes('val', 30, 0, toy.EASY, single=True):
+        height, width = scene.image.shape[:2]
+        assert height != width
+        assert 112 <= min(height, width) <= max(height, width) <= 160
+        rows, columns = np.nonzero(scene.masks[0])
+        assert all(31 <= np.ptp(side) + 1 <= 96 for side in (rows, columns))
 
 
 def test_whole_objects_have_the_shape_of_their_class():
@@ -157,7 +223,7 @@ def test_later_objects_hide_earlier_ones(many):
 
 
 def test_hard_option(tmp_path, small):
-    toy.make_instances(tmp_path / 'hard', num_train=12, num_val=1, hard=True)
+    toy.make_dataset(tmp_path / 'hard', num_train=12, num_val=1, hard=True)
     coco = COCO(str(tmp_path / 'hard/annotations/train.json'))
     names = {c['name'] for c in coco.loadCats(coco.getCatIds())}
     assert names == {'circle', 'square', 'triangle', 'pentagon', 'star', 'cross'}
@@ -169,7 +235,7 @@ def test_hard_option(tmp_path, small):
         image = np.array(Image.open(folder / 'train/000000.png').convert('L'), float)
         return np.abs(np.diff(image, axis=1)).mean()
 
-    assert edges(tmp_path / 'hard') > 3 * edges(small)
+    assert edges(tmp_path / 'hard') > 3 * edges(small / 'instances')
 
 
 @pytest.mark.parametrize(
@@ -189,53 +255,88 @@ def test_run_lengths(mask, counts):
 # --- nothing is lost ------------------------------------------------------------------------------
 
 
-def test_second_run_skips(small, tmp_path):
-    before = {path: path.stat().st_mtime_ns for path in small.rglob('*')}
-    assert not toy.make_instances(small, **SMALL)
-    assert before == {path: path.stat().st_mtime_ns for path in small.rglob('*')}
+@of_layouts
+def test_second_run_skips(small, layout):
+    folder = small / layout
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
+    assert not toy.make_dataset(folder, layout=layout, **SMALL)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
 
 
-def test_a_set_with_missing_files_is_drawn_again_only_by_force(tmp_path):
+@of_layouts
+def test_a_set_with_missing_files_is_drawn_again_only_by_force(tmp_path, layout):
+    options = {'layout': layout, 'num_train': 2, 'num_val': 1}
+    toy.make_dataset(tmp_path / 'set', **options)
+    whole = digests(tmp_path / 'set')
+    for name in whole:
+        if name == toy.MARKER:
+            continue
+        (tmp_path / 'set' / name).unlink()
+        with pytest.raises(FileExistsError, match='files are missing'):
+            toy.make_dataset(tmp_path / 'set', **options)
+        assert toy.make_dataset(tmp_path / 'set', **options, force=True)
+        assert digests(tmp_path / 'set') == whole
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'seed': 1}, 'seed 0 -> 1'),
+        ({'layout': 'semantic'}, 'layout instances -> semantic'),
+        ({'num_val': 2}, "counts {'train': 2, 'val': 1} -> {'train': 2, 'val': 2}"),
+    ],
+)
+def test_other_parameters_need_force(tmp_path, change, message):
     folder = tmp_path / 'set'
-    toy.make_instances(folder, num_train=2, num_val=1)
-    (folder / 'train/000001.png').unlink()
-    with pytest.raises(FileExistsError, match='files are missing'):
-        toy.make_instances(folder, num_train=2, num_val=1)
-    assert toy.make_instances(folder, num_train=2, num_val=1, force=True)
-    assert (folder / 'train/000001.png').is_file()
+    options = {'num_train': 2, 'num_val': 1}
+    toy.make_dataset(folder, **options)
+    options |= change
+    with pytest.raises(FileExistsError, match=rf'{re.escape(message)}\).*--force'):
+        toy.make_dataset(folder, **options)
+    assert toy.make_dataset(folder, **options, force=True)
+    assert not toy.make_dataset(folder, **options)
 
 
-def test_other_parameters_need_force(tmp_path):
-    folder = tmp_path / 'set'
-    toy.make_instances(folder, num_train=2, num_val=1)
-    with pytest.raises(FileExistsError, match=r'seed 0 -> 1.*--force'):
-        toy.make_instances(folder, num_train=2, num_val=1, seed=1)
-    assert toy.make_instances(folder, num_train=2, num_val=1, seed=1, force=True)
-    assert json.loads((folder / toy.MARKER).read_text())['seed'] == 1
-
-
-def test_a_foreign_folder_is_never_replaced(tmp_path):
+@of_layouts
+def test_a_foreign_folder_is_never_replaced(tmp_path, layout):
     (tmp_path / 'thesis.txt').write_text('years of work')
     for force in (False, True):
         with pytest.raises(FileExistsError, match='not a toy set'):
-            toy.make_instances(tmp_path, num_train=1, num_val=1, force=force)
+            toy.make_dataset(tmp_path, layout=layout, num_train=1, num_val=1, force=force)
     assert (tmp_path / 'thesis.txt').read_text() == 'years of work'
 
 
-def test_an_interruption_leaves_nothing(tmp_path):
+@of_layouts
+def test_an_interruption_leaves_nothing(tmp_path, layout):
     def stop(split, done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        toy.make_instances(tmp_path / 'set', num_train=2, num_val=1, progress=stop)
+        toy.make_dataset(tmp_path / 'set', layout=layout, num_train=2, num_val=1, progress=stop)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_numbers():
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="one of instances, semantic, classes, got 'coco'"):
+        toy.make_dataset('nowhere', layout='coco')
     with pytest.raises(ValueError, match='num_val must be at least 1, got 0'):
-        toy.make_instances('nowhere', num_val=0)
+        toy.make_dataset('nowhere', num_val=0)
     with pytest.raises(ValueError, match='seed must be at least 0, got -1'):
-        toy.make_instances('nowhere', seed=-1)
+        toy.make_dataset('nowhere', seed=-1)
+
+
+@pytest.mark.parametrize(
+    ('args', 'folder'),
+    [
+        ((), 'data/shapes'),
+        (('--layout', 'semantic'), 'data/shapes-semantic'),
+        (('--layout', 'classes', '--hard'), 'data/shapes-classes-hard'),
+    ],
+)
+def test_default_folders(tmp_path, args, folder):
+    run = run_tool(*args, '--num-train', 1, '--num-val', 1, cwd=tmp_path)
+    assert run.stdout.splitlines()[-1].startswith(f'{folder}: 1 train and 1 val images')
+    assert (tmp_path / folder / toy.MARKER).is_file()
 
 
 @pytest.mark.parametrize(

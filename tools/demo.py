@@ -1,4 +1,4 @@
-"""Shows a backbone learning instance segmentation: draws data, trains, tests, paints pictures.
+"""Shows a backbone learning a task: draws data, trains, tests, paints pictures.
 
 A second run skips what is done, and goes on where an interrupted one stopped. Each step is one of
 the ordinary tools, run as you would run it yourself; its command is printed.
@@ -16,16 +16,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import hat_mm  # noqa: F401  repairs the toolboxes before they are imported
 from hat_mm import compat
+from hat_mm.toy import LAYOUTS
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / 'tools'
 CONFIG = ROOT / 'configs/toy/mask-rcnn_fastervit-tiny_fpn_shapes.py'
 STATE = 'demo.json'
-OVERVIEW = 'pictures.png'
 
 
 class DemoError(Exception):
@@ -36,11 +38,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument(
-        'config', nargs='?', type=Path, default=CONFIG, help='one of configs/toy; FasterViT if none'
+        'config',
+        nargs='?',
+        type=Path,
+        default=CONFIG,
+        help='one of configs/toy; Mask R-CNN with FasterViT if none',
     )
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
-    parser.add_argument('--num-train', type=int, default=256, help='training images')
-    parser.add_argument('--num-val', type=int, default=48, help='validation images')
+    parser.add_argument('--num-train', type=int, help='training images (default: by task)')
+    parser.add_argument('--num-val', type=int, help='validation images (default: by task)')
     parser.add_argument(
         '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override the toy config'
     )
@@ -121,7 +127,8 @@ def run_step(title: str, command: list[str]) -> tuple[float, int]:
 def load_config(path: Path, options: list[str]) -> object:
     """A toy config with the overrides."""
     mmengine = compat.require('mmengine')
-    compat.require('mmdet')
+    for toolbox in TASKS:
+        compat.require(toolbox)
     parser = argparse.ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=mmengine.DictAction, default={})
     if not path.is_file():
@@ -133,9 +140,9 @@ def load_config(path: Path, options: list[str]) -> object:
     return cfg
 
 
-def fingerprint(cfg: object, args: argparse.Namespace) -> str:
+def fingerprint(cfg: object, num_train: int, num_val: int) -> str:
     """Changes with anything that makes earlier results stale: the config and the data set."""
-    text = json.dumps([cfg.to_dict(), args.num_train, args.num_val], sort_keys=True, default=str)
+    text = json.dumps([cfg.to_dict(), num_train, num_val], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -166,7 +173,7 @@ def newest_metrics(folder: Path) -> dict:
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def make_overview(pictures: Path, out: Path, count: int = 6, columns: int = 2) -> None:
+def make_sheet(pictures: Path, out: Path, count: int = 6, columns: int = 2) -> None:
     """Puts the first painted pictures (ground truth beside prediction) on one sheet.
 
     Args:
@@ -178,7 +185,7 @@ def make_overview(pictures: Path, out: Path, count: int = 6, columns: int = 2) -
     from PIL import Image, ImageDraw
 
     width, gap = 440, 8
-    images = [Image.open(path).convert('RGB') for path in sorted(pictures.glob('*.png'))[:count]]
+    images = [Image.open(path).convert('RGB') for path in sorted(pictures.rglob('*.png'))[:count]]
     if not images:
         raise DemoError(f'tools/test.py painted no pictures in {pictures}')
     scaled = [im.resize((width, round(im.height * width / im.width))) for im in images]
@@ -199,6 +206,72 @@ def make_overview(pictures: Path, out: Path, count: int = 6, columns: int = 2) -
     sheet.save(out, optimize=True)
 
 
+def plot_confusion(matrix: list[list[int]], classes: list[str], out: Path) -> None:
+    """Draws a confusion matrix: true classes down, predicted ones across.
+
+    Args:
+        matrix: Number of images of each true class (rows) predicted as each class (columns).
+        classes: Their names.
+        out: PNG to write.
+    """
+    import matplotlib
+    import torch
+
+    matplotlib.use('agg')
+    from mmpretrain.evaluation import ConfusionMatrix
+
+    figure = ConfusionMatrix.plot(
+        torch.tensor(matrix), include_values=True, classes=classes, show=False
+    )
+    figure.set_size_inches(5, 4)
+    figure.savefig(out, dpi=100, bbox_inches='tight')  # without its empty margin
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """What the demo of a toolbox does its own way.
+
+    Attributes:
+        layout: Layout of the data set.
+        rows: Rows of the closing table: their names, keys of the metrics and what makes 1 the best.
+        overview: Name of the picture that shows the result.
+        paint: Writes it, called with (pictures of ``tools/test.py``, metrics, config, file).
+    """
+
+    layout: str
+    rows: tuple[tuple[str, str, float], ...]
+    overview: str
+    paint: Callable[[Path, dict, object, Path], None]
+
+
+def _paint_sheet(pictures: Path, metrics: dict, cfg: object, out: Path) -> None:
+    make_sheet(pictures, out)
+
+
+def _paint_confusion(pictures: Path, metrics: dict, cfg: object, out: Path) -> None:
+    plot_confusion(metrics['confusion_matrix/result'], list(cfg.metainfo.classes), out)
+
+
+TASKS = {
+    'mmdet': Task(
+        'instances',
+        (('box mAP', 'coco/bbox_mAP', 1.0), ('mask mAP', 'coco/segm_mAP', 1.0)),
+        'pictures.png',
+        _paint_sheet,
+    ),
+    'mmseg': Task('semantic', (('mIoU', 'mIoU', 0.01),), 'pictures.png', _paint_sheet),
+    'mmpretrain': Task(
+        'classes',
+        (('top-1', 'accuracy/top1', 0.01),),
+        'confusion_matrix.png',
+        _paint_confusion,
+    ),
+}
+"""Tasks by the ``default_scope`` of a config."""
+
+
 # --- the demo -------------------------------------------------------------------------------------
 
 
@@ -206,9 +279,13 @@ def demo(args: argparse.Namespace) -> str:
     """Runs what is still to do; returns the closing table."""
     config = str(args.config)
     cfg = load_config(args.config, args.cfg_options)
+    task = TASKS[cfg.default_scope]
+    layout = LAYOUTS[task.layout]
+    num_train = layout.num_train if args.num_train is None else args.num_train
+    num_val = layout.num_val if args.num_val is None else args.num_val
     work_dir: Path = args.work_dir
     work_dir.mkdir(parents=True, exist_ok=True)
-    key = fingerprint(cfg, args)
+    key = fingerprint(cfg, num_train, num_val)
     state = read_state(work_dir, key)
     last = work_dir / 'last_checkpoint'
     if not state:  # checkpoints of another config must not be resumed from
@@ -227,8 +304,8 @@ def demo(args: argparse.Namespace) -> str:
             state['seconds'][name] = spent + time.monotonic() - start
             write_state(work_dir, state)
 
-    counts = ['--num-train', str(args.num_train), '--num-val', str(args.num_val)]
-    data = ['--out', cfg.data_root.rstrip('/'), *counts]
+    counts = ['--num-train', str(num_train), '--num-val', str(num_val)]
+    data = ['--layout', task.layout, '--out', cfg.data_root.rstrip('/'), *counts]
     drawn_in = state['seconds'].get('data set')
     step('data set', 'Data set', [str(TOOLS / 'make_toy_dataset.py'), *data])
     if drawn_in is not None:  # it was there: keep the time that drawing took
@@ -244,27 +321,27 @@ def demo(args: argparse.Namespace) -> str:
         print(f'\n== Training: done before ({state["trained"]})')
 
     pictures = work_dir / 'pictures'
-    overview = work_dir / OVERVIEW
+    overview = work_dir / task.overview
     if not state.get('metrics') or not overview.is_file():
         folder = work_dir / 'test'
         command = [str(TOOLS / 'test.py'), config, state['trained'], '--work-dir', str(folder)]
         step('test', 'Test', [*command, '--show-dir', str(pictures.absolute()), *options])
-        make_overview(pictures, overview)
-        state['metrics'] = newest_metrics(folder)
+        metrics = newest_metrics(folder)
+        task.paint(pictures, metrics, cfg, overview)
+        state['metrics'] = metrics
         write_state(work_dir, state)
     else:
         print('\n== Test: done before')
-    return closing_table(state, overview, pictures)
+    return closing_table(task, state, overview, pictures)
 
 
-def closing_table(state: dict, overview: Path, pictures: Path) -> str:
+def closing_table(task: Task, state: dict, overview: Path, pictures: Path) -> str:
     """What the demo has shown, in a few lines."""
     seconds = state['seconds']
     parts = ', '.join(f'{name} {value / 60:.1f}' for name, value in seconds.items())
     memory = f'{state["memory"] / 2**30:.1f} GiB' if state['memory'] else 'not measured'
     rows = [
-        ('box mAP', f'{state["metrics"]["coco/bbox_mAP"]:.3f}'),
-        ('mask mAP', f'{state["metrics"]["coco/segm_mAP"]:.3f}'),
+        *((name, f'{state["metrics"][metric] * scale:.3f}') for name, metric, scale in task.rows),
         ('minutes', f'{sum(seconds.values()) / 60:.1f} ({parts})'),
         ('peak memory', f'{memory}, all processes together'),
         ('checkpoint', state['trained']),

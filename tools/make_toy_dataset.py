@@ -1,4 +1,4 @@
-"""Draws the toy instance set "shapes" in COCO's layout, unless it is there already."""
+"""Draws the toy set "shapes" in one of three layouts, unless it is there already."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ import argparse
 import sys
 import time
 
-from hat_mm.toy import make_instances
+from hat_mm.toy import LAYOUTS, make_dataset
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        '--out', help='folder of the set (default: data/shapes, with --hard data/shapes-hard)'
+        '--layout',
+        choices=LAYOUTS,
+        default='instances',
+        help="instances in COCO's files (the default), semantic label maps in ADE20K's, or one "
+        'object an image in a folder for each of the classes',
     )
+    folders = ', '.join(layout.folder for layout in LAYOUTS.values())
     parser.add_argument(
-        '--num-train', type=int, default=256, help='training images (default: %(default)s)'
+        '--out',
+        help=f'folder of the set (default, by layout: {folders}; -hard is added with --hard)',
     )
-    parser.add_argument(
-        '--num-val', type=int, default=48, help='validation images (default: %(default)s)'
-    )
+    for option, name, what in (
+        ('--num-train', 'num_train', 'training'),
+        ('--num-val', 'num_val', 'validation'),
+    ):
+        counts = ', '.join(str(getattr(layout, name)) for layout in LAYOUTS.values())
+        parser.add_argument(option, type=int, help=f'{what} images (default, by layout: {counts})')
     parser.add_argument(
         '--seed', type=int, default=0, help='seed; the same one gives the same bytes'
     )
@@ -46,13 +55,17 @@ def show_progress(split: str, done: int, total: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Draws the set; returns the exit status."""
     args = parse_args(argv)
-    out = args.out or ('data/shapes-hard' if args.hard else 'data/shapes')
+    layout = LAYOUTS[args.layout]
+    out = args.out or layout.folder + ('-hard' if args.hard else '')
+    num_train = layout.num_train if args.num_train is None else args.num_train
+    num_val = layout.num_val if args.num_val is None else args.num_val
     start = time.perf_counter()
     try:
-        drawn = make_instances(
+        drawn = make_dataset(
             out,
-            num_train=args.num_train,
-            num_val=args.num_val,
+            layout=args.layout,
+            num_train=num_train,
+            num_val=num_val,
             seed=args.seed,
             hard=args.hard,
             force=args.force,
@@ -65,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         print('\ninterrupted: nothing was left behind', file=sys.stderr)
         return 130
     took = f'drawn in {time.perf_counter() - start:.1f} s' if drawn else 'already there'
-    print(f'{out}: {args.num_train} train and {args.num_val} val images, {took}')
+    print(f'{out}: {num_train} train and {num_val} val images, {took}')
     return 0
 
 

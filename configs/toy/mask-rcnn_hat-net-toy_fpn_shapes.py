@@ -1,20 +1,5 @@
-# A HAT-Net smaller than the published ones in the toy Mask R-CNN.
-_base_ = ['../_base_/recipes/mask-rcnn_fpn_shapes.py']
-model = dict(
-    backbone=dict(
-        type='hat_mm.HATNet',
-        # At 192 pixels the stages have 48, 24, 12 and 6 tokens a side: whole windows in stage 0,
-        # smaller ones at the border of stages 1 and 2, as in images of any size.
-        arch=dict(
-            embed_dims=(32, 64, 128, 256),
-            head_dim=32,
-            depths=(1, 1, 3, 1),
-            expansions=(4, 4, 4, 4),
-            grids=(8, 7, 7, 1),
-            ds_ratios=(8, 4, 2, 1),
-            kernels=(3, 3, 3, 3),
-            drop_path_rate=0.0,
-        ),
-    ),
-    neck=dict(in_channels=[32, 64, 128, 256]),
-)
+_base_ = [
+    '../_base_/recipes/mask-rcnn_fpn_shapes.py',
+    '../_base_/backbones/hat-net-toy.py',
+]
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))

@@ -37,18 +37,19 @@ def resolve_arch(arch: Any, table: Mapping[str, Any], row: type) -> tuple[str, A
         known = [field.name for field in fields(row)]
         for name in arch:
             if name not in known:
-                raise ValueError(f'unknown arch field {name!r}{_near(name, known)}')
+                raise ValueError(f'unknown arch field {name!r}{near_names(name, known)}')
         return 'custom', row(**arch)
     if isinstance(arch, int) and not isinstance(arch, bool):
         arch = str(arch)
     if not isinstance(arch, str):
         raise TypeError(f'arch must be a name, a number or a dict, not {arch!r}')
     if arch not in table:
-        raise ValueError(f'unknown arch {arch!r}{_near(arch, list(table))}')
+        raise ValueError(f'unknown arch {arch!r}{near_names(arch, list(table))}')
     return repr(arch), table[arch]
 
 
-def _near(name: Any, choices: Sequence[str]) -> str:
+def near_names(name: Any, choices: Sequence[str]) -> str:
+    """Words for an error about an unknown name: the choices, and those that look like it."""
     near = difflib.get_close_matches(str(name), choices, n=2, cutoff=0.6)
     hint = f'; did you mean {" or ".join(map(repr, near))}?' if near else ''
     return f'; choices: {", ".join(choices)}{hint}'

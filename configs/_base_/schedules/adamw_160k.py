@@ -2,9 +2,7 @@
 # on vectors: norms, biases, layer scales.
 _base_ = ['mmseg::_base_/schedules/schedule_160k.py']
 optim_wrapper = dict(
-    optimizer=dict(
-        _delete_=True, type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01
-    ),
+    optimizer=dict(_delete_=True, type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
     paramwise_cfg=dict(flat_decay_mult=0.0),
 )
 optimizer = optim_wrapper['optimizer']

@@ -1,4 +1,4 @@
-# FasterViT-4, trained on ImageNet-21K and tuned on ImageNet-1K at 384 pixels, windows of 24, with the
+# FasterViT-4 from ImageNet-21K, tuned on ImageNet-1K at 384 pixels with windows of 24, with the
 # authors' weights (non-commercial licence: see WEIGHTS.md).
 backbone = dict(
     type='hat_mm.FasterViT',

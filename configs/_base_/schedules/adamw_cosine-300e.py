@@ -1,5 +1,5 @@
-# 300 epochs of AdamW on 1024 images a step, 5 of them warm-up. No weight decay on vectors: norms and
-# biases.
+# 300 epochs of AdamW on 1024 images a step, 5 of them warm-up. No weight decay on vectors: norms
+# and biases.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=5e-4, betas=(0.9, 0.999), weight_decay=0.05),

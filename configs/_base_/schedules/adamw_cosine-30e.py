@@ -1,5 +1,5 @@
-# 30 epochs of AdamW at a low learning rate on 1024 images a step, 5 of them warm-up, for weights that
-# are trained already.
+# 30 epochs of AdamW at a low learning rate on 1024 images a step, 5 of them warm-up, for weights
+# that are trained already.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=4e-5, betas=(0.9, 0.999), weight_decay=1e-8),

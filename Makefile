@@ -48,8 +48,9 @@ demo-cascade: setup ## instance segmentation: Cascade Mask R-CNN with a tiny Fas
 	@$(IN_VENV) $(PY) tools/demo.py configs/toy/cascade-mask-rcnn_fastervit-tiny_fpn_shapes.py \
 	  --work-dir work_dirs/demo-cascade-$(STACK) $(ARGS)
 
+# A file's tests stay in one process, whose fixtures they share.
 test: setup ## run the tests; ARGS='-k word' passes options to pytest
-	@$(IN_VENV) $(PY) -m pytest $(ARGS)
+	@$(IN_VENV) $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: setup ## run the long checks that `make test` leaves out
 	@$(IN_VENV) $(PY) -m pytest -m slow $(ARGS)

@@ -215,15 +215,16 @@ def count(
         Parameters and multiply-adds, of all and by part.
 
     Raises:
-        ValueError: ``shape``, ``channels`` or ``proposals`` are not positive.
+        ValueError: ``shape``, ``channels`` or ``proposals`` are not positive ints.
     """
-    if len(shape) != 2 or min(*shape, channels, proposals) < 1:
+    numbers = (*shape, channels, proposals)
+    if len(shape) != 2 or any(not isinstance(n, int) or n < 1 for n in numbers):
         raise ValueError(
-            'shape, channels and proposals must be positive, not '
-            f'{tuple(shape)}, {channels} and {proposals}'
+            'shape (height, width), channels and proposals must be positive ints, not '
+            f'{tuple(shape)}, {channels!r} and {proposals!r}'
         )
-    device = next(model.parameters()).device
-    size = (int(shape[0]), int(shape[1]))
+    device = next((parameter.device for parameter in model.parameters()), None)
+    size = tuple(shape)
     sample = BaseDataElement(
         metainfo=dict(
             img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,

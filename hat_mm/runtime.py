@@ -296,6 +296,11 @@ def _set_tta(cfg: Any, host: Host) -> None:
         cfg.tta_pipeline = pipeline
     dataset.pipeline = cfg.tta_pipeline
     cfg.model = dict(cfg.tta_model, module=cfg.model)
+    # A checkpoint holds the averaged weights as the model's own; the hook would look for them under
+    # the names of the wrapped model.
+    cfg.custom_hooks = [
+        hook for hook in cfg.get('custom_hooks') or [] if hook.type.rpartition('.')[2] != 'EMAHook'
+    ]
 
 
 def _set_out(cfg: Any, host: Host, args: argparse.Namespace) -> None:
@@ -331,22 +336,37 @@ def _build_runner(cfg: Any) -> Any:
     return importlib.import_module('mmengine.runner').Runner.from_cfg(cfg)
 
 
+def _accumulated(cfg: Any) -> int:
+    """Forward passes of a step."""
+    return (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
+
+
+def _check_scaling(cfg: Any) -> None:
+    scaling = cfg.get('auto_scale_lr') or {}
+    if scaling.get('enable') and _accumulated(cfg) != 1:
+        raise UserError(
+            '--auto-scale-lr (auto_scale_lr.enable) does not count '
+            f'optim_wrapper.accumulative_counts={_accumulated(cfg)}: use one of them, and where '
+            'both are needed set optim_wrapper.optimizer.lr by hand'
+        )
+
+
 def _batch_warning(cfg: Any, processes: int) -> str | None:
     """What to say of a learning rate that is meant for another number of images a step."""
     scaling = cfg.get('auto_scale_lr') or {}
-    base, loader = scaling.get('base_batch_size'), cfg.train_dataloader
+    base, loader = scaling.get('base_batch_size'), cfg.get('train_dataloader')
     if not base or scaling.get('enable') or not isinstance(loader, dict):
         return None
-    images = loader.get('batch_size')
-    steps = cfg.optim_wrapper.get('accumulative_counts', 1)
+    images, steps = loader.get('batch_size'), _accumulated(cfg)
     if images is None or processes * images * steps == base:
         return None
     accumulated = f' x {steps} accumulated' if steps != 1 else ''
+    scale = '' if steps != 1 else '--auto-scale-lr scales it, '
     return (
         f'the learning rate is meant for {base} images a step, this run takes '
         f'{processes * images * steps} ({processes} process{"es" * (processes != 1)} x {images} '
-        f'images{accumulated}): --auto-scale-lr scales it, train_dataloader.batch_size and '
-        'optim_wrapper.accumulative_counts change the number of images'
+        f'images{accumulated}): {scale}optim_wrapper.optimizer.lr sets it, '
+        'train_dataloader.batch_size changes the number of images'
     )
 
 
@@ -373,6 +393,7 @@ def train(argv: Sequence[str] | None = None) -> None:
                 'config'
             )
         cfg.auto_scale_lr.enable = True
+    _check_scaling(cfg)
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
@@ -501,6 +522,8 @@ def explain(error: BaseException) -> str | None:
                 f'data folder {root!r} does not exist (data_root of {kind}; docs/datasets.md says '
                 f'what belongs there and how to point to another folder): {_text(error)}'
             )
+        elif isinstance(root, str) and isinstance(error, FileNotFoundError):
+            text += f' (docs/datasets.md says what belongs into data_root {root!r})'
     return text
 
 

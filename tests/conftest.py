@@ -17,9 +17,11 @@ from mmengine.utils import ManagerMixin
 from hat_mm.toy import make_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
-CPUS = len(os.sched_getaffinity(0))
+CPUS = len(os.sched_getaffinity(0)) // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1')) or 1
 
 torch.set_num_threads(min(CPUS, 4))
+# Programs that the tests start share the processor as well.
+os.environ.setdefault('OMP_NUM_THREADS', str(torch.get_num_threads()))
 
 
 # --- no network ----------------------------------------------------------------------------------

@@ -172,9 +172,9 @@ def test_a_count_leaves_no_trace():
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize('shape', [(0, 8), (8, -1), (8,)])
+@pytest.mark.parametrize('shape', [(0, 8), (8, -1), (8,), (8, 8.5), ('a', 8)])
 def test_bad_shape(shape):
-    with pytest.raises(ValueError, match='must be positive, not'):
+    with pytest.raises(ValueError, match='must be positive ints, not'):
         count(Tiny(), shape)
 
 

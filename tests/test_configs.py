@@ -77,22 +77,23 @@ class Promise(NamedTuple):
 ADAMW = dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
 PVT = dict(type='AdamW', lr=1e-4, weight_decay=1e-4)
 MASKS = ['bbox', 'segm']
-STEPS_1X = dict(type='MultiStepLR', milestones=[8, 11], gamma=0.1, end=12)
-STEPS_3X = dict(type='MultiStepLR', milestones=[27, 33], gamma=0.1, end=36)
+STEPS_1X = dict(type='MultiStepLR', milestones=[8, 11], gamma=0.1, begin=0, end=12)
+STEPS_3X = dict(type='MultiStepLR', milestones=[27, 33], gamma=0.1, begin=0, end=36)
 SWIN_1X = Promise('mmdet', MASKS, 16, 8, ADAMW, False, None, (1000, 1e-3), STEPS_1X, 12)
 SWIN_3X = SWIN_1X._replace(decay=STEPS_3X, length=36)
 PVT_1X = Promise('mmdet', MASKS, 16, 8, PVT, True, None, (500, 1e-3), STEPS_1X, 12)
 DINO = Promise(
     'mmdet', 'bbox', 16, 8, PVT, True, 0.1, None,
-    dict(type='MultiStepLR', milestones=[11], gamma=0.1, end=12), 12, drop_path=0.1,
+    dict(type='MultiStepLR', milestones=[11], gamma=0.1, begin=0, end=12), 12, drop_path=0.1,
 )  # fmt: skip
 UPERNET = Promise(
     'mmseg', ['mIoU'], 16, 8, dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    False, None, (1500, 1e-6), dict(type='PolyLR', power=1.0, eta_min=0.0, end=160_000), 160_000,
+    False, None, (1500, 1e-6),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, begin=1500, end=160_000), 160_000,
 )  # fmt: skip
 SEMANTIC_FPN = Promise(
     'mmseg', ['mIoU'], 16, 4, PVT, True, None, None,
-    dict(type='PolyLR', power=0.9, eta_min=0.0, end=80_000), 80_000,
+    dict(type='PolyLR', power=0.9, eta_min=0.0, begin=0, end=80_000), 80_000,
 )  # fmt: skip
 IMAGENET = Promise(
     'mmpretrain', (1, 5), 4096, 32, {**ADAMW, 'lr': 5e-3}, False, 5.0, (20, 2e-4),
@@ -109,7 +110,8 @@ HAT_NET_IMAGENET = Promise(
 
 
 def lamb(weight_decay: float) -> Promise:
-    return IMAGENET._replace(optimizer=dict(type='Lamb', lr=5e-3, weight_decay=weight_decay))
+    optimizer = dict(type='Lamb', lr=5e-3, weight_decay=weight_decay, max_grad_norm=5.0)
+    return IMAGENET._replace(optimizer=optimizer)
 
 
 # Name with * for the backbone -> what each backbone's leaf promises.
@@ -147,7 +149,9 @@ PROMISES: dict[str, dict[str, Promise]] = {
         **dict.fromkeys(HAT_NET[:2], HAT_NET_IMAGENET),
         **dict.fromkeys(HAT_NET[2:], HAT_NET_IMAGENET._replace(clip=1.0)),
     },
-    **{f'*_8xb128_in1k-{name[-3:]}px': {name: FINE_TUNING} for name in IN21K[1:]},
+    '*_32xb32_in1k-384px': {IN21K[1]: FINE_TUNING._replace(gpus=32)},
+    '*_64xb16_in1k-512px': {IN21K[2]: FINE_TUNING._replace(gpus=64)},
+    '*_128xb8_in1k-768px': {IN21K[3]: FINE_TUNING._replace(gpus=128)},
 }
 BY_STEM = {
     pattern.replace('*', backbone): (pattern, backbone, promise)
@@ -435,7 +439,6 @@ def test_one_evaluator(path):
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         assert evaluator.type == kind
         assert evaluator[key] == promise.metric
-    assert cfg.val_dataloader.batch_size == (128 if promise.toolbox == 'mmpretrain' else 1)
 
 
 @of_paper_leaves
@@ -455,6 +458,141 @@ def test_classes_and_sizes(path):
         heads = model.roi_head.bbox_head if 'roi_head' in model else model.bbox_head
         for head in heads if isinstance(heads, list) else [heads]:
             assert head.num_classes == 80
+
+
+# --- the toolboxes' own configs -------------------------------------------------------------------
+
+PARTS = (
+    *('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator'),
+    *('test_evaluator', 'train_cfg', 'val_cfg', 'test_cfg', 'default_hooks', 'custom_hooks'),
+    *('data_preprocessor', 'env_cfg', 'visualizer', 'log_processor', 'load_from', 'resume'),
+)
+CHANNELS = ('model.backbone.', 'model.neck.in_channels', 'head.in_channels')
+NO_BACKBONE_INIT = {
+    'model.init_cfg': None,
+    'model.init_cfg.0.type': ...,
+    'model.init_cfg.0.layer': ...,
+    'model.init_cfg.0.std': ...,
+    'model.init_cfg.0.bias': ...,
+    'model.init_cfg.1.type': ...,
+    'model.init_cfg.1.layer': ...,
+    'model.init_cfg.1.val': ...,
+    'model.init_cfg.1.bias': ...,
+    'model.head.init_cfg': ...,
+    'model.head.init_cfg.type': 'TruncNormal',
+    'model.head.init_cfg.layer': 'Linear',
+    'model.head.init_cfg.std': 0.02,
+    'default_hooks.checkpoint.max_keep_ckpts': 3,
+    **{f'{split}_dataloader.batch_size': 128 for split in ('train', 'val', 'test')},
+}
+SEMANTIC_FPN_80K = {
+    'model.pretrained': None,
+    'train_cfg.max_iters': 80_000,
+    'train_cfg.val_interval': 8000,
+    'default_hooks.checkpoint.interval': 8000,
+}
+# What a task's leaves have beside the channels that is not in a config of its toolbox: value here,
+# or ... where there is none.
+ORIGINALS: dict[str, tuple[str, dict[str, Any]]] = {
+    'mask-rcnn_*_fpn_1x_coco': ('mmdet/mask_rcnn/mask-rcnn_r50_fpn_1x_coco', {}),
+    'mask-rcnn_*_fpn_ms-crop-3x_coco': (
+        'mmdet/swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco',
+        {},
+    ),
+    'cascade-mask-rcnn_*': (
+        'mmdet/convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco',
+        {
+            f'model.roi_head.bbox_head.{stage}.{key}': value
+            for stage in range(3)
+            for key, value in {
+                'type': 'Shared4Conv1FCBBoxHead',
+                'num_shared_convs': ...,
+                'num_shared_fcs': ...,
+                'conv_out_channels': ...,
+            }.items()
+        },
+    ),
+    'retinanet_*': ('mmdet/retinanet/retinanet_r50_fpn_1x_coco', {'model.neck.start_level': 0}),
+    'dino-4scale_*': ('mmdet/dino/dino-4scale_r50_8xb2-12e_coco', {}),
+    'dino-5scale_*': ('mmdet/dino/dino-5scale_swin-l_8xb2-12e_coco', {}),
+    '*_upernet_*512x512': (
+        'mmseg/swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512',
+        {},
+    ),
+    '*_upernet_*640x640': (
+        'mmseg/beit/beit-base_upernet_8xb2-160k_ade20k-640x640',
+        {
+            'model.pretrained': None,
+            'model.decode_head.channels': 512,
+            'model.test_cfg.mode': 'whole',
+            'model.test_cfg.crop_size': ...,
+            'model.test_cfg.stride': ...,
+            'model.neck.type': ...,
+            'model.neck.embed_dim': ...,
+            'model.neck.rescales': ...,
+        },
+    ),
+    '*_fpn_4xb4-80k_ade20k-512x512': (
+        'mmseg/sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512',
+        SEMANTIC_FPN_80K,
+    ),
+    # The full crop of the others is looked at by itself.
+    'fastervit-0_32xb128_in1k': (
+        'mmpretrain/swin_transformer/swin-tiny_16xb64_in1k',
+        {
+            **NO_BACKBONE_INIT,
+            'train_cfg.max_epochs': 310,
+            'custom_hooks.0.type': 'EMAHook',
+            'custom_hooks.0.momentum': 2e-4,
+            'custom_hooks.0.priority': 'ABOVE_NORMAL',
+        },
+    ),
+    'hat-net-*_8xb128_in1k': (
+        'mmpretrain/swin_transformer/swin-tiny_16xb64_in1k',
+        {
+            **NO_BACKBONE_INIT,
+            'model.neck.type': 'hat_mm.DropoutPooling',
+            'model.neck.drop_rate': 0.2,
+        },
+    ),
+}
+
+
+def flattened(value: Any, key: str = '') -> dict[str, Any]:
+    """Settings by dotted name; lists of plain values count as one."""
+    if isinstance(value, dict):
+        items = [(name, entry) for name, entry in value.items() if name != '_scope_']
+    elif isinstance(value, list | tuple) and any(
+        isinstance(entry, dict | list | tuple) for entry in value
+    ):
+        items = list(enumerate(value))
+    else:
+        return {key: tuple(value) if isinstance(value, list) else value}
+    found = {}
+    for name, entry in items:
+        found |= flattened(entry, f'{key}.{name}' if key else str(name))
+    return found
+
+
+@pytest.mark.parametrize('pattern', ORIGINALS)
+def test_all_else_is_the_toolbox_own(pattern):
+    name, promised = ORIGINALS[pattern]
+    toolbox, _, rest = name.partition('/')
+    folder = Path(importlib.util.find_spec(toolbox).origin).parent / '.mim/configs'
+    original = parsed(folder / f'{rest}.py')
+    theirs = flattened({part: original[part] for part in PARTS if part in original})
+    paths = [path for path in PAPER_LEAVES if fnmatch.fnmatch(path.stem, pattern)]
+    assert paths
+    for path in paths:
+        cfg = load(path)
+        ours = flattened({part: cfg[part] for part in PARTS if part in cfg})
+        differences = {
+            key: ours.get(key, ...)
+            for key in sorted({*theirs, *ours})
+            if theirs.get(key, ...) != ours.get(key, ...)
+            and not any(word in key for word in CHANNELS)
+        }
+        assert differences == promised, path.stem
 
 
 TEST_CROPS = {  # side after resizing, side of the crop, squeezed into a square
@@ -526,6 +664,7 @@ def test_cascade_heads():
     for head, settings, stds in zip(
         heads, cfg.model.roi_head.bbox_head, (0.1, 0.05, 0.033), strict=True
     ):
+        assert all(type(conv.norm).__name__ == 'SyncBatchNorm' for conv in head.shared_convs)
         assert len(head.shared_convs) == 4
         assert len(head.shared_fcs) == 1
         assert type(head.loss_bbox).__name__ == 'GIoULoss'
@@ -703,6 +842,23 @@ def test_toy_classes_are_those_that_are_drawn(path):
         if hasattr(module, 'num_classes') and not type(module).__name__.startswith('RPN')
     }
     assert found == {len(cfg.metainfo.classes)}
+
+
+@of_toys
+def test_toy_data_and_evaluators(path):
+    cfg = load(path)
+    layout, metrics = {
+        'mmdet': ('instances', ['CocoMetric']),
+        'mmseg': ('semantic', ['IoUMetric']),
+        'mmpretrain': ('classes', ['Accuracy', 'ConfusionMatrix']),
+    }[toolbox_of(path)]
+    assert Path(cfg.data_root) == Path(toy.LAYOUTS[layout].folder)
+    evaluators = cfg.test_evaluator
+    found = evaluators if isinstance(evaluators, list) else [evaluators]
+    assert [evaluator.type for evaluator in found] == metrics
+    assert cfg.optim_wrapper.optimizer.type == 'AdamW'
+    assert [step.type for step in cfg.param_scheduler] == ['LinearLR', 'CosineAnnealingLR']
+    assert cfg.auto_scale_lr.base_batch_size == cfg.train_dataloader.batch_size
 
 
 def test_toy_images_differ_in_size_and_are_not_square(shapes):

@@ -123,6 +123,16 @@ def at(cfg: Config, key: str):
     return [str(i) for i in range(len(cfg))] if isinstance(cfg, list) else cfg
 
 
+@pytest.mark.parametrize('page', PAGES)
+def test_a_shell_reads_every_command(page):
+    text = (ROOT / page).read_text()
+    for block in re.findall(r'^```bash\n(.*?)^```', text, re.MULTILINE | re.DOTALL):
+        done = subprocess.run(
+            ['bash', '-n', '-c', block], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize('words', CONFIG_COMMANDS, ids=lambda words: '-'.join(words[1:3])[-60:])
 def test_options_fit(words):
     assert (ROOT / words[0]).is_file()

@@ -2,7 +2,7 @@
 
 A cell parses if its config resolves; builds if its model does, with the real backbone and without
 memory for its weights; steps if the model, with the real widths but one block in each stage, takes
-a training step on two small images, reaches every parameter with a gradient, and predicts.
+a training step on two small images to which every parameter contributes, and predicts.
 """
 
 from __future__ import annotations

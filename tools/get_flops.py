@@ -160,7 +160,8 @@ class Classifier(nn.Module):
 
 def is_config(model: str) -> bool:
     """Whether a model is named by a config and not as a backbone."""
-    return model.endswith('.py') or '.' not in model.partition(':')[0]
+    kind = model.partition(':')[0]
+    return kind.endswith(('.py', '.json', '.yaml', '.yml')) or '/' in kind or '.' not in kind
 
 
 def build_config(

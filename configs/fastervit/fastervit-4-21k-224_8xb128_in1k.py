@@ -1,5 +1,5 @@
 _base_ = [
-    '../_base_/recipes/fastervit-21k_8xb128_in1k.py',
+    '../_base_/recipes/fastervit-21k_in1k.py',
     '../_base_/datasets/imagenet_224-squash.py',
     '../_base_/backbones/fastervit-4-21k-224.py',
 ]

@@ -75,7 +75,7 @@ def test_the_log_warns_of_another_batch(trained):
     [log] = trained.glob('*/*.log')
     assert (
         'WARNING - the learning rate is meant for 4 images a step, this run takes 2 '
-        '(1 process x 2 images): --auto-scale-lr scales it'
+        '(1 process x 2 images): --auto-scale-lr scales it, '
     ) in log.read_text()
 
 
@@ -92,6 +92,8 @@ def test_the_log_warns_of_another_batch(trained):
         ),
         ({'auto_scale_lr.enable': True}, 1, None),
         ({'auto_scale_lr': None}, 1, None),
+        ({'train_dataloader': None}, 1, None),  # mmengine says what is missing
+        ({'optim_wrapper': None}, 1, 'this run takes 8'),
     ],
 )
 def test_which_batches_are_warned_of(changes, processes, told):
@@ -105,6 +107,16 @@ def test_which_batches_are_warned_of(changes, processes, told):
     cfg.merge_from_dict(changes)
     warning = runtime._batch_warning(cfg, processes)
     assert told in warning if told else warning is None
+
+
+def test_scaling_beside_accumulation_is_refused(tool, tmp_path):
+    """mmengine's scaling would count the images of one forward pass only."""
+    status, stderr = tool(
+        runtime.train, '--work-dir', tmp_path, '--auto-scale-lr',
+        options=['optim_wrapper.accumulative_counts=4'],
+    )  # fmt: skip
+    assert status == 1
+    assert 'does not count optim_wrapper.accumulative_counts=4' in error_line(stderr)
 
 
 def test_test_script_evaluates_dumps_and_paints(trained, toy_options, run_python, tmp_path):
@@ -245,7 +257,7 @@ def test_no_checkpoint_at_all(tool, tmp_path):
         (['train_dataloader.dataset.data_root=no/such/'],
          ["data folder 'no/such/' does not exist", 'docs/datasets.md']),
         (['train_dataloader.dataset.ann_file=annotations/none.json'],
-         ['CocoDataset: ', 'none.json']),
+         ['CocoDataset: ', 'none.json', 'docs/datasets.md says what belongs into data_root']),
         (['model.backbone.arch=9'], ['hat_mm.FasterViT: ', '9']),
         (['model.backbone.archh=0'], ['hat_mm.FasterViT: ', "unexpected keyword argument 'archh'"]),
         (['model.backbone.type=FasterViT'],

@@ -166,6 +166,19 @@ def test_mmpretrain_dumps_metrics_and_flips(classifier, tmp_path):
     assert json.loads(out.read_text()) == pytest.approx(metrics)
 
 
+def test_tta_of_averaged_weights(classifier, images, tmp_path):
+    """A config with an average of the weights is tested with the average, flipped or not."""
+    config, _ = classifier
+    average = "[dict(type='EMAHook',momentum=0.5)]"
+    text = Path(config).read_text() + f'custom_hooks = {average}\n'
+    path = tmp_path / 'averaged.py'
+    path.write_text(text)
+    work_dir = ['--work-dir', str(tmp_path)]
+    runtime.train([str(path), *work_dir])
+    checkpoint = str(tmp_path / 'epoch_1.pth')
+    assert 'accuracy/top1' in runtime.test([str(path), checkpoint, *work_dir, '--tta'])
+
+
 @pytest.mark.parametrize(
     ('config', 'folder'),
     [

@@ -6,6 +6,6 @@ train_pipeline = [
 test_pipeline = [
     dict(step, scale=512) if 'scale' in step else step for step in _base_.test_pipeline
 ]
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+train_dataloader = dict(batch_size=16, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader

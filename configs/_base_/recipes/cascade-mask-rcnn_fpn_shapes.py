@@ -21,3 +21,8 @@ model = dict(
     ),
     test_cfg=dict(rpn=_base_.proposals),
 )
+# A step takes a fifth longer than Mask R-CNN's.
+max_epochs = 5
+warm_up, decay = _base_.param_scheduler
+param_scheduler = [warm_up, dict(decay, T_max=max_epochs)]
+train_cfg = dict(max_epochs=max_epochs)

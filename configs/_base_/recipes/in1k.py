@@ -9,3 +9,4 @@ model = dict(
     head=dict(init_cfg=dict(_delete_=True, type='TruncNormal', layer='Linear', std=0.02)),
     init_cfg=None,
 )
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=3))

@@ -299,7 +299,9 @@ def _set_tta(cfg: Any, host: Host) -> None:
     # A checkpoint holds the averaged weights as the model's own; the hook would look for them under
     # the names of the wrapped model.
     cfg.custom_hooks = [
-        hook for hook in cfg.get('custom_hooks') or [] if hook.type.rpartition('.')[2] != 'EMAHook'
+        hook
+        for hook in cfg.get('custom_hooks') or []
+        if getattr(hook.type, '__name__', hook.type).rpartition('.')[2] != 'EMAHook'
     ]
 
 

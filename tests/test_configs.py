@@ -18,6 +18,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
+from repo_tools import tool
 
 import hat_mm
 from hat_mm import toy
@@ -30,15 +31,6 @@ PAPER_LEAVES = [path for path in LEAVES if path not in TOYS]
 
 FASTERVIT_TOY = CONFIGS / 'toy/mask-rcnn_fastervit-tiny_fpn_shapes.py'
 HAT_NET_TOY = CONFIGS / 'toy/mask-rcnn_hat-net-toy_fpn_shapes.py'
-
-
-def tool(name: str) -> Any:
-    """A module of ``tools/``."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / f'tools/{name}.py')
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 make_configs = tool('make_configs')
@@ -692,8 +684,6 @@ def test_dino_levels(scales, indices):
 
 @of_leaves
 def test_weight_decay_of_vectors(path):
-    if path.stem.startswith('dino'):
-        return  # by custom keys, which mmengine applies
     cfg, model = load(path), on_meta(path)
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
     decays = {id(p): group['weight_decay'] for group in groups for p in group['params']}
@@ -702,6 +692,15 @@ def test_weight_decay_of_vectors(path):
     flat = full if path in PAPER_LEAVES and promise_of(path).flat_decay else 0.0
     for name, parameter in model.named_parameters():
         assert decays[id(parameter)] == (flat if parameter.ndim == 1 else full), name
+
+
+@pytest.mark.parametrize('path', [p for p in PAPER_LEAVES if p.stem.startswith('dino')])
+def test_dino_moves_the_backbone_by_a_tenth(path):
+    cfg, model = load(path), on_meta(path)
+    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
+    rates = {id(p): group['lr'] for group in groups for p in group['params']}
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == (1e-5 if name.startswith('backbone.') else 1e-4), name
 
 
 # --- a step and a prediction ----------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The demo: all its steps on a few images, going on after an interruption, and its failures."""
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from repo_tools import tool
 
 ROOT = Path(__file__).resolve().parents[1]
 TOYS = ROOT / 'configs/toy'
@@ -22,10 +22,7 @@ SMALL_RCNN = (*SMALL, 'model.test_cfg.rcnn.max_per_img=5')
 
 @pytest.fixture(scope='module')
 def demo():
-    spec = importlib.util.spec_from_file_location('demo', ROOT / 'tools/demo.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool('demo')
 
 
 def run_demo(folder, *args):

@@ -1,6 +1,5 @@
 """The README's Python runs; commands, options and links of all pages exist and fit."""
 
-import importlib
 import re
 import shlex
 import subprocess
@@ -12,7 +11,9 @@ import pytest
 import torch
 from mmcv.transforms import Compose
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
+from repo_tools import tool
 
 import hat_mm
 from hat_mm import runtime
@@ -137,20 +138,13 @@ def test_a_shell_reads_every_command(page):
 def test_options_fit(words):
     assert (ROOT / words[0]).is_file()
     cfg = merged(words)
-    scope = cfg.default_scope
-    importlib.import_module(f'{scope}.utils').register_all_modules(init_default_scope=False)
-    registries = importlib.import_module(f'{scope}.registry')
-    if 'init_cfg' in cfg.model.backbone:
-        cfg.model.backbone.init_cfg = None
-    if 'data_preprocessor' in cfg:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    with DefaultScope.overwrite_default_scope(scope), torch.device('meta'):
-        model = registries.MODELS.build(cfg.model)
+    with torch.device('meta'):
+        model = tool('check_configs').build(cfg)
         assert type(model.backbone).__module__.startswith(hat_mm.__name__)
-        optim = importlib.import_module('mmengine.optim')
-        assert optim.build_optim_wrapper(model, cfg.optim_wrapper)
-        for split in ('train', 'val', 'test'):
-            assert Compose(cfg[f'{split}_dataloader'].dataset.pipeline)
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            assert build_optim_wrapper(model, cfg.optim_wrapper)
+            for split in ('train', 'val', 'test'):
+                assert Compose(cfg[f'{split}_dataloader'].dataset.pipeline)
 
 
 def test_the_config_for_own_data_builds(tmp_path, monkeypatch):

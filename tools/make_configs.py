@@ -106,31 +106,27 @@ class Task:
 
     Attributes:
         title: Its head.
-        results: Tasks of the results, in the words of model indexes.
         dataset: What is trained on.
         length: Epochs or iterations.
         batch: Images a step.
     """
 
     title: str
-    results: tuple[str, ...]
     dataset: str
     length: tuple[str, int]
     batch: int
 
 
-MASKS = ('Object Detection', 'Instance Segmentation')
-MASK_1X = Task('Mask R-CNN 1x', MASKS, 'COCO', ('Epochs', 12), 16)
-MASK_3X = Task('Mask R-CNN 3x', MASKS, 'COCO', ('Epochs', 36), 16)
-CASCADE = Task('Cascade Mask R-CNN 3x', MASKS, 'COCO', ('Epochs', 36), 16)
-RETINANET = Task('RetinaNet 1x', MASKS[:1], 'COCO', ('Epochs', 12), 16)
-DINO_4 = Task('DINO-4scale 12e', MASKS[:1], 'COCO', ('Epochs', 12), 16)
-DINO_5 = Task('DINO-5scale 12e', MASKS[:1], 'COCO', ('Epochs', 12), 16)
-SEMANTIC = ('Semantic Segmentation',)
-UPERNET_512 = Task('UPerNet 512', SEMANTIC, 'ADE20K', ('Iterations', 160_000), 16)
-UPERNET_640 = Task('UPerNet 640', SEMANTIC, 'ADE20K', ('Iterations', 160_000), 16)
-SEMANTIC_FPN = Task('Semantic FPN', SEMANTIC, 'ADE20K', ('Iterations', 80_000), 16)
-IMAGENET = Task('ImageNet-1K', ('Image Classification',), 'ImageNet-1K', ('Epochs', 310), 4096)
+MASK_1X = Task('Mask R-CNN 1x', 'COCO', ('Epochs', 12), 16)
+MASK_3X = Task('Mask R-CNN 3x', 'COCO', ('Epochs', 36), 16)
+CASCADE = Task('Cascade Mask R-CNN 3x', 'COCO', ('Epochs', 36), 16)
+RETINANET = Task('RetinaNet 1x', 'COCO', ('Epochs', 12), 16)
+DINO_4 = Task('DINO-4scale 12e', 'COCO', ('Epochs', 12), 16)
+DINO_5 = Task('DINO-5scale 12e', 'COCO', ('Epochs', 12), 16)
+UPERNET_512 = Task('UPerNet 512', 'ADE20K', ('Iterations', 160_000), 16)
+UPERNET_640 = Task('UPerNet 640', 'ADE20K', ('Iterations', 160_000), 16)
+SEMANTIC_FPN = Task('Semantic FPN', 'ADE20K', ('Iterations', 80_000), 16)
+IMAGENET = Task('ImageNet-1K', 'ImageNet-1K', ('Epochs', 310), 4096)
 TASKS = (
     MASK_1X, MASK_3X, CASCADE, RETINANET, DINO_4, DINO_5, UPERNET_512, UPERNET_640, SEMANTIC_FPN,
     IMAGENET,

@@ -9,11 +9,19 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _COUNTER = 'num_batches_tracked'
+_UNUSED = 'unused.'  # see checkpoint_io.UNUSED
 
 Rule = tuple[str, str | Callable[[re.Match], str]]
+
+
+def _substitute(rules: Iterable[Rule], name: str) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 @dataclass(frozen=True)
@@ -21,19 +29,32 @@ class NameMap:
     """How a family's official checkpoints name their tensors.
 
     Attributes:
-        family: Name of the family for messages.
+        family: Name of the family's class.
         marker: Pattern that some name of every official file matches from its start, and no name
             of another family does.
-        dropped: Pattern of the names (matched whole) that a backbone has no use for.
+        native_marker: The same for the names of a backbone of this family.
+        head: What stands before ``weight`` and ``bias`` of the classifier's linear layer.
+        tables: Pattern of the names (matched whole) of tensors that are not learned: their values,
+            and shapes, follow from a resolution.
+        unused: Pattern of the names (matched whole) of learned tensors that a backbone has no use
+            for, the classifier apart.
+        twins: Substitutions (pattern, replacement) from a name to the second one that the same
+            tensor has. If the values differ the first counts.
         rules: Substitutions (pattern, replacement) that, applied in order, make a native name.
+        back: Those that make an official name of a native one.
         block: Pattern of a block's names with the groups stage and block, for messages.
         last_norm: Whether the files hold the batch norm of the last map.
     """
 
     family: str
     marker: str
-    dropped: str
+    native_marker: str
+    head: str
+    tables: str
+    unused: str
+    twins: tuple[Rule, ...]
     rules: tuple[Rule, ...]
+    back: tuple[Rule, ...]
     block: str
     last_norm: bool
 
@@ -41,16 +62,58 @@ class NameMap:
         """Tells whether the names are those of an official file of this family."""
         return any(re.match(self.marker, name) for name in names)
 
+    def matches_native(self, names: Iterable[str]) -> bool:
+        """Tells whether the names are those of a backbone of this family."""
+        return any(re.match(self.native_marker, name) for name in names)
+
+    @property
+    def dropped(self) -> str:
+        """Pattern of the names (matched whole) that a backbone has no use for."""
+        return rf'{re.escape(self.head)}.*|{self.tables}|{self.unused}'
+
     def to_native(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Renames the tensors of an official state dict and drops those of no use."""
         native = {}
         for name, value in state.items():
             if re.fullmatch(self.dropped, name):
                 continue
-            for pattern, replacement in self.rules:
-                name = re.sub(pattern, replacement, name)
-            native.setdefault(name, value)
+            native.setdefault(_substitute(self.rules, name), value)
         return native
+
+    def left_over(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The learned tensors of an official state dict that :meth:`to_native` drops.
+
+        A second name is left out where its tensor equals that of the first.
+        """
+        left = {
+            name: value
+            for name, value in state.items()
+            if re.fullmatch(self.dropped, name) and not re.fullmatch(self.tables, name)
+        }
+        for name, value in state.items():
+            twin = _substitute(self.twins, name)
+            if twin != name and twin in left and torch.equal(left[twin], value):
+                del left[twin]
+        return left
+
+    def to_official(self, native: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Renames a backbone's tensors to the official names, second names included.
+
+        Returns:
+            The official state dict, and the native names that the published network does not have:
+            norms of maps that it does not normalise.
+        """
+        official, unknown = {}, []
+        for name, value in native.items():
+            if re.match(r'norm\d\.', name) and not (self.last_norm and name.startswith('norm3.')):
+                unknown.append(name)
+                continue
+            name = _substitute(self.back, name)
+            official[name] = value
+            twin = _substitute(self.twins, name)
+            if twin != name:
+                official[twin] = value
+        return official, tuple(unknown)
 
     def depths(self, names: Iterable[str]) -> tuple[int, ...]:
         """Reads the number of blocks of each stage off the names."""
@@ -67,11 +130,13 @@ _BLOCK = r'^(stages\.[23]\.blocks\.\d+\.)'
 FASTERVIT_NAMES = NameMap(
     family='FasterViT',
     marker=r'levels\.\d\.|patch_embed\.conv_down\.',
-    # The classifier; tables whose shape depends on a resolution, computed here; the second name of
-    # the carrier convolution.
-    dropped=r'head\..*'
-    r'|.*\.(relative_coords_table|relative_position_index|relative_bias)'
-    r'|levels\.\d\.global_tokenizer\.pos_embed\..*',
+    native_marker=r'stages\.\d\.blocks\.\d+\.window\.|stem\.norm1\.',
+    head='head.',
+    # Computed here, for the grid of each input.
+    tables=r'.*\.(relative_coords_table|relative_position_index|relative_bias)',
+    # The second name of the carrier convolution.
+    unused=r'levels\.\d\.global_tokenizer\.pos_embed\..*',
+    twins=((r'\.global_tokenizer\.to_global_feature\.pos\.', '.global_tokenizer.pos_embed.'),),
     rules=(
         (r'^patch_embed\.conv_down\.0\.', 'stem.conv1.'),
         (r'^patch_embed\.conv_down\.1\.', 'stem.norm1.'),
@@ -92,6 +157,25 @@ FASTERVIT_NAMES = NameMap(
         (r'\.cpb_mlp\.0\.', '.fc1.'),
         (r'\.cpb_mlp\.2\.', '.fc2.'),
     ),
+    back=(
+        (r'^stem\.conv1\.', 'patch_embed.conv_down.0.'),
+        (r'^stem\.norm1\.', 'patch_embed.conv_down.1.'),
+        (r'^stem\.conv2\.', 'patch_embed.conv_down.3.'),
+        (r'^stem\.norm2\.', 'patch_embed.conv_down.4.'),
+        (r'^norm3\.', 'norm.'),
+        (r'^stages\.(\d)\.downsample\.', lambda m: f'levels.{int(m[1]) - 1}.downsample.'),
+        (r'\.downsample\.conv\.', '.downsample.reduction.0.'),
+        (r'\.tokenizer\.conv\.', '.global_tokenizer.to_global_feature.pos.'),
+        (_BLOCK + r'(window|carrier)\.(attn\.bias|pos_embed)\.fc1\.', r'\1\2.\3.cpb_mlp.0.'),
+        (_BLOCK + r'(window|carrier)\.(attn\.bias|pos_embed)\.fc2\.', r'\1\2.\3.cpb_mlp.2.'),
+        (r'\.attn\.bias\.cpb_mlp\.', '.attn.pos_emb_funct.cpb_mlp.'),
+        (_BLOCK + r'window\.gamma1$', r'\1gamma3'),
+        (_BLOCK + r'window\.gamma2$', r'\1gamma4'),
+        (_BLOCK + r'window\.', r'\1'),
+        (_BLOCK + r'carrier\.(gamma[12])$', r'\1\2'),
+        (_BLOCK + r'carrier\.', r'\1hat_'),
+        (r'^stages\.', 'levels.'),
+    ),
     block=r'levels\.(\d)\.blocks\.(\d+)\.',
     last_norm=True,
 )
@@ -99,8 +183,12 @@ FASTERVIT_NAMES = NameMap(
 HAT_NET_NAMES = NameMap(
     family='HATNet',
     marker=r'blocks\.\d\.\d+\.attn\.(grid|proj)_norm\.|ds\d\.conv\.',
-    # The classifier, and a norm that the published network never uses.
-    dropped=r'classifier\..*|.*\.attn\.proj_norm\..*',
+    native_marker=r'stages\.\d\.blocks\.\d+\.conv\.norm1\.|stem\.norm\.',
+    head='classifier.1.',
+    tables='(?!)',
+    # A norm that the published network never uses.
+    unused=r'.*\.attn\.proj_norm\..*',
+    twins=(),
     rules=(
         (r'^patch_embed\.0\.', 'stem.conv1.'),
         (r'^patch_embed\.1\.', 'stem.norm.'),
@@ -113,9 +201,116 @@ HAT_NET_NAMES = NameMap(
         (r'\.conv\.conv3\.0\.', '.conv.conv3.'),
         (r'\.conv\.conv3\.1\.', '.conv.norm2.'),
     ),
+    back=(
+        (r'^stem\.conv1\.', 'patch_embed.0.'),
+        (r'^stem\.norm\.', 'patch_embed.1.'),
+        (r'^stem\.conv2\.', 'patch_embed.3.'),
+        (r'^stages\.(\d)\.downsample\.', lambda m: f'ds{int(m[1]) + 1}.'),
+        (r'^stages\.(\d)\.blocks\.', r'blocks.\1.'),
+        (r'\.conv\.conv1\.', '.conv.conv1.1.'),
+        (r'\.conv\.norm1\.', '.conv.conv1.0.'),
+        (r'\.conv\.conv2\.', '.conv.conv2.0.'),
+        (r'\.conv\.conv3\.', '.conv.conv3.0.'),
+        (r'\.conv\.norm2\.', '.conv.conv3.1.'),
+    ),
     block=r'blocks\.(\d)\.(\d+)\.',
     last_norm=False,
 )
+
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+NAME_MAPS = (FASTERVIT_NAMES, HAT_NET_NAMES)
+
+
+@dataclass(frozen=True)
+class OfficialFile:
+    """A file that a network's authors publish, and how its network wants to see images.
+
+    Attributes:
+        backbone: Name of the backbone in configs, such as ``'fastervit-0'``.
+        arch: ``arch`` of the class that the file fits.
+        url: Where the authors publish it; ends with the file's name.
+        licence: What binds it.
+        input_size: Side of the images in pixels.
+        crop: Share of the resized image's side that is cropped for a test; None if it is not
+            published.
+        squash: Whether images become square without regard to their proportions.
+        trained_on: Data sets, in this order.
+        sha256: Checksum of the file, None where it is not known.
+        mirrors: Other places of the same file, asked before ``url``.
+        mean: Mean of each channel, RGB, 0 to 255.
+        std: Standard deviation of each channel.
+    """
+
+    backbone: str
+    arch: str
+    url: str
+    licence: str
+    input_size: int
+    crop: float | None
+    squash: bool = False
+    trained_on: tuple[str, ...] = ('ImageNet-1k',)
+    sha256: str | None = None
+    mirrors: tuple[str, ...] = ()
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self.url.rpartition('/')[2]
+
+    @property
+    def family(self) -> str:
+        """Class of the backbone."""
+        return 'FasterViT' if self.backbone.startswith('fastervit') else 'HATNet'
+
+
+_FASTERVIT_URL = 'https://huggingface.co/ahatamiz/FasterViT/resolve/main/'
+_HAT_NET_URL = 'https://github.com/yun-liu/HAT-Net/releases/download/v2.0/'
+_NON_COMMERCIAL = 'NVIDIA Source Code License-NC'
+_NONE_STATED = 'none is stated'
+_BOTH = ('ImageNet-21k', 'ImageNet-1k')
+
+
+def _fastervit(arch: str, crop: float) -> OfficialFile:
+    url = f'{_FASTERVIT_URL}fastervit_{arch}_224_1k.pth.tar'
+    return OfficialFile(f'fastervit-{arch}', arch, url, _NON_COMMERCIAL, 224, crop)
+
+
+def _fastervit_21k(side: int, window: int, crop: float) -> OfficialFile:
+    arch = f'4-21k-{side}'
+    url = f'{_FASTERVIT_URL}fastervit_4_21k_{side}_w{window}.pth.tar'
+    return OfficialFile(
+        f'fastervit-{arch}', arch, url, _NON_COMMERCIAL, side, crop, squash=True, trained_on=_BOTH
+    )
+
+
+def _hat_net(arch: str) -> OfficialFile:
+    url = f'{_HAT_NET_URL}HAT-Net_{arch.capitalize()}.pth'
+    return OfficialFile(f'hat-net-{arch}', arch, url, _NONE_STATED, 224, crop=None)
+
+
+OFFICIAL_FILES = (
+    _fastervit('0', crop=0.875),
+    *(_fastervit(arch, crop=1.0) for arch in '123456'),
+    _fastervit_21k(224, window=14, crop=0.95),
+    _fastervit_21k(384, window=24, crop=1.0),
+    _fastervit_21k(512, window=32, crop=1.0),
+    _fastervit_21k(768, window=48, crop=0.93),
+    *(_hat_net(arch) for arch in ('tiny', 'small', 'medium', 'large')),
+)
+# What stands before the names of all of them.
+OFFICIAL_PREFIXES = (_FASTERVIT_URL, _HAT_NET_URL)
+
+
+def official_file(name_or_url: str) -> OfficialFile | None:
+    """Finds an official file by its name or an address that ends with it; None if unknown."""
+    name = name_or_url.rpartition('/')[2]
+    return next((file for file in OFFICIAL_FILES if file.name == name), None)
 
 
 @dataclass(frozen=True)
@@ -164,14 +359,17 @@ def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """Finds the tensors of a training checkpoint.
 
     Takes ``state_dict`` (or ``model``) out of a dictionary that also holds the optimizer and so on,
-    and removes the ``module.`` that a parallel wrapper put before every name.
+    and removes the ``module.`` that a parallel wrapper put before every name, and what a converted
+    safetensors file keeps for the way back alone.
     """
     for key in ('state_dict', 'model'):
         inner = checkpoint.get(key)
         if isinstance(inner, Mapping):
             return unwrap(inner)
     if checkpoint and all(name.startswith('module.') for name in checkpoint):
-        return {name.removeprefix('module.'): value for name, value in checkpoint.items()}
+        checkpoint = {name.removeprefix('module.'): value for name, value in checkpoint.items()}
+    if any(name.startswith(_UNUSED) for name in checkpoint):
+        return {k: v for k, v in checkpoint.items() if not k.startswith(_UNUSED)}
     return checkpoint
 
 
@@ -225,8 +423,8 @@ def adapt(
             which each task trains for itself, and stages that this backbone does not build.
 
     Returns:
-        The state dict in native names, with the own values of tensors that an official file need
-        not have, and the report.
+        The state dict in native names, with the own values of tensors that need not be in the file,
+        and the report.
 
     Raises:
         ValueError: The state dict is of another family or no checkpoint at all, or an official
@@ -236,7 +434,8 @@ def adapt(
     if not name_map.matches(state):
         if not any(name in own for name in state):
             raise ValueError(_foreign(state, name_map))
-        return dict(state), compare(own, state, unused)
+        report = compare(own, state, unused)
+        return {**{name: own[name] for name in report.kept}, **state}, report
     native = name_map.to_native(state)
     no_use = tuple(name for name in state if re.fullmatch(name_map.dropped, name))
     no_use += tuple(name for name in native if re.fullmatch(unused, name))

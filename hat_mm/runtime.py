@@ -460,6 +460,8 @@ _CONFIGURING = (
     'merge_preds',
 )
 _CONFIGURING_PACKAGES = ('mmengine.', 'mmdet.models.test_time_augs')
+# Raised here with a text that names the file; others without a file name may be bugs.
+_NAMING_ERRORS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError)
 _CONFIG_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, AssertionError, ImportError)
 
 
@@ -507,7 +509,7 @@ def explain(error: BaseException) -> str | None:
     ]
     text = _name_hint(_text(error))
     if isinstance(error, OSError):
-        if error.filename is None and not isinstance(error, FileNotFoundError | PermissionError):
+        if error.filename is None and not isinstance(error, _NAMING_ERRORS):
             return None
     elif not (
         configuring and text and isinstance(error, _CONFIG_ERRORS) and _raised_on_purpose(error)

@@ -294,6 +294,24 @@ class HierarchicalBackbone(BaseModule):
             error_msgs,
         )
 
+    def _checkpoint_filter(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Lets a classifier take an official file whole, by renaming in place before it loads.
+
+        mmpretrain's ImageClassifier calls a backbone's method of this name with what it is about to
+        load. The backbone's tensors get to :meth:`_load_from_state_dict`, the classifier's to the
+        linear layer ``head.fc``.
+        """
+        names = [name for name in state_dict if name.startswith(prefix)]
+        if not self.name_map.matches(name.removeprefix(prefix) for name in names):
+            return
+        for name in names:
+            own = name.removeprefix(prefix)
+            if own.startswith(self.name_map.head):
+                own = f'head.fc.{own.removeprefix(self.name_map.head)}'
+            else:
+                own = f'backbone.{own}'
+            state_dict[prefix + own] = state_dict.pop(name)
+
     def _adapt(self, state: dict[str, Any], prefix: str) -> dict[str, Any]:
         family = type(self).__name__
         if prefix and not state:

@@ -1,6 +1,5 @@
 """The families, a tiny arch of each, and its tensors under official names."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,40 +10,6 @@ import hat_mm
 from hat_mm.checkpoints import FASTERVIT_NAMES, HAT_NET_NAMES, NameMap
 from test_backbones.plain_fastervit import PlainFasterViT
 from test_backbones.plain_hat_net import PlainHATNet
-
-_FASTERVIT_OFFICIAL = (
-    (r'^stem\.conv(\d)', lambda m: f'patch_embed.conv_down.{3 * int(m[1]) - 3}'),
-    (r'^stem\.norm(\d)', lambda m: f'patch_embed.conv_down.{3 * int(m[1]) - 2}'),
-    (
-        r'^stages\.(\d)\.downsample\.conv',
-        lambda m: f'levels.{int(m[1]) - 1}.downsample.reduction.0',
-    ),
-    (r'^stages\.(\d)\.downsample', lambda m: f'levels.{int(m[1]) - 1}.downsample'),
-    (r'^stages', 'levels'),
-    (r'^norm3', 'norm'),
-    (r'tokenizer\.conv', 'global_tokenizer.to_global_feature.pos'),
-    (r'carrier\.(gamma\d)', r'\1'),
-    (r'window\.gamma1', 'gamma3'),
-    (r'window\.gamma2', 'gamma4'),
-    (r'carrier\.', 'hat_'),
-    (r'window\.', ''),
-    (r'attn\.bias\.fc1', 'attn.pos_emb_funct.cpb_mlp.0'),
-    (r'attn\.bias\.fc2', 'attn.pos_emb_funct.cpb_mlp.2'),
-    (r'pos_embed\.fc1', 'pos_embed.cpb_mlp.0'),
-    (r'pos_embed\.fc2', 'pos_embed.cpb_mlp.2'),
-)
-
-_HAT_NET_OFFICIAL = (
-    (r'^stem\.conv(\d)', lambda m: f'patch_embed.{3 * int(m[1]) - 3}'),
-    (r'^stem\.norm', 'patch_embed.1'),
-    (r'^stages\.(\d)\.downsample', lambda m: f'ds{int(m[1]) + 1}'),
-    (r'^stages\.(\d)\.blocks', r'blocks.\1'),
-    (r'\.conv\.conv1\.', '.conv.conv1.1.'),
-    (r'\.conv\.norm1\.', '.conv.conv1.0.'),
-    (r'\.conv\.conv2\.', '.conv.conv2.0.'),
-    (r'\.conv\.conv3\.', '.conv.conv3.0.'),
-    (r'\.conv\.norm2\.', '.conv.conv3.1.'),
-)
 
 
 def _fastervit_unused(shapes: dict, channels: int) -> dict[str, tuple[int, ...]]:
@@ -93,7 +58,6 @@ class Family:
     arch: dict[str, Any]
     wide: dict[str, Any]
     name_map: NameMap
-    official: tuple
     unused: Callable
     plain: Callable
 
@@ -104,13 +68,9 @@ class Family:
     def state(self, arch: dict) -> dict:
         """What an official checkpoint of a dict arch would hold, filled by the golden rule."""
         backbone = self.backbone(arch, out_indices=(3,))
-        shapes = {}
-        for name, tensor in backbone.state_dict().items():
-            if 'num_batches_tracked' in name:
-                continue
-            for pattern, replacement in self.official:
-                name = re.sub(pattern, replacement, name)
-            shapes[name] = tuple(tensor.shape)
+        learned = {k: v for k, v in backbone.state_dict().items() if 'num_batches' not in k}
+        official, _ = self.name_map.to_official(learned)
+        shapes = {name: tuple(tensor.shape) for name, tensor in official.items()}
         shapes |= self.unused(shapes, backbone.out_channels[-1])
         return {name: fill(name, shape) for name, shape in shapes.items()}
 
@@ -123,7 +83,6 @@ FAMILIES = {
         ),
         wide=dict(embed_dims=64, num_heads=(1, 1, 4, 4)),
         name_map=FASTERVIT_NAMES,
-        official=_FASTERVIT_OFFICIAL,
         unused=_fastervit_unused,
         plain=_plain_fastervit,
     ),
@@ -139,7 +98,6 @@ FAMILIES = {
         ),
         wide=dict(embed_dims=(64, 64, 160, 640), head_dim=32, depths=(1, 1, 1, 1)),
         name_map=HAT_NET_NAMES,
-        official=_HAT_NET_OFFICIAL,
         unused=_hat_net_unused,
         plain=_plain_hat_net,
     ),

@@ -1,0 +1,228 @@
+"""Reads and writes checkpoint files: torch's formats and safetensors, without running code.
+
+In memory a checkpoint is a dictionary as in OpenMMLab: ``state_dict``, ``meta`` (plain data) and
+whatever else a training put there. :data:`UNUSED` holds tensors of an official file that the
+network has no use for, kept for the way back.
+"""
+
+import importlib.util
+import json
+import os
+import pickle
+import pickletools
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import compat
+
+UNUSED = 'unused'
+SUFFIXES = ('.pth', '.pth.tar', '.pt', '.safetensors')
+
+_META = 'hat_mm'  # key of the JSON text in the header of a safetensors file
+_PACKED = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'7z\xbc\xaf': '7z'}
+
+
+def read(path: str | Path) -> Any:
+    """Reads a checkpoint file onto the CPU.
+
+    Args:
+        path: A file that ``torch.save`` wrote, or one whose name ends with ``.safetensors``.
+
+    Returns:
+        What the file holds; for safetensors a dictionary with ``state_dict``, ``meta`` and
+        :data:`UNUSED`.
+
+    Raises:
+        pickle.UnpicklingError: It is damaged, an archive of something else, or carries code.
+        OSError: It cannot be read.
+    """
+    path = Path(path)
+    with open(path, 'rb') as file:
+        start = file.read(512)
+    if path.name.endswith('.safetensors'):
+        return _read_safetensors(path)
+    _refuse_archives(path, start)
+    _allow_history_buffers()
+    try:
+        with compat.reading(str(path)):
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        # A name that is cut short looks like one that is not allowed.
+        if start.startswith(b'PK') or not _ends_early(path):
+            raise
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> pickle.UnpicklingError:
+    return pickle.UnpicklingError(
+        f'{path} was not loaded: it is no checkpoint, or is damaged (cut off?)'
+    )
+
+
+def _ends_early(path: Path) -> bool:
+    """Whether one of the five pickles, with which torch's old format starts, has no end."""
+    with open(path, 'rb') as file:
+        try:
+            for _ in range(5):
+                for _ in pickletools.genops(file):
+                    pass
+        except ValueError:
+            return True
+    return False
+
+
+def _allow_history_buffers() -> None:
+    """Lets the log history in mmengine's training checkpoints pass; importing it allows it."""
+    if importlib.util.find_spec('mmengine') is not None:
+        importlib.import_module('mmengine.logging.history_buffer')
+
+
+def _refuse_archives(path: Path, start: bytes) -> None:
+    for magic, kind in _PACKED.items():
+        if start.startswith(magic):
+            raise pickle.UnpicklingError(
+                f'{path} was not loaded: it is a {kind} archive; unpack it first'
+            )
+    if start[257:262] == b'ustar' or (not start.startswith(b'PK') and _is_tar(path)):
+        raise pickle.UnpicklingError(
+            f'{path} was not loaded: it is a tar archive, no checkpoint; unpack it first'
+        )
+    if not start.startswith(b'PK'):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise _damaged(path) from error
+    for name in names:
+        if name.startswith('/') or '\\' in name or '..' in name.split('/'):
+            raise pickle.UnpicklingError(
+                f'{path} was not loaded: the name {name!r} in it leaves its folder'
+            )
+    if not any(name.endswith('/data.pkl') for name in names):
+        raise pickle.UnpicklingError(
+            f'{path} was not loaded: it is a zip archive, no checkpoint; unpack it first'
+        )
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except OSError:
+        return False
+
+
+def _safetensors() -> Any:
+    if importlib.util.find_spec('safetensors') is None:
+        raise compat.DependencyError(
+            'files that end with .safetensors need a package: pip install safetensors'
+        )
+    importlib.import_module('safetensors.torch')
+    return importlib.import_module('safetensors')
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    library = _safetensors()
+    state: dict[str, Tensor] = {}
+    unused: dict[str, Tensor] = {}
+    try:
+        with library.safe_open(path, framework='pt') as file:
+            header = file.metadata() or {}
+            for name in file.keys():  # noqa: SIM118  (no mapping)
+                if name.startswith(f'{UNUSED}.'):
+                    unused[name.removeprefix(f'{UNUSED}.')] = file.get_tensor(name)
+                else:
+                    state[name] = file.get_tensor(name)
+    except library.SafetensorError as error:
+        raise pickle.UnpicklingError(
+            f'{path} was not loaded: it is no safetensors file, or is damaged ({error})'
+        ) from error
+    checkpoint: dict[str, Any] = {'state_dict': state}
+    if _META in header:
+        checkpoint['meta'] = json.loads(header[_META])
+    if unused:
+        checkpoint[UNUSED] = unused
+    return checkpoint
+
+
+def check_target(path: str | Path, force: bool) -> Path:
+    """Raises unless a checkpoint could be written there; for asking before hours of work.
+
+    Raises:
+        ValueError: The suffix is none of :data:`SUFFIXES`.
+        FileExistsError: The file exists and ``force`` is off.
+        OSError: The folder does not exist.
+    """
+    path = Path(path)
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(f'{path} must end with one of {", ".join(SUFFIXES)}')
+    if path.is_dir():
+        raise IsADirectoryError(f'{path} is a folder')
+    if path.exists() and not force:
+        raise FileExistsError(f'{path} exists; --force overwrites it')
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'folder {str(path.parent)!r} does not exist')
+    if path.name.endswith('.safetensors'):
+        _safetensors()
+    return path
+
+
+def write(path: str | Path, checkpoint: Mapping[str, Any], force: bool = False) -> None:
+    """Writes a checkpoint whole or not at all: into a file beside it, which then takes its name.
+
+    Args:
+        path: Ends with one of :data:`SUFFIXES`, which decides the format.
+        checkpoint: ``state_dict``, and as you like ``meta`` and :data:`UNUSED`.
+        force: Overwrites an existing file.
+
+    Raises:
+        ValueError, OSError: See :func:`check_target`.
+    """
+    path = check_target(path, force)
+    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        with open(part, 'wb') as file:
+            if not path.name.endswith('.safetensors'):
+                torch.save(_owned(checkpoint), file)
+        if path.name.endswith('.safetensors'):
+            mode = part.stat().st_mode
+            _write_safetensors(part, checkpoint)
+            part.chmod(mode)  # the library shuts everybody else out
+        with open(part, 'rb') as file:
+            os.fsync(file.fileno())
+        check_target(path, force)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _owned(value: Any) -> Any:
+    """The same with tensors that own their memory: a view would bring its whole storage along."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        return value if whole and value.is_contiguous() else value.clone().contiguous()
+    if isinstance(value, Mapping):
+        return {key: _owned(item) for key, item in value.items()}
+    return value
+
+
+def _write_safetensors(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    tensors = dict(checkpoint['state_dict'])
+    tensors |= {f'{UNUSED}.{k}': v for k, v in checkpoint.get(UNUSED, {}).items()}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f'safetensors holds tensors alone, but {name!r} is {type(value).__name__}: '
+                'choose .pth'
+            )
+    header = {'format': 'pt', _META: json.dumps(checkpoint.get('meta', {}), ensure_ascii=False)}
+    # Each tensor its own memory: the format has no shared ones.
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    _safetensors().torch.save_file(tensors, path, metadata=header)

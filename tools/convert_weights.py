@@ -1,0 +1,89 @@
+"""Converts an official checkpoint into a file of hat_mm, or back.
+
+The result is a backbone, for init_cfg of any model, or with --head a classifier of mmpretrain. It
+names its origin in its metadata. Nothing in the file is executed, and DST is written whole or not
+at all.
+"""
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+from hat_mm import checkpoint_io
+from hat_mm.checkpoints import official_file
+from hat_mm.convert import Source, from_official, to_official
+from hat_mm.download import fetch
+from hat_mm.runtime import UserError, run_tool
+
+
+def parse_args() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('src', help='file or address (https)')
+    parser.add_argument(
+        'dst', help=f'file to write; its end is the format: {", ".join(checkpoint_io.SUFFIXES)}'
+    )
+    parser.add_argument('--head', action='store_true', help='make a classifier of mmpretrain')
+    parser.add_argument(
+        '--ema', action='store_true', help='take the average of the weights that the file holds'
+    )
+    parser.add_argument(
+        '--to-official', action='store_true', help='the way back: from a file of hat_mm'
+    )
+    parser.add_argument('--force', action='store_true', help='overwrite DST')
+    args = parser.parse_args()
+    if args.to_official and (args.head or args.ema):
+        parser.error(
+            '--head and --ema are for official files; --to-official converts what is there'
+        )
+    return args
+
+
+def open_source(src: str) -> tuple[Path, Source]:
+    """The file on this machine, and where it comes from."""
+    if '://' in src:
+        official = official_file(src)
+        known = official is not None and src == official.url
+        path = fetch(src, official.sha256, official.mirrors) if known else fetch(src)
+    else:
+        path = Path(src).expanduser()
+        official = official_file(path.name)
+    with open(path, 'rb') as file:
+        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+    if official is not None and official.sha256 not in (None, sha256):
+        raise UserError(
+            f'{path} is not the file that its authors publish: its sha256 is {sha256}, theirs '
+            f'{official.sha256}'
+        )
+    return path, Source(path.name, sha256, official)
+
+
+def main() -> None:
+    """Converts and reports."""
+    args = parse_args()
+    try:
+        dst = checkpoint_io.check_target(args.dst, args.force)
+        path, source = open_source(args.src)
+        if path.resolve() == dst.resolve():
+            raise UserError(f'{dst} cannot be both source and target')
+        checkpoint = checkpoint_io.read(path)
+        if not isinstance(checkpoint, dict):
+            raise UserError(f'{path} holds no weights, but {type(checkpoint).__name__}')
+        if args.to_official:
+            made, report = to_official(checkpoint, source)
+        else:
+            made, report = from_official(checkpoint, source, args.head, args.ema)
+        checkpoint_io.write(dst, made, args.force)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    meta = made['meta']
+    print(f'{meta["family"]} {" or ".join(meta.get("arch", ()))}'.rstrip() + f': {report}')
+    for key, value in meta['source'].items():
+        print(f'source {key}: {value}')
+    with open(dst, 'rb') as file:
+        print(f'{dst}: sha256 {hashlib.file_digest(file, "sha256").hexdigest()}')
+
+
+if __name__ == '__main__':
+    sys.exit(run_tool(main, 'convert_weights.py'))

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ['BREAKAGES', 'Breakage', 'DependencyError', 'apply', 'require']
+__all__ = ['BREAKAGES', 'Breakage', 'DependencyError', 'apply', 'reading', 'require']
 
 MINIMUM_TORCH = (2, 6)
 
@@ -234,26 +234,35 @@ def _load_weights_only(module: ModuleType) -> None:
     def load_checkpoint(cls: type, filename: Any, *args: Any, **kwargs: Any) -> Any:
         # Importing it allows the class, which importing the loader alone does not.
         importlib.import_module(_HISTORY_BUFFER)
-        try:
-            with _environment(
-                TORCH_FORCE_WEIGHTS_ONLY_LOAD='1', TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=None
-            ):
-                return load(cls, filename, *args, **kwargs)
-        except pickle.UnpicklingError as error:
-            raise pickle.UnpicklingError(f'{filename} was not loaded: {_refusal(error)}') from error
-        except Exception as error:
-            if not _is_unreadable(error):
-                raise
-            raise pickle.UnpicklingError(
-                f'{filename} was not loaded: it is no checkpoint, or is damaged'
-            ) from error
+        with (
+            reading(filename),
+            _environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD='1', TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=None),
+        ):
+            return load(cls, filename, *args, **kwargs)
 
     loader.load_checkpoint = classmethod(load_checkpoint)
 
 
+@contextmanager
+def reading(filename: str) -> Iterator[None]:
+    """Says in one line, as ``pickle.UnpicklingError``, why torch could not or would not read."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        if 'was not loaded: ' in str(error):  # said already
+            raise
+        raise pickle.UnpicklingError(f'{filename} was not loaded: {_refusal(error)}') from error
+    except Exception as error:
+        if not _is_unreadable(error):
+            raise
+        raise pickle.UnpicklingError(
+            f'{filename} was not loaded: it is no checkpoint, or is damaged'
+        ) from error
+
+
 def _is_unreadable(error: Exception) -> bool:
     """Whether reading the bytes failed: torch's unpickler meets garbage with any exception."""
-    if isinstance(error, EOFError) or 'PytorchStreamReader' in str(error):
+    if isinstance(error, EOFError) or re.search('PytorchStreamReader|unexpected EOF', str(error)):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals.get('__name__') == 'torch._weights_only_unpickler'
@@ -467,6 +476,31 @@ def _find_configs_of_forks(module: ModuleType) -> None:
             module.MODULE2PACKAGE[name] = name
 
 
+def _know_configs_of_hat_mm(module: ModuleType) -> None:
+    """Let ``hat_mm::`` in a config name a config of this package, as ``mmdet::`` does for mmdet.
+
+    mmengine has a fixed list of packages whose configs it finds.
+    """
+    module.MODULE2PACKAGE['hat_mm'] = 'hat_mm'
+
+
+def _keep_scope_of_hat_mm_bases(module: ModuleType) -> None:
+    """Read a ``hat_mm::`` base as if it were named by its path.
+
+    mmengine marks what an external base defines with the scope of its package. Our configs define
+    models and pipelines of the toolboxes, which are not registered in the scope ``hat_mm``; what is
+    ours they name in full (``hat_mm.FasterViT``).
+    """
+    get_cfg_path = module.Config._get_cfg_path
+
+    @functools.wraps(get_cfg_path)
+    def without_our_scope(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        path, scope = get_cfg_path(cfg_path, filename)
+        return path, None if scope == 'hat_mm' else scope
+
+    module.Config._get_cfg_path = staticmethod(without_our_scope)
+
+
 # --- 6. NumPy ----------------------------------------------------------------------------------
 
 
@@ -508,6 +542,8 @@ BREAKAGES = (
     Breakage('ddp-and-syncbn-on-cpu', 'mmengine.model.wrappers.distributed', _wrap_cpu_models),
     Breakage('pkg-resources', 'mmengine.utils.package_utils', _find_packages_without_pkg_resources),
     Breakage('configs-of-forks', 'mmengine.config.utils', _find_configs_of_forks),
+    Breakage('configs-of-hat-mm', 'mmengine.config.utils', _know_configs_of_hat_mm),
+    Breakage('scope-of-hat-mm-configs', 'mmengine.config.config', _keep_scope_of_hat_mm_bases),
     Breakage('numpy-in1d', 'mmpretrain.evaluation.metrics.retrieval', _restore_in1d),
 )
 

@@ -14,7 +14,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hat_mm.checkpoints import NameMap, adapt
+from hat_mm.checkpoints import NameMap, adapt, unwrap
 from hat_mm.layers import MapNorm, NormFactory, checkpoint_block, guard_group_norm
 
 
@@ -302,15 +302,17 @@ class HierarchicalBackbone(BaseModule):
         linear layer ``head.fc``.
         """
         names = [name for name in state_dict if name.startswith(prefix)]
-        if not self.name_map.matches(name.removeprefix(prefix) for name in names):
+        state = unwrap({name.removeprefix(prefix): state_dict[name] for name in names})
+        if not self.name_map.matches(state):
             return
         for name in names:
-            own = name.removeprefix(prefix)
-            if own.startswith(self.name_map.head):
-                own = f'head.fc.{own.removeprefix(self.name_map.head)}'
-            else:
-                own = f'backbone.{own}'
-            state_dict[prefix + own] = state_dict.pop(name)
+            del state_dict[name]
+        head = self.name_map.head
+        for name, value in state.items():
+            own = f'backbone.{name}'
+            if name.startswith(head):
+                own = f'head.fc.{name.removeprefix(head)}'
+            state_dict[prefix + own] = value
 
     def _adapt(self, state: dict[str, Any], prefix: str) -> dict[str, Any]:
         family = type(self).__name__

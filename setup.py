@@ -1,31 +1,49 @@
-"""Ships the configs and tools of the repository in the wheel; all else is in pyproject.toml."""
+"""Ships the configs and tools of the repository as `hat_mm/.mim`; all else is in pyproject.toml."""
 
 import shutil
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
+ROOT = Path(__file__).resolve().parent
 SHIPPED = ('configs', 'tools', 'model-index.yml')
 
 
+def ship(package: Path) -> None:
+    """Copy what MIM looks for under `.mim` into a package that is being built.
+
+    The originals are copied, never what is under `hat_mm/.mim` in the source tree: in a checkout
+    those are links, and in an archive unpacked by a program that knows no links, text files.
+    """
+    target = package / '.mim'
+    if target.exists():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    for source in (ROOT / name for name in SHIPPED):
+        if source.is_dir():
+            ignored = shutil.ignore_patterns('__pycache__', '*.py[cod]', '.*')
+            shutil.copytree(source, target / source.name, ignore=ignored)
+        else:
+            shutil.copy2(source, target)
+
+
 class BuildWithMim(build_py):
-    """Copy what MIM looks for under `hat_mm/.mim` into the wheel, never into the source tree."""
+    """Puts `hat_mm/.mim` into the wheel."""
 
     def run(self):
         super().run()
-        if self.editable_mode:  # a checkout has the originals
-            return
-        root = Path(__file__).resolve().parent
-        target = Path(self.build_lib, 'hat_mm', '.mim')
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        for source in (root / name for name in SHIPPED):
-            if source.is_dir():
-                ignored = shutil.ignore_patterns('__pycache__', '*.pyc')
-                shutil.copytree(source, target / source.name, ignore=ignored)
-            elif source.exists():
-                shutil.copy2(source, target)
+        if not self.editable_mode:  # a checkout has links to the originals
+            ship(Path(self.build_lib, 'hat_mm'))
 
 
-setup(cmdclass={'build_py': BuildWithMim})
+class SdistWithMim(sdist):
+    """Puts `hat_mm/.mim` into the source archive, where `mim search --remote` looks for it."""
+
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, files)
+        ship(Path(base_dir, 'hat_mm'))
+
+
+setup(cmdclass={'build_py': BuildWithMim, 'sdist': SdistWithMim})

@@ -2,11 +2,20 @@
 
 A config names a class as ``type='hat_mm.FasterViT'`` in any toolbox: mmengine imports this module
 for the scope, and ``locations`` import the class. Nothing has to be listed in ``custom_imports``.
+
+With it comes the loader of official and safetensors files, which mmengine calls for addresses and
+paths in ``init_cfg``, ``load_from`` and ``load_checkpoint``.
 """
+
+import re
 
 from mmengine.registry import MODELS as _MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as _OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import Registry
+from mmengine.runner.checkpoint import CheckpointLoader
+
+from .checkpoints import OFFICIAL_PREFIXES
+from .download import load_from_hat_mm
 
 MODELS = Registry(
     'model', parent=_MODELS, scope='hat_mm', locations=['hat_mm.backbones', 'hat_mm.necks']
@@ -16,4 +25,17 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     parent=_OPTIM_WRAPPER_CONSTRUCTORS,
     scope='hat_mm',
     locations=['hat_mm.optim'],
+)
+
+# mmengine tries the patterns in reverse alphabetical order: each has to come before the one that
+# takes all of its scheme. An address may end with a query.
+CheckpointLoader.register_scheme(
+    [
+        *map(re.escape, OFFICIAL_PREFIXES),
+        r'https?://[^?#]*\.safetensors([?#]|$)',
+        r'file://[^?#]*\.safetensors([?#]|$)',
+        r'(?!.*://).*\.safetensors$',
+    ],
+    load_from_hat_mm,
+    force=True,  # importing the module again is no error
 )

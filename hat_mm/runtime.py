@@ -372,6 +372,13 @@ def _batch_warning(cfg: Any, processes: int) -> str | None:
     )
 
 
+def _versions(scope: str) -> str:
+    """Versions that mmengine's log leaves out; tools/make_metafile_entry.py reads the line."""
+    names = [name for name in ('mmcv', scope) if name != 'mmengine']
+    modules = [hat_mm, *(importlib.import_module(name) for name in names)]
+    return ', '.join(f'{module.__name__} {module.__version__}' for module in modules)
+
+
 def train(argv: Sequence[str] | None = None) -> None:
     """Train as ``tools/train.py`` does.
 
@@ -402,6 +409,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     if cfg.get('load_from') is not None:
         _check_checkpoint(cfg.load_from, 'checkpoint')
     runner = _build_runner(cfg)
+    runner.logger.info(f'Software: {_versions(cfg.default_scope)}')
     warning = _batch_warning(cfg, runner.world_size)
     if warning:
         runner.logger.warning(warning)

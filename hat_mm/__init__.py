@@ -18,6 +18,9 @@ _PUBLIC = {
     'HATNet': 'hat_mm.backbones',
     'LayerDecayOptimWrapperConstructor': 'hat_mm.optim',
     'MapNorm': 'hat_mm.layers',
+    'get_model': 'hat_mm.zoo',
+    'list_models': 'hat_mm.zoo',
+    'register_model_index': 'hat_mm.zoo',
 }
 
 __all__ = [
@@ -27,6 +30,9 @@ __all__ = [
     'LayerDecayOptimWrapperConstructor',
     'MapNorm',
     '__version__',
+    'get_model',
+    'list_models',
+    'register_model_index',
 ]
 
 compat.apply()

@@ -547,7 +547,21 @@ BREAKAGES = (
     Breakage('numpy-in1d', 'mmpretrain.evaluation.metrics.retrieval', _restore_in1d),
 )
 
+# What a toolbox gets to know of hat_mm when it is imported: its module, ours, the function there.
+ADDITIONS = (('mmpretrain.apis.model', 'hat_mm.zoo', 'add_to_mmpretrain'),)
+
 _hook = _ImportHook()
+
+
+def _after_import(module: str, function: Callable[[ModuleType], None]) -> None:
+    """Call a function with a module, now if it was imported, or else when it is."""
+    _hook.after.setdefault(module, []).append(function)
+    if (loaded := sys.modules.get(module)) is not None:
+        function(loaded)
+
+
+def _add(module: ModuleType, ours: str, function: str) -> None:
+    getattr(importlib.import_module(ours), function)(module)
 
 
 def _is_disabled() -> bool:
@@ -566,10 +580,10 @@ def apply() -> None:
     for breakage in BREAKAGES:
         if breakage.module is None:
             breakage.repair(None)
-            continue
-        waiting = _hook.before if breakage.before else _hook.after
-        waiting.setdefault(breakage.module, []).append(breakage.repair)
-        loaded = sys.modules.get(breakage.module)
-        if loaded is not None and not breakage.before:
-            breakage.repair(loaded)
+        elif breakage.before:
+            _hook.before.setdefault(breakage.module, []).append(breakage.repair)
+        else:
+            _after_import(breakage.module, breakage.repair)
+    for module, ours, function in ADDITIONS:
+        _after_import(module, functools.partial(_add, ours=ours, function=function))
     sys.meta_path.insert(0, _hook)

@@ -19,6 +19,25 @@ AUTHORS = ' (authors)'  # ends the name of a metric that the networks' authors r
 _CONFIGS = Path(__file__).parent / '.mim' / 'configs'
 
 
+def read(path: str | Path) -> dict[str, Any]:
+    """Reads a model index or a metafile.
+
+    Raises:
+        ValueError: It is no YAML, or holds no fields.
+        OSError: It cannot be read.
+    """
+    path = Path(path)
+    # The parser in C takes a tenth of the time.
+    loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
+    try:
+        data = yaml.load(path.read_text(encoding='utf-8'), Loader=loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path} is no YAML: {" ".join(str(error).split())}') from error
+    if not isinstance(data, dict):
+        raise ValueError(f'{path} is no model index: it holds no fields')
+    return data
+
+
 def load(path: str | Path) -> dict[str, Any]:
     """Reads a metafile.
 
@@ -26,12 +45,8 @@ def load(path: str | Path) -> dict[str, Any]:
         ValueError: It is no YAML, or holds no ``Models``.
         OSError: It cannot be read.
     """
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f'{path} is no YAML: {" ".join(str(error).split())}') from error
-    if not isinstance(data, dict) or not isinstance(data.get('Models'), list):
+    data = read(path)
+    if not isinstance(data.get('Models'), list):
         raise ValueError(f'{path} is no metafile: it has no list of Models')
     return data
 

@@ -501,9 +501,7 @@ def test_in_our_own_metafiles(add, tmp_path):
     assert changed == [LEAF]
     entry = entry_of(path, LEAF)
     assert entry['Metadata']['Published Settings'] and entry['Weights']
-    # Collections refer to a page beside the folder.
-    (tmp_path / 'configs/hat_net').mkdir(parents=True)
-    (tmp_path / 'configs/hat_net/README.md').write_text('x')
+    (tmp_path / 'README.md').write_text('x')  # to which the collection refers
     assert LEAF in is_valid(path)
 
 

@@ -1,17 +1,26 @@
 """Writes the config of every pairing of a backbone with a task, from one table.
 
 A leaf joins files of ``configs/_base_`` and says only what follows from the pair. The metafiles,
-the grid in ``configs/README.md`` and the settings in each family's README.md come from the same
-table. ``--check`` writes nothing and fails if a file is missing or differs, or is not in the table.
+the model index, the grid in ``configs/README.md``, the settings and results in each family's
+README.md and the models in README.md come from the same table. What a metafile says of trainings
+that were measured stays. ``--check`` writes nothing and fails if a file is missing or differs, or
+is not in the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import runpy
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from hat_mm import metafiles
+from hat_mm.checkpoints import OFFICIAL_FILES, OfficialFile
+from hat_mm.metafiles import AUTHORS
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
@@ -109,24 +118,39 @@ class Task:
         dataset: What is trained on.
         length: Epochs or iterations.
         batch: Images a step.
+        metrics: What is measured.
     """
 
     title: str
     dataset: str
     length: tuple[str, int]
     batch: int
+    metrics: tuple[str, ...]
 
 
-MASK_1X = Task('Mask R-CNN 1x', 'COCO', ('Epochs', 12), 16)
-MASK_3X = Task('Mask R-CNN 3x', 'COCO', ('Epochs', 36), 16)
-CASCADE = Task('Cascade Mask R-CNN 3x', 'COCO', ('Epochs', 36), 16)
-RETINANET = Task('RetinaNet 1x', 'COCO', ('Epochs', 12), 16)
-DINO_4 = Task('DINO-4scale 12e', 'COCO', ('Epochs', 12), 16)
-DINO_5 = Task('DINO-5scale 12e', 'COCO', ('Epochs', 12), 16)
-UPERNET_512 = Task('UPerNet 512', 'ADE20K', ('Iterations', 160_000), 16)
-UPERNET_640 = Task('UPerNet 640', 'ADE20K', ('Iterations', 160_000), 16)
-SEMANTIC_FPN = Task('Semantic FPN', 'ADE20K', ('Iterations', 80_000), 16)
-IMAGENET = Task('ImageNet-1K', 'ImageNet-1K', ('Epochs', 310), 4096)
+BOX = ('box AP',)
+BOX_AND_MASK = ('box AP', 'mask AP')
+MIOU = ('mIoU',)
+TOP_1 = ('Top 1 Accuracy',)
+# First word of a metric -> task in the words of model indexes.
+TASK_OF_METRIC = {
+    'box': 'Object Detection',
+    'mask': 'Instance Segmentation',
+    'mIoU': 'Semantic Segmentation',
+    'mIoU(ms+flip)': 'Semantic Segmentation',
+    'Top': 'Image Classification',
+}
+
+MASK_1X = Task('Mask R-CNN 1x', 'COCO', ('Epochs', 12), 16, BOX_AND_MASK)
+MASK_3X = Task('Mask R-CNN 3x', 'COCO', ('Epochs', 36), 16, BOX_AND_MASK)
+CASCADE = Task('Cascade Mask R-CNN 3x', 'COCO', ('Epochs', 36), 16, BOX_AND_MASK)
+RETINANET = Task('RetinaNet 1x', 'COCO', ('Epochs', 12), 16, BOX)
+DINO_4 = Task('DINO-4scale 12e', 'COCO', ('Epochs', 12), 16, BOX)
+DINO_5 = Task('DINO-5scale 12e', 'COCO', ('Epochs', 12), 16, BOX)
+UPERNET_512 = Task('UPerNet 512', 'ADE20K', ('Iterations', 160_000), 16, MIOU)
+UPERNET_640 = Task('UPerNet 640', 'ADE20K', ('Iterations', 160_000), 16, MIOU)
+SEMANTIC_FPN = Task('Semantic FPN', 'ADE20K', ('Iterations', 80_000), 16, MIOU)
+IMAGENET = Task('ImageNet-1K', 'ImageNet-1k', ('Epochs', 310), 4096, TOP_1)
 TASKS = (
     MASK_1X, MASK_3X, CASCADE, RETINANET, DINO_4, DINO_5, UPERNET_512, UPERNET_640, SEMANTIC_FPN,
     IMAGENET,
@@ -349,39 +373,243 @@ LEAVES = tuple(
 )
 
 
-def metafile(family: Family) -> str:
-    """The model index of a family, in OpenMMLab's format."""
-    title, url = family.paper
-    lines = [
-        '# Written by tools/make_configs.py.',
-        'Collections:',
-        f'  - Name: {family.name}',
-        '    Metadata:',
-        '      Architecture:',
-        *(f'        - {part}' for part in family.architecture),
-        '    Paper:',
-        f'      URL: {url}',
-        f"      Title: '{title}'",
-        f'    README: configs/{family.folder}/README.md',
-        'Models:',
+# --- results --------------------------------------------------------------------------------------
+
+_AP = ('box AP', 'box AP50', 'box AP75')
+_MASK_AP = ('mask AP', 'mask AP50', 'mask AP75')
+_MIOU = ('mIoU', 'mIoU(ms+flip)')
+_TOP_1_AND_5 = ('Top 1 Accuracy', 'Top 5 Accuracy')
+
+
+def _reported(metrics: tuple[str, ...], rows: dict[str, tuple]) -> dict[str, dict[str, float]]:
+    return {
+        backbone: {
+            metric: figure
+            for metric, figure in zip(metrics, figures, strict=True)
+            if figure is not None
+        }
+        for backbone, figures in rows.items()
+    }
+
+
+# What the authors report, in percent; what is not known is left out. Those of ImageNet are of the
+# weights that they publish.
+REPORTED = {
+    IMAGENET: _reported(_TOP_1_AND_5, {
+        'fastervit-0': (82.1, 95.9),
+        'fastervit-1': (83.2, 96.5),
+        'fastervit-2': (84.2, 96.8),
+        'fastervit-3': (84.9, 97.2),
+        'fastervit-4': (85.4, 97.3),
+        'fastervit-5': (85.6, 97.4),
+        'fastervit-6': (85.8, 97.4),
+        'fastervit-4-21k-224': (86.6, 97.8),
+        'fastervit-4-21k-384': (87.6, 98.3),
+        'fastervit-4-21k-512': (87.8, 98.4),
+        'fastervit-4-21k-768': (87.9, 98.5),
+        'hat-net-tiny': (79.8, None),
+        'hat-net-small': (82.6, None),
+        'hat-net-medium': (84.0, None),
+        'hat-net-large': (84.2, None),
+    }),
+    CASCADE: _reported(_AP + _MASK_AP, {
+        'fastervit-2': (52.1, None, 56.6, 45.4, 68.4, 49.0),
+        'fastervit-3': (52.4, 71.1, 56.7, 45.4, 68.7, 49.3),
+        'fastervit-4': (52.9, 71.6, 57.7, 45.8, 69.1, 49.8),
+    }),
+    UPERNET_512: _reported(_MIOU, {
+        'fastervit-2': (47.2, 48.4),
+        'fastervit-3': (48.7, 49.7),
+        'fastervit-4': (49.1, 50.3),
+    }),
+    DINO_4: _reported(BOX, {'fastervit-4-21k-224': (55.16,)}),
+    RETINANET: _reported(_AP, {
+        'hat-net-tiny': (42.5, 63.3, 45.8),
+        'hat-net-small': (44.8, 65.8, 48.1),
+        'hat-net-medium': (45.9, 66.9, 49.2),
+        'hat-net-large': (46.3, 67.2, 49.6),
+    }),
+    MASK_1X: _reported(_AP + _MASK_AP, {
+        'hat-net-tiny': (43.1, 65.4, 47.4, 39.7, 62.5, 42.4),
+        'hat-net-small': (45.2, 67.6, 49.9, 41.6, 64.6, 44.7),
+        'hat-net-medium': (47.0, 69.0, 51.5, 42.7, 66.0, 46.0),
+        'hat-net-large': (47.4, 69.3, 52.1, 43.1, 66.5, 46.6),
+    }),
+    SEMANTIC_FPN: _reported(MIOU, {
+        'hat-net-tiny': (43.6,),
+        'hat-net-small': (46.6,),
+        'hat-net-medium': (49.3,),
+        'hat-net-large': (49.5,),
+    }),
+}  # fmt: skip
+# Parameters of the networks with their head of 1000 classes, and billions of multiply-adds for an
+# image of the size of the weights: measured, docs/complexity.md.
+COUNTS = {
+    'fastervit-0': (31_404_840, 3.50),
+    'fastervit-1': (53_366_696, 5.51),
+    'fastervit-2': (75_923_816, 8.99),
+    'fastervit-3': (159_547_944, 18.73),
+    'fastervit-4': (365_555_712, 43.27),
+    'fastervit-5': (957_520_552, 114.04),
+    'fastervit-6': (1_360_328_872, 144.08),
+    'fastervit-4-21k-224': (271_944_224, 41.62),
+    'fastervit-4-21k-384': (271_944_224, 126.65),
+    'fastervit-4-21k-512': (271_944_224, 234.24),
+    'fastervit-4-21k-768': (271_944_224, 585.43),
+    'hat-net-tiny': (12_650_152, 2.15),
+    'hat-net-small': (25_738_568, 4.58),
+    'hat-net-medium': (42_925_960, 8.83),
+    'hat-net-large': (63_108_936, 12.14),
+}
+
+# --- metafiles ------------------------------------------------------------------------------------
+
+HEADER = 'Written by tools/make_configs.py, which keeps what it does not know.'
+# Facts of one training: the table's until there are weights, that training's from then on.
+_OF_A_TRAINING = ('Training Data', 'Epochs', 'Iterations', 'Batch Size')
+# Facts that are always the table's.
+_SETTINGS = ('Published Settings', 'Assumed Settings')
+
+
+def _results_of(model: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of an entry, of which a single one needs no list."""
+    results = model.get('Results') or []
+    return [results] if isinstance(results, dict) else results
+
+
+def _results(
+    task: Task, figures: dict[str, float], old: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Results with the authors' figures in place of those that were there.
+
+    There is one for each thing that the task measures, even where no figure is known: it says what
+    the model is for.
+    """
+    results: dict[tuple, dict[str, Any]] = {}
+    for metric in (*task.metrics, *figures):
+        key = (TASK_OF_METRIC[metric.split()[0]], task.dataset)
+        results.setdefault(key, {'Task': key[0], 'Dataset': key[1], 'Metrics': {}})
+    for result in _results_of(old or {}):
+        metrics = result.get('Metrics') or {}
+        measured = {k: v for k, v in metrics.items() if not k.endswith(AUTHORS)}
+        key = (result.get('Task'), result.get('Dataset'))
+        if measured or key in results:
+            results.setdefault(key, {**result, 'Metrics': {}})['Metrics'] |= measured
+    for metric, figure in figures.items():
+        key = (TASK_OF_METRIC[metric.split()[0]], task.dataset)
+        results[key]['Metrics'][metric + AUTHORS] = figure
+    return list(results.values())
+
+
+def leaf_entry(leaf: Leaf, old: dict[str, Any] | None) -> dict[str, Any]:
+    """The entry of a leaf, with what is known of a training with it."""
+    pairing, task = leaf.pairing, leaf.pairing.task
+    unit, length = pairing.length or task.length
+    training = {
+        'Training Data': task.dataset,
+        unit: length,
+        'Batch Size': pairing.batch or task.batch,
+    }
+    settings = dict(zip(_SETTINGS, (pairing.published, pairing.assumed), strict=True))
+    old = old or {}
+    known = {k: v for k, v in (old.get('Metadata') or {}).items() if k not in _SETTINGS}
+    if not old.get('Weights'):
+        known = training | {k: v for k, v in known.items() if k not in _OF_A_TRAINING}
+    # The published weights gave the figures on ImageNet, they are not of a training with the leaf.
+    figures = {} if task is IMAGENET else REPORTED.get(task, {}).get(leaf.backbone, {})
+    entry = {
+        'Name': Path(leaf.path).stem,
+        'In Collection': family_of(leaf.backbone).name,
+        'Config': f'configs/{leaf.path}',
+        'Metadata': known | settings,
+        'Results': _results(task, figures, old),
+    }
+    return entry | {k: v for k, v in old.items() if k not in entry}
+
+
+def official_name(file: OfficialFile) -> str:
+    """The name of the entry of an official file."""
+    side = '' if file.input_size == 224 else f'-{file.input_size}px'
+    return f'{file.backbone}_3rdparty_in1k{side}'
+
+
+def official_entry(file: OfficialFile, old: dict[str, Any] | None) -> dict[str, Any]:
+    """The entry of an official file, with what was measured with it."""
+    parameters, giga = COUNTS[file.backbone]
+    metadata: dict[str, Any] = {
+        'Parameters': parameters,
+        'FLOPs': round(giga * 1e9),
+        'Training Data': file.trained_on[0] if len(file.trained_on) == 1 else [*file.trained_on],
+        'Licence': file.licence,
+    }
+    if file.sha256:
+        metadata['SHA256'] = file.sha256
+    [config] = [
+        leaf.path
+        for leaf in LEAVES
+        if leaf.backbone == file.backbone and leaf.pairing.task is IMAGENET
     ]
-    for leaf in LEAVES:
-        if family_of(leaf.backbone) is not family:
-            continue
-        pairing, task = leaf.pairing, leaf.pairing.task
-        unit, length = pairing.length or task.length
-        lines += [
-            f'  - Name: {Path(leaf.path).stem}',
-            f'    In Collection: {family.name}',
-            f'    Config: configs/{leaf.path}',
-            '    Metadata:',
-            f'      Training Data: {task.dataset}',
-            f'      {unit}: {length}',
-            f'      Batch Size: {pairing.batch or task.batch}',
-            f"      Published Settings: '{pairing.published}'",
-            f"      Assumed Settings: '{pairing.assumed}'",
-        ]
-    return '\n'.join(lines) + '\n'
+    old = old or {}
+    known = {k: v for k, v in (old.get('Metadata') or {}).items() if k not in metadata}
+    entry = {
+        'Name': official_name(file),
+        'In Collection': family_of(file.backbone).name,
+        'Config': f'configs/{config}',
+        'Metadata': metadata | known,
+        'Results': _results(IMAGENET, REPORTED[IMAGENET][file.backbone], old),
+        'Weights': file.url,
+        'Converted From': {'Weights': file.url},
+    }
+    return entry | {k: v for k, v in old.items() if k not in entry}
+
+
+def metafile(family: Family) -> dict[str, Any]:
+    """The metafile of a family, in OpenMMLab's format.
+
+    Args:
+        family: Its file is read for what was measured, and for what the table does not know.
+    """
+    path = CONFIGS / family.folder / 'metafile.yml'
+    there = metafiles.load(path) if path.is_file() else {'Models': []}
+    title, url = family.paper
+    collection = {
+        'Name': family.name,
+        'Metadata': {'Architecture': [*family.architecture]},
+        'Paper': {'URL': url, 'Title': title},
+        'README': 'README.md',  # beside the metafile, where model-index looks for it
+    }
+    old = {model.get('Name'): model for model in there['Models']}
+    if len(old) < len(there['Models']):
+        raise SystemExit(f'{path} has several models of one name')
+    entries = [
+        leaf_entry(leaf, old.pop(Path(leaf.path).stem, None))
+        for leaf in LEAVES
+        if family_of(leaf.backbone) is family
+    ]
+    entries += [
+        official_entry(file, old.pop(official_name(file), None))
+        for file in OFFICIAL_FILES
+        if family_of(file.backbone) is family
+    ]
+    collections = {c.get('Name'): c for c in there.get('Collections') or []}
+    known = collections.pop(family.name, {})
+    return {
+        'Collections': [
+            collection | {k: v for k, v in known.items() if k not in collection},
+            *collections.values(),
+        ],
+        'Models': [*entries, *old.values()],
+    }
+
+
+def model_index() -> str:
+    """The root of the model index, which names the metafiles."""
+    return metafiles.text(
+        {'Import': [f'configs/{family.folder}/metafile.yml' for family in FAMILIES]}
+    )
+
+
+# --- pages ----------------------------------------------------------------------------------------
 
 
 def grid() -> str:
@@ -392,8 +620,7 @@ def grid() -> str:
         for name in family.backbones:
             paths = [cells.get((name, task)) for task in TASKS]
             rows.append([name, *(f'[config]({path})' if path else '' for path in paths)])
-    lines = [f'| {" | ".join(row)} |' for row in rows]
-    return '\n'.join([*lines, '', 'Left out:', '', *(f'- {reason}' for reason in LEFT_OUT)]) + '\n'
+    return f'{_table(rows)}\nLeft out:\n\n' + ''.join(f'- {reason}\n' for reason in LEFT_OUT)
 
 
 def settings(family: Family) -> str:
@@ -413,6 +640,105 @@ def settings(family: Family) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def _figures(model: dict[str, Any]) -> dict[str, float]:
+    """All metrics of an entry."""
+    return {
+        metric: figure
+        for result in _results_of(model)
+        for metric, figure in (result.get('Metrics') or {}).items()
+    }
+
+
+def _groups(models: list[dict[str, Any]]) -> Iterator[tuple[str, tuple[str, ...], list[dict]]]:
+    """Entries with figures by the title of their task, with what it measures."""
+    task_of = {f'configs/{leaf.path}': leaf.pairing.task for leaf in LEAVES}
+    for task in (*sorted(TASKS, key=lambda task: task is not IMAGENET), None):
+        group = [m for m in models if task_of.get(m.get('Config')) is task and _figures(m)]
+        if group:
+            title = task.title if task else 'Others'
+            if task and task.dataset.lower() not in title.lower():
+                title += f', {task.dataset}'
+            yield title, task.metrics if task else (), group
+
+
+def _table(rows: list[list[str]]) -> str:
+    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+
+
+# Facts in the tables of results: head, unit, decimals.
+_COUNTED = {'Parameters': ('parameters, M', 1e6, 1), 'FLOPs': ('FLOPs, G', 1e9, 2)}
+
+
+def results(family: Family, models: list[dict[str, Any]]) -> str:
+    """A table of each task with figures: the authors', then those measured, with the weights."""
+    parts = []
+    for title, measured, group in _groups(models):
+        known = [metric + AUTHORS for metric in (*_TOP_1_AND_5, *_AP, *_MASK_AP, *_MIOU)]
+        found = dict.fromkeys(name for model in group for name in _figures(model))
+        names = sorted(found, key=lambda name: known.index(name) if name in known else -1)
+        authors = [name for name in names if name.endswith(AUTHORS)]
+        ours = [*measured, *(n for n in names if n not in authors and n not in measured)]
+        counted = [key for key in _COUNTED if any(key in m.get('Metadata', ()) for m in group)]
+        rows = [[title, *(_COUNTED[key][0] for key in counted), *authors, *ours, 'weights']]
+        rows.append(['---'] * len(rows[0]))
+        for model in group:
+            figures, facts = _figures(model), model.get('Metadata', {})
+            row = [_link(model['Name'], _beside(family, model.get('Config')))]
+            for key in counted:
+                _, unit, decimals = _COUNTED[key]
+                row.append(f'{facts[key] / unit:.{decimals}f}' if key in facts else '')
+            row += [str(figures.get(name, '')) for name in (*authors, *ours)]
+            rows.append([*row, _link('file', model['Weights']) if 'Weights' in model else ''])
+        parts.append(_table(rows))
+    return '\n'.join(parts)
+
+
+def _beside(family: Family, config: str | None) -> str | None:
+    """A config as its family's page links to it."""
+    return config and f'../../{config}'.replace(f'../../configs/{family.folder}/', '')
+
+
+def _link(text: str, target: str | None) -> str:
+    return f'[{text}]({target})' if target else text
+
+
+def _cells(model: dict[str, Any], metrics: tuple[str, ...]) -> Iterator[str]:
+    """What README.md says of an entry: the authors' figures, ours in bold with the weights."""
+    figures = _figures(model)
+    authors, ours = ([figures.get(metric + end) for metric in metrics] for end in (AUTHORS, ''))
+    if None not in authors:
+        yield _link(' / '.join(map(str, authors)), model['Config'])
+    if None not in ours and 'Weights' in model:
+        yield f'**{_link(" / ".join(map(str, ours)), model["Weights"])}**'
+
+
+def models_table(family: Family, models: list[dict[str, Any]]) -> str:
+    """The backbones of a family and the figures of all tasks that have some."""
+    columns = [
+        (title.partition(',')[0], metrics, group)
+        for title, metrics, group in _groups(models)
+        if metrics
+    ]
+    names = [' / '.join(metrics).replace('AP / mask', '/ mask') for _, metrics, _ in columns]
+    rows = [
+        ['arch', 'channels', 'parameters, M']
+        + [f'{column[0]}, {name}' for column, name in zip(columns, names, strict=True)]
+    ]
+    rows.append(['---'] * len(rows[0]))
+    backbone_of = {f'configs/{leaf.path}': leaf.backbone for leaf in LEAVES}
+    for file in OFFICIAL_FILES:
+        if family_of(file.backbone) is not family:
+            continue
+        base = runpy.run_path(str(CONFIGS / f'_base_/backbones/{file.backbone}.py'))
+        row = [f'`{file.arch}`', ', '.join(map(str, base['channels']))]
+        row.append(f'{COUNTS[file.backbone][0] / 1e6:.1f}')
+        for _, metrics, group in columns:
+            mine = [model for model in group if backbone_of[model['Config']] == file.backbone]
+            row.append(', '.join(cell for model in mine for cell in _cells(model, metrics)))
+        rows.append(row)
+    return _table(rows)
+
+
 def with_part(text: str, name: str, part: str) -> str:
     """Puts a generated part between its two marks in a page."""
     mark = f'<!-- {name}: tools/make_configs.py -->\n'
@@ -425,12 +751,18 @@ def with_part(text: str, name: str, part: str) -> str:
 def files() -> dict[Path, str]:
     """All that is written, by path."""
     wanted = {CONFIGS / leaf.path: leaf.text for leaf in LEAVES}
-    page = CONFIGS / 'README.md'
+    wanted[CONFIGS.parent / 'model-index.yml'] = model_index()
+    page, front = CONFIGS / 'README.md', CONFIGS.parent / 'README.md'
     wanted[page] = with_part(page.read_text(encoding='utf-8'), 'grid', grid())
+    wanted[front] = front.read_text(encoding='utf-8')
     for family in FAMILIES:
+        index = metafile(family)
+        wanted[CONFIGS / family.folder / 'metafile.yml'] = metafiles.text(index, HEADER)
         page = CONFIGS / family.folder / 'README.md'
         text = with_part(page.read_text(encoding='utf-8'), 'settings', settings(family))
-        wanted |= {page: text, page.with_name('metafile.yml'): metafile(family)}
+        wanted[page] = with_part(text, 'results', results(family, index['Models']))
+        table = models_table(family, index['Models'])
+        wanted[front] = with_part(wanted[front], f'models of {family.folder}', table)
     return wanted
 
 

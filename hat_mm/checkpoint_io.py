@@ -7,11 +7,11 @@ network has no use for, kept for the way back.
 
 import importlib.util
 import json
-import os
 import pickle
 import pickletools
 import tarfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import compat
+from .atomic import replacing
 
 UNUSED = 'unused'
 SUFFIXES = ('.pth', '.pth.tar', '.pt', '.safetensors')
@@ -185,21 +186,17 @@ def write(path: str | Path, checkpoint: Mapping[str, Any], force: bool = False) 
         ValueError, OSError: See :func:`check_target`.
     """
     path = check_target(path, force)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        with open(part, 'wb') as file:
-            if not path.name.endswith('.safetensors'):
-                torch.save(_owned(checkpoint), file)
-        if path.name.endswith('.safetensors'):
-            mode = part.stat().st_mode
-            _write_safetensors(part, checkpoint)
-            part.chmod(mode)  # the library shuts everybody else out
-        with open(part, 'rb') as file:
-            os.fsync(file.fileno())
+    is_safetensors = path.name.endswith('.safetensors')
+    with replacing(path) as part:
+        try:
+            if is_safetensors:
+                _write_safetensors(part, checkpoint)
+            else:
+                with open(part, 'wb') as file:
+                    torch.save(_owned(checkpoint), file)
+        except (RuntimeError, NotImplementedError) as error:  # torch's words for a full disk, too
+            raise OSError(f'{path} was not written: {" ".join(str(error).split())}') from error
         check_target(path, force)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _owned(value: Any) -> Any:
@@ -209,7 +206,12 @@ def _owned(value: Any) -> Any:
         whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
         return value if whole and value.is_contiguous() else value.clone().contiguous()
     if isinstance(value, Mapping):
-        return {key: _owned(item) for key, item in value.items()}
+        owned = {key: _owned(item) for key, item in value.items()}
+        versions = getattr(value, '_metadata', None)
+        if versions is not None:  # of modules, by which some of them rename old tensors
+            owned = OrderedDict(owned)
+            owned._metadata = versions
+        return owned
     return value
 
 
@@ -222,7 +224,12 @@ def _write_safetensors(path: Path, checkpoint: Mapping[str, Any]) -> None:
                 f'safetensors holds tensors alone, but {name!r} is {type(value).__name__}: '
                 'choose .pth'
             )
-    header = {'format': 'pt', _META: json.dumps(checkpoint.get('meta', {}), ensure_ascii=False)}
+    # A single key: the library writes several in any order, and the bytes would differ.
+    header = {_META: json.dumps(checkpoint.get('meta', {}), ensure_ascii=False)}
     # Each tensor its own memory: the format has no shared ones.
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    _safetensors().torch.save_file(tensors, path, metadata=header)
+    library = _safetensors()
+    try:
+        library.torch.save_file(tensors, path, metadata=header)
+    except library.SafetensorError as error:
+        raise OSError(f'safetensors: {error}') from error

@@ -29,7 +29,7 @@ import hat_mm
 from . import checkpoint_io, compat
 from .checkpoints import official_file
 
-__all__ = ['DownloadError', 'fetch', 'load_from_hat_mm']
+__all__ = ['DownloadError', 'check_address', 'fetch', 'load_from_hat_mm']
 
 FOLDER_VARIABLE = 'HAT_MM_WEIGHTS'
 MIRRORS_VARIABLE = 'HAT_MM_MIRRORS'
@@ -111,7 +111,7 @@ def fetch(url: str, sha256: str | None = None, mirrors: Sequence[str] = ()) -> P
     sources = [f'{base.rstrip("/")}/{quote(name)}' for base in bases if base]
     sources += [*mirrors, url]
     for source in sources:
-        _check_address(source)
+        check_address(source)
 
     failures: list[str] = []
 
@@ -184,7 +184,7 @@ def _known_digest(name: str, sha256: str | None) -> str | None:
     return sha256.lower()
 
 
-def _check_address(url: str) -> None:
+def check_address(url: str) -> None:
     """Raises ValueError unless it is one of those that are allowed."""
     parts = urlsplit(url)
     scheme = parts.scheme
@@ -222,7 +222,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     ) -> Any:
         target = urlsplit(newurl)
         try:
-            _check_address(newurl)
+            check_address(newurl)
             allowed = target.scheme in ('https', req.type)
         except ValueError:
             allowed = False

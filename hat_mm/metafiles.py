@@ -2,21 +2,25 @@
 
 import copy
 import difflib
-import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import yaml
 
 from . import compat
+from .atomic import replacing
+from .download import check_address
 from .publish import check_published
 from .runs import Run
 
 AUTHORS = ' (authors)'  # ends the name of a metric that the networks' authors report
 
 _CONFIGS = Path(__file__).parent / '.mim' / 'configs'
+# What the fields that are added to may be.
+_FIELDS = {'Metadata': dict, 'Results': dict | list, 'Config': str}
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -42,12 +46,24 @@ def load(path: str | Path) -> dict[str, Any]:
     """Reads a metafile.
 
     Raises:
-        ValueError: It is no YAML, or holds no ``Models``.
+        ValueError: It is no YAML, holds no ``Models``, or an entry has no name or refers to another
+            file.
         OSError: It cannot be read.
     """
     data = read(path)
     if not isinstance(data.get('Models'), list):
         raise ValueError(f'{path} is no metafile: it has no list of Models')
+    data['Collections'] = data.get('Collections') or []
+    for key in ('Collections', 'Models'):
+        for entry in data[key]:
+            if not isinstance(entry, dict) or not isinstance(entry.get('Name'), str):
+                raise ValueError(f'{path}: an entry of {key} has no Name: {str(entry)[:60]}')
+            for field, kinds in _FIELDS.items():
+                if not isinstance(entry.get(field), kinds | None):
+                    raise ValueError(
+                        f'{path}: {field} of {entry["Name"]!r} must stand in the file itself, not '
+                        f'as {str(entry[field])[:60]!r}'
+                    )
     return data
 
 
@@ -69,12 +85,8 @@ def dump(data: dict[str, Any], path: str | Path) -> None:
     if path.exists():
         first = path.read_text(encoding='utf-8').partition('\n')[0]
         header = first.removeprefix('# ') if first.startswith('# ') else ''
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
+    with replacing(path) as part:
         part.write_text(text(data, header), encoding='utf-8')
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # --- adding a training run ---
@@ -123,10 +135,13 @@ def add_entry(
     metafile, weights = Path(metafile), Path(weights)
     digest = check_published(weights)
     _check_url(url)
-    data = load(metafile) if metafile.exists() else {'Collections': [], 'Models': []}
-    if not metafile.exists() and not metafile.parent.is_dir():
+    is_new = not metafile.exists()
+    if is_new and not metafile.parent.is_dir():
         raise FileNotFoundError(f'folder {str(metafile.parent)!r} does not exist')
+    data = {'Collections': [], 'Models': []} if is_new else load(metafile)
     name = name or run.stem
+    if not re.fullmatch(r'\w[\w.+-]*', name):
+        raise ValueError(f'{name!r} is no name of a model: letters, digits and _ . + - make one')
     entry = next((model for model in data['Models'] if model.get('Name') == name), None)
     old = copy.deepcopy(entry or {})
     if old.get('Weights') and not force:
@@ -135,34 +150,23 @@ def add_entry(
         entry = {'Name': name}
         data['Models'].append(entry)
 
-    entry['In Collection'] = _collection(
-        data, metafile, collection or old.get('In Collection'), is_new=not metafile.exists()
-    )
+    collection = collection or old.get('In Collection')
+    entry['In Collection'] = _collection(data, metafile, collection, is_new=is_new)
     entry['Config'], path = _config(config or old.get('Config'), run.stem, metafile)
-    notes = [*run.notes, *_changed(old, run.metadata), *_differences(run.settings, path)]
+    notes = [*run.notes, *_changed(old, run), *_differences(run.settings, path)]
     metadata = {k: v for k, v in (old.get('Metadata') or {}).items() if k not in _OF_A_RUN}
     entry['Metadata'] = metadata | run.metadata | {'SHA256': digest}
     entry['Results'] = _merged(old.get('Results'), run.results, replaced=bool(old.get('Weights')))
-    entry['Weights'] = f'{url.rstrip("/")}/{quote(weights.name)}'
+    entry['Weights'] = f'{url.rstrip("/")}/{weights.name}'
     dump(data, metafile)
     return entry, tuple(notes)
 
 
 def _check_url(url: str) -> None:
+    check_address(url)
     parts = urlsplit(url)
-    if parts.username or parts.password:
-        raise ValueError('the address must not hold a name or password: everyone will read it')
-    local = parts.hostname in ('localhost', '127.0.0.1', '::1')
-    if (
-        parts.query
-        or parts.fragment
-        or not (
-            (parts.scheme == 'https' and parts.hostname)
-            or url.startswith('file:///')
-            or (parts.scheme == 'http' and local)
-        )
-    ):
-        raise ValueError(f'{url!r} must be an address of https (or file, or http of this machine)')
+    if parts.query or parts.fragment or re.search(r'\s', url):
+        raise ValueError(f'{url!r} must be the address of a folder, without ? and # and spaces')
 
 
 def _collection(data: dict[str, Any], metafile: Path, name: str | None, *, is_new: bool) -> str:
@@ -174,7 +178,10 @@ def _collection(data: dict[str, Any], metafile: Path, name: str | None, *, is_ne
         return name
     if name is None:
         if len(known) != 1:
-            raise ValueError(f'{metafile} has several collections, choose: {", ".join(known)}')
+            raise ValueError(
+                f'--collection has to choose one of {metafile}: '
+                + (', '.join(known) or 'there is none')
+            )
         return known[0]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
@@ -186,8 +193,8 @@ def _collection(data: dict[str, Any], metafile: Path, name: str | None, *, is_ne
     return name
 
 
-def _config(config: str | None, stem: str, metafile: Path) -> tuple[str, Path | None]:
-    """``configs/…`` as in metafiles, and the file, if it is known."""
+def _config(config: str | None, stem: str, metafile: Path) -> tuple[str, Path]:
+    """``configs/…`` as in metafiles, and the file."""
     if config is None:
         found = [
             path
@@ -209,24 +216,23 @@ def _config(config: str | None, stem: str, metafile: Path) -> tuple[str, Path | 
         raise ValueError(f'{config!r} leads out of configs/')
     files = [Path(config), _CONFIGS.joinpath(*inside)]
     path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        raise ValueError(f'the config {config!r} does not exist')
     return Path('configs', *inside).as_posix(), path
 
 
 # What decides the result of a training, and what in it does not.
 _DECISIVE = (
-    'model', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'train_dataloader',
-    'val_dataloader', 'val_evaluator', 'custom_hooks',
+    'model', 'data_preprocessor', 'load_from', 'optim_wrapper', 'param_scheduler', 'train_cfg',
+    'auto_scale_lr', 'train_dataloader', 'val_dataloader', 'val_evaluator', 'custom_hooks',
 )  # fmt: skip
 _INDIFFERENT = {
-    'num_workers', 'persistent_workers', 'pin_memory', 'collate_fn', 'data_root', 'ann_file',
+    'num_workers', 'persistent_workers', 'pin_memory', 'collate_fn', 'data_root',
 }  # fmt: skip
 
 
-def _differences(settings: Mapping[str, Any], path: Path | None) -> Iterator[str]:
+def _differences(settings: Mapping[str, Any], path: Path) -> Iterator[str]:
     """Says where a run differs from the config that the entry names."""
-    if path is None:
-        yield 'the config was not found: the settings of the run were not compared with it'
-        return
     config = compat.require('mmengine').Config.fromfile(path, import_custom_modules=False)
     ours = dict(_flat({key: settings.get(key) for key in _DECISIVE}))
     theirs = dict(_flat({key: config.get(key) for key in _DECISIVE}))
@@ -248,19 +254,31 @@ def _flat(value: Any, name: str = '') -> Iterator[tuple[str, Any]]:
         for index, item in enumerate(value):
             yield from _flat(item, f'{name}.{index}')
     else:
-        yield name, value
+        # Where the annotations lie is indifferent, which ones they are is not.
+        yield name, Path(value).name if name.endswith('ann_file') and value else value
 
 
-def _changed(old: Mapping[str, Any], metadata: Mapping[str, Any]) -> Iterator[str]:
-    before = old.get('Metadata') or {}
-    for key, value in metadata.items():
-        if key in before and key not in _OF_A_RUN and before[key] != value:
+def _changed(old: Mapping[str, Any], run: Run) -> Iterator[str]:
+    """Says what the metafile said otherwise."""
+    before = {k: v for k, v in (old.get('Metadata') or {}).items() if k not in _OF_A_RUN}
+    after = dict(run.metadata)
+    for results, figures in ((_listed(old.get('Results')), before), (run.results, after)):
+        for result in results:
+            for metric, value in (result.get('Metrics') or {}).items():
+                figures[f'{metric} on {result["Dataset"]}'] = value
+    for key, value in after.items():
+        if key in before and before[key] != value:
             yield f'{key} was {before[key]} in the metafile and is {value} now'
+
+
+def _listed(results: Any) -> list[dict[str, Any]]:
+    """The results of an entry, of which a single one needs no list."""
+    return [results] if isinstance(results, dict) else results or []
 
 
 def _merged(old: Any, new: Sequence[dict[str, Any]], *, replaced: bool) -> list[dict[str, Any]]:
     """Results with new metrics; of replaced weights only the authors' metrics are left."""
-    results = copy.deepcopy([old] if isinstance(old, dict) else old or [])
+    results = _listed(old)
     if replaced:
         for result in results:
             metrics = result.get('Metrics') or {}

@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,11 @@ def publish(
     checkpoint_io.check_target(target, force=True)  # the file itself has another name
     suffix = next(s for s in checkpoint_io.SUFFIXES if target.name.endswith(s))
     stem = target.name.removesuffix(suffix)
-    if not stem:
-        raise ValueError(f'{target} has no name in front of {suffix}')
+    _check_name(target.name)
     checkpoint = checkpoint_io.read(source)
     state, weights = _weights(checkpoint, source, averaged)
     meta, dropped = _plain_meta(checkpoint.get('meta'), weights)
-    dropped = [key for key in checkpoint if key not in ('state_dict', 'meta')] + dropped
+    dropped = [str(key) for key in checkpoint if key not in ('state_dict', 'meta')] + dropped
 
     part = target.with_name(f'.{stem}.{os.getpid()}{suffix}')
     try:
@@ -104,8 +103,7 @@ def check_published(weights: Path) -> str:
         OSError: It cannot be read.
     """
     stem = weights.name
-    if not re.fullmatch(r'\w[\w.+-]*', stem, re.ASCII):
-        raise ValueError(f'{stem!r} cannot end an address: letters, digits and _ . + - can')
+    _check_name(stem)
     for suffix in checkpoint_io.SUFFIXES:
         stem = stem.removesuffix(suffix)
     digest = sha256(weights)
@@ -117,47 +115,57 @@ def check_published(weights: Path) -> str:
     return digest
 
 
-def _weights(checkpoint: Any, path: Path, averaged: bool) -> tuple[dict[str, Tensor], str]:
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r'\w[\w.+-]*', name, re.ASCII):
+        raise ValueError(f'{name!r} cannot end an address: letters, digits and _ . + - can')
+
+
+def _weights(checkpoint: Any, path: Path, averaged: bool) -> tuple[Mapping[str, Tensor], str]:
     """The weights to publish, and which ones they are."""
-    state = checkpoint.get('state_dict') if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping) or not state:
-        found = (
-            f'it holds {", ".join(map(repr, list(checkpoint)[:4])) or "nothing"}'
-            if isinstance(checkpoint, Mapping)
-            else f'it holds a {type(checkpoint).__name__}'
-        )
-        if isinstance(state, Mapping):
-            found = "its 'state_dict' is empty"
-        raise ValueError(
-            f"{path} is no checkpoint of a training ('state_dict' with weights): {found}; "
-            "tools/convert_weights.py takes the authors' files"
-        )
-    state = dict(state)
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(
-                f'{path} is no checkpoint of a model: {name!r} in its state_dict is '
-                f'{type(value).__name__}, no tensor'
-            )
-    other = checkpoint.get('ema_state_dict')
-    if not isinstance(other, Mapping):
+    state = _tensors(checkpoint, 'state_dict', path)
+    if not checkpoint.get('ema_state_dict'):
         if not averaged:
             raise ValueError(f'{path} has no averaged weights: there is nothing to choose')
         meta = checkpoint.get('meta')
         before = meta.get('published') if isinstance(meta, Mapping) else None
         known = before.get('weights') if isinstance(before, Mapping) else None
         return state, known or 'as trained (no EMA)'
-    if averaged:
-        # EMAHook has put the average into state_dict when it saved, and the rest here.
-        return state, 'the average (EMA)'
     # The average counts its steps beside the weights of its `module`.
+    other = _tensors(checkpoint, 'ema_state_dict', path)
     last = {k.removeprefix('module.'): v for k, v in other.items() if k.startswith('module.')}
-    unknown = sorted(last.keys() - state.keys())
-    if unknown or not last:
+    strange = [k for k in last if k not in state or state[k].shape != last[k].shape]
+    if strange or not last:
         raise ValueError(
-            f'{path}: ema_state_dict does not belong to state_dict ({", ".join(unknown[:3])})'
+            f'{path}: ema_state_dict does not belong to state_dict ({", ".join(strange[:3])})'
         )
-    return state | last, NOT_VALIDATED
+    if averaged:
+        # EMAHook has put the average into state_dict when it saved, and the rest there.
+        return state, 'the average (EMA)'
+    return {**state, **last}, NOT_VALIDATED
+
+
+def _tensors(checkpoint: Any, key: str, path: Path) -> Mapping[str, Tensor]:
+    """A state dict in a checkpoint, or an error that says what is there instead."""
+    state = checkpoint.get(key) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state, Mapping) or not state:
+        found = f'it holds a {type(checkpoint).__name__}'
+        if isinstance(checkpoint, Mapping):
+            found = f'it holds {", ".join(map(repr, list(checkpoint)[:4])) or "nothing"}'
+        if isinstance(state, Mapping):
+            found = f'its {key!r} is empty'
+        raise ValueError(
+            f'{path} is no checkpoint of a training ({key!r} with weights): {found}; '
+            "tools/convert_weights.py takes the authors' files"
+        )
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f'{path} is no checkpoint of a model: {key} has the name {name!r}')
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f'{path} is no checkpoint of a model: {name!r} in its {key} is '
+                f'{type(value).__name__}, no tensor'
+            )
+    return state
 
 
 def plain(value: Any) -> Any:
@@ -190,15 +198,15 @@ def plain(value: Any) -> Any:
 
 
 def _plain_meta(meta: Any, weights: str) -> tuple[dict[str, Any], list[str]]:
-    """Metadata without classes and folders of this machine; and the names of what is left out."""
+    """Metadata without classes; and the names of what is left out."""
     kept, dropped = {}, []
     for key, value in (meta if isinstance(meta, Mapping) else {}).items():
         if key == 'hook_msgs':  # of mmcv 1: the machine's paths
             dropped.append(f'meta.{key}')
             continue
         try:
-            kept[str(key)] = _without_folders(plain(value))
-        except TypeError:
+            kept[str(key)] = plain(value)
+        except (TypeError, RecursionError):
             dropped.append(f'meta.{key}')
     if kept.get('mmengine_version'):
         # mmengine appends the commit of whatever repository the training was started in.
@@ -210,33 +218,3 @@ def _plain_meta(meta: Any, weights: str) -> tuple[dict[str, Any], list[str]]:
         'weights': weights,
     }
     return kept, dropped
-
-
-_PATH = r'(?:file://)?(?:/|~/)[^/\'"\n][^\'"\n]*'
-_QUOTED_PATH = re.compile(rf'(?P<quote>[\'"])(?P<path>{_PATH})(?P=quote)')
-
-
-def _without_folders(value: Any) -> Any:
-    """Makes absolute paths relative: to the folder around the shortest of them that leads there.
-
-    So ``data_root='/home/me/coco/'`` becomes ``'coco/'`` and files below it ``'coco/…'``: the text
-    of a config stays one that can be read, and says nothing of who trained where.
-    """
-    if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_without_folders(item) for item in value)
-    if not isinstance(value, str):
-        return value
-    if re.fullmatch(_PATH, value):
-        return _shorten(value, [value])
-    paths = [match['path'] for match in _QUOTED_PATH.finditer(value)]
-    return _QUOTED_PATH.sub(
-        lambda match: match['quote'] + _shorten(match['path'], paths) + match['quote'], value
-    )
-
-
-def _shorten(path: str, paths: Sequence[str]) -> str:
-    above = [p for p in paths if path == p or path.startswith(p.rstrip('/') + '/')]
-    root = min(above, key=len)
-    return path[len(root.rstrip('/').rpartition('/')[0]) + 1 :]

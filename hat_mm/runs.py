@@ -81,8 +81,14 @@ def read_run(
     work_dir, weights = Path(work_dir), Path(weights)
     check_published(weights)
     checkpoint = checkpoint_io.read(weights)
-    meta = (checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None) or {}
-    if meta.get('published', {}).get('weights') == NOT_VALIDATED:
+    meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
+    published = meta.get('published') if isinstance(meta, Mapping) else None
+    if not isinstance(published, Mapping):
+        raise ValueError(
+            f'{weights} is no published file: it has no metadata of one; tools/publish_model.py '
+            'makes one'
+        )
+    if published.get('weights') == NOT_VALIDATED:
         raise ValueError(
             f'{weights} holds weights that no validation has measured: {NOT_VALIDATED}'
         )
@@ -105,14 +111,14 @@ def read_run(
     total = settings.train_cfg.get(f'max_{unit}s')
     if not total:
         raise ValueError(f'the config of the run in {work_dir} has no train_cfg.max_{unit}s')
-    if not _finished(work_dir, unit, total, reached):
+    if max(reached, _last(work_dir, folder, unit, iteration)) < total:
         if not unfinished:
             raise ValueError(
                 f'the run in {work_dir} has not reached the end of its schedule ({total} {unit}s; '
                 f'the checkpoint is of {reached}): finish it with tools/train.py --resume, or '
                 'say --unfinished'
             )
-        notes.append(f'the schedule has {total} {unit}s, the run was ended before')
+        notes.append(f'the schedule has {total} {unit}s, the log does not show that they were done')
         total = reached
 
     name = dataset or _data_set(settings.get('train_dataloader'))
@@ -137,7 +143,7 @@ def _log_folder(work_dir: Path, meta: Mapping[str, Any], name: str, notes: list[
     """The folder of logs of the process that wrote the checkpoint."""
     if not work_dir.is_dir():
         raise FileNotFoundError(f'work dir {str(work_dir)!r} does not exist')
-    folders = sorted(f for f in work_dir.iterdir() if _STAMP.fullmatch(f.name) and _scalars(f))
+    folders = _log_folders(work_dir)
     if not folders:
         raise FileNotFoundError(
             f'{work_dir} has no log of a training (<timestamp>/vis_data/<timestamp>.json, which '
@@ -160,6 +166,11 @@ def _log_folder(work_dir: Path, meta: Mapping[str, Any], name: str, notes: list[
     return folders[-1]
 
 
+def _log_folders(work_dir: Path) -> list[Path]:
+    """The folders of logs of all processes that trained there, the oldest first."""
+    return sorted(f for f in work_dir.iterdir() if _STAMP.fullmatch(f.name) and _scalars(f))
+
+
 def _scalars(folder: Path) -> Path | None:
     for name in (f'{folder.name}.json', 'scalars.json'):
         path = folder / 'vis_data' / name
@@ -175,10 +186,14 @@ def _log_lines(folder: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError as error:
             if number < len(lines):  # a process that was killed may leave half a line
                 raise ValueError(f'{path}, line {number} is no JSON: {error}') from error
+            continue
+        if not isinstance(record, dict):
+            raise ValueError(f'{path}, line {number} is no record of a log: {line[:60]}')
+        records.append(record)
     return records
 
 
@@ -221,7 +236,7 @@ def _validation(
     lines: Sequence[Mapping[str, Any]], step: int, iteration: int, folder: Path
 ) -> Mapping[str, Any]:
     """The record of the validation right after a checkpoint was saved."""
-    steps, last = [], 0
+    steps, last, found = [], 0, []
     for index, line in enumerate(lines):
         if 'iter' in line:
             last = line['iter']
@@ -230,7 +245,14 @@ def _validation(
         following = (later['iter'] for later in lines[index + 1 :] if 'iter' in later)
         # Numbers of epochs are not enough: a checkpoint may be from the midst of one.
         if line.get('step') == step and last <= iteration < next(following, math.inf):
-            return line
+            found.append(line)
+    if len(found) > 1:
+        raise ValueError(
+            f'the log {folder} does not tell which of {len(found)} validations is that of '
+            f'iteration {iteration}: train with default_hooks.logger.log_metric_by_epoch=False'
+        )
+    if found:
+        return found[0]
     raise ValueError(
         f'the log {folder} has no validation of the checkpoint (step {step}, iteration '
         f'{iteration}), but '
@@ -239,12 +261,18 @@ def _validation(
     )
 
 
-def _finished(work_dir: Path, unit: str, total: int, reached: int) -> bool:
-    if reached >= total:
-        return True
-    last = work_dir / 'last_checkpoint'
-    found = re.search(rf'{unit}_(\d+)\.', last.read_text()) if last.is_file() else None
-    return found is not None and int(found[1]) >= total
+def _last(work_dir: Path, folder: Path, unit: str, iteration: int) -> int:
+    """The last iteration, or validated epoch, of a run and of those that resumed it after one."""
+    last = 0
+    for later in _log_folders(work_dir):
+        lines = _log_lines(later)
+        trained = [line['iter'] for line in lines if 'iter' in line]
+        resumed = later.name > folder.name and trained and trained[0] > iteration
+        if later == folder or resumed:
+            # A log names an epoch when it begins; its validation is a sign of its end.
+            validated = [line.get('step', 0) for line in lines if 'iter' not in line]
+            last = max(last, *(trained if unit == 'iter' else validated), 0)
+    return last
 
 
 def _class_name(kind: Any) -> str:
@@ -318,7 +346,7 @@ def _results(measured: Mapping[str, Any], dataset: str, notes: list[str]) -> lis
         metrics[name] = round(float(value) * factor, decimals)
     if not results:
         raise ValueError(
-            f'the validation has no metric that metafiles know ({", ".join(_METRICS)}), but '
-            f'{", ".join(key for key in measured if key != "step")}'
+            f'the validation has no value of a metric that metafiles know ({", ".join(_METRICS)}), '
+            f'but {", ".join(f"{k}={v}" for k, v in measured.items() if k != "step")}'
         )
     return [{'Task': t, 'Dataset': dataset, 'Metrics': m} for t, m in results.items()]

@@ -12,7 +12,7 @@ import zipfile
 import pytest
 import torch
 
-from hat_mm import checkpoint_io
+from hat_mm import atomic
 from hat_mm.checkpoint_io import UNUSED, check_target, read, write
 
 CHECKPOINT = {
@@ -71,11 +71,35 @@ def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(checkpoint_io.os, 'fsync', fail)
-    with pytest.raises(OSError, match='No space'):
+    monkeypatch.setattr(atomic.os, 'fsync', fail)
+    with pytest.raises(OSError, match=f'No space left on device: .*{path.name}'):
         write(path, CHECKPOINT, force=True)
     assert path.read_bytes() == b'finished'
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_full_disk_is_one_error(path):
+    code = (
+        'import resource, torch; from hat_mm.checkpoint_io import write\n'
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
+        'import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
+        f'try: write({str(path)!r}, {{"state_dict": {{"a": torch.rand(100_000)}}}})\n'
+        'except OSError: print("refused")'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == 'refused\n', done.stderr
+    assert os.listdir(path.parent) == []
+
+
+def test_links_and_modes_stay(path):
+    path.write_bytes(b'old')
+    path.chmod(0o640)
+    link = path.with_name(f'link{"".join(path.suffixes)}')
+    link.symlink_to(path.name)
+    write(link, CHECKPOINT, force=True)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert read(path)['meta']['epoch'] == 3
 
 
 @pytest.mark.parametrize(

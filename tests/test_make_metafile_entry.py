@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -287,16 +288,41 @@ def test_what_a_log_of_gpus_says(case):
 
 def test_the_published_epoch_is_measured_not_the_last(case):
     run = case.publish(epoch=11, iteration=100)
-    (case.folder / 'last_checkpoint').write_text('/somewhere/epoch_12.pth')
     run = case.read()
     assert run.metadata['Epochs'] == 12 and run.metadata['Checkpoint Epoch'] == 11
     assert run.results[0]['Metrics'] == {'box AP': 10.0}
 
 
+def test_validations_that_cannot_be_told_apart_are_refused(case):
+    """Of a schedule of iterations mmengine numbers them all 0 unless its logger is told."""
+    iterations = CONFIG.replace(
+        "'EpochBasedTrainLoop', max_epochs=12", "'IterBasedTrainLoop', max_iters=200"
+    )
+    assert iterations != CONFIG
+    lines = [training(50), validation(0, 0.1, 0.1), validation(0), training(200), validation(0)]
+    case.log(STAMP, lines, config=iterations)
+    case.publish(epoch=0, iteration=100)
+    with pytest.raises(ValueError, match=r'which of 2 validations .*log_metric_by_epoch=False'):
+        case.read()
+    assert case.publish(epoch=0, iteration=200).read().metadata['Iterations'] == 200
+
+
+def test_another_run_in_the_folder_does_not_finish_this_one(case):
+    later = '20260104_040506'
+    case.log(STAMP, LINES[:3])
+    case.log(later, LINES)
+    (case.folder / 'last_checkpoint').write_text('epoch_12.pth')
+    case.publish(epoch=11, iteration=100)
+    with pytest.raises(ValueError, match='has not reached the end'):
+        case.read()
+    # One that went on from there does.
+    case.log(later, LINES[3:])
+    assert case.read().metadata['Epochs'] == 12
+
+
 def test_a_checkpoint_from_the_midst_of_an_epoch_is_not_measured(case):
     """mmengine counts epochs from 0 there, so 11 is the twelfth."""
     case.publish(epoch=11, iteration=170)
-    (case.folder / 'last_checkpoint').write_text('epoch_12.pth')
     with pytest.raises(
         ValueError, match=r'no validation of the checkpoint \(step 11.*steps 11, 12'
     ):
@@ -351,9 +377,11 @@ def test_accuracies():
     assert notes == ['mIoU left out: the log has mIoU=nan']
     with pytest.raises(ValueError, match='several box AP'):
         runs._results({'a/bbox_mAP': 0.5, 'b/bbox_mAP': 0.5}, 'x', notes)
-    with pytest.raises(ValueError, match=r'no metric that metafiles know .* but PQ'):
+    with pytest.raises(ValueError, match=r'no value of a metric that metafiles know .* but PQ'):
         runs._results({'PQ': 1.0, 'step': 1}, 'x', notes)
-    with pytest.raises(ValueError, match='no metric'):  # COCO's "there was nothing to find"
+    with pytest.raises(
+        ValueError, match='no value of a metric'
+    ):  # COCO's "there was nothing to find"
         runs._results({'coco/bbox_mAP': -1.0}, 'x', notes)
 
 
@@ -521,17 +549,20 @@ def test_names_configs_and_addresses(add, case, metafile):
 @pytest.mark.parametrize(
     ('words', 'told'),
     [
-        (['--name', 'new'], 'has several collections, choose: HAT-Net, FasterViT'),
+        (['--name', 'new'], 'HAT-Net, FasterViT'),
         (['--collection', 'HATNet'], "no collection 'HATNet', did you mean 'HAT-Net'?"),
         (['--collection', 'zzz'], "no collection 'zzz' It has: HAT-Net, FasterViT"),
         (['--name', 'new', '--collection', 'HAT-Net', '--config', 'x.py'], 'is no config below'),
-        (['--url', 'ftp://example.org'], 'must be an address of https'),
-        (['--url', 'http://example.org'], 'must be an address of https'),
-        (['--url', 'https:///x'], 'must be an address of https'),
-        (['--url', 'file:x'], 'must be an address of https'),
-        (['--url', 'https://example.org/?key=1'], 'must be an address of https'),
+        (['--url', 'ftp://example.org'], "its scheme is 'ftp'"),
+        (['--url', 'http://example.org'], "its scheme is 'http'"),
+        (['--url', 'https:///x'], 'allowed are https'),
+        (['--url', 'x'], "its scheme is ''"),
+        (['--url', 'https://example.org/a b'], 'without ? and # and spaces'),
+        (['--name', '../x'], 'is no name of a model'),
+        (['--config', 'configs/none.py'], "'configs/none.py' does not exist"),
+        (['--url', 'https://example.org/?key=1'], 'without ? and # and spaces'),
         (['--config', 'configs/../x.py'], 'leads out of configs/'),
-        (['--url', 'https://me:secret@example.org'], 'must not hold a name or password'),
+        (['--url', 'https://me:secret@example.org'], 'with a user name is not supported'),
     ],
 )
 def test_what_is_refused(add, metafile, words, told):
@@ -557,9 +588,48 @@ def test_a_config_of_unknown_name(add, case, metafile):
     case.publish(experiment_name=f'mine_{STAMP}')
     status, _, err = add('--collection', 'HAT-Net')
     assert status == 1 and 'no config named mine.py is known' in err
-    status, out, _ = add('--collection', 'HAT-Net', '--config', 'configs/own/mine.py')
-    assert status == 0 and 'were not compared with it' in out
+    own = case.folder / 'configs/own/mine.py'
+    own.parent.mkdir(parents=True)
+    own.write_text(CONFIG)
+    assert add('--collection', 'HAT-Net', '--config', own)[0] == 0
     assert entry_of(metafile, 'mine')['Config'] == 'configs/own/mine.py'
+
+
+@pytest.mark.parametrize(
+    ('text', 'told'),
+    [
+        ('Models: [3]', 'an entry of Models has no Name: 3'),
+        ('Models: [{Config: x}]', 'has no Name'),
+        ('Models: [{Name: x, Results: results.yml}]', "Results of 'x' must stand in the file"),
+        ('Models: []\nCollections: [{README: x}]', 'an entry of Collections has no Name'),
+        ('Models: []\nCollections:', '--collection has to choose one of .* there is none'),
+        ('Models: 3', 'it has no list of Models'),
+        ('[', 'is no YAML'),
+    ],
+)
+def test_odd_metafiles(add, metafile, text, told):
+    metafile.write_text(text)
+    status, _, err = add()
+    assert status == 1 and re.search(told, err), err
+    assert metafile.read_text() == text
+
+
+def test_links_and_modes_of_metafiles_stay(add, metafile, tmp_path):
+    metafile.chmod(0o600)
+    link = tmp_path / 'link.yml'
+    link.symlink_to(metafile)
+    assert add('--collection', 'HAT-Net', path=link)[0] == 0
+    assert link.is_symlink() and metafile.stat().st_mode & 0o777 == 0o600
+    assert entry_of(metafile, LEAF)['Weights']
+
+
+def test_what_the_metafile_said_before_is_told(add, metafile):
+    before = metafiles.load(metafile)
+    result = {'Task': 'Object Detection', 'Dataset': 'COCO', 'Metrics': {'box AP': 1.0}}
+    [entry] = [model for model in before['Models'] if model['Name'] == LEAF]
+    entry['Results'] = [result]
+    metafiles.dump(before, metafile)
+    assert 'note: box AP on COCO was 1.0 in the metafile and is 43.1 now' in add()[1]
 
 
 def test_a_changed_file_is_refused(add, case):

@@ -1,15 +1,17 @@
 """Reads and writes checkpoint files: torch's formats and safetensors, without running code.
 
 In memory a checkpoint is a dictionary as in OpenMMLab: ``state_dict``, ``meta`` (plain data) and
-whatever else a training put there. :data:`UNUSED` holds tensors of an official file that the
-network has no use for, kept for the way back.
+whatever else a training put there, or under ``unused`` tensors of an official file that the network
+has no use for, kept for the way back.
 """
 
+import hashlib
 import importlib.util
 import json
 import pickle
 import pickletools
 import tarfile
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -21,8 +23,8 @@ from torch import Tensor
 
 from . import compat
 from .atomic import replacing
+from .checkpoints import UNUSED, UNUSED_PREFIX
 
-UNUSED = 'unused'
 SUFFIXES = ('.pth', '.pth.tar', '.pt', '.safetensors')
 
 _META = 'hat_mm'  # key of the JSON text in the header of a safetensors file
@@ -37,11 +39,12 @@ def read(path: str | Path) -> Any:
 
     Returns:
         What the file holds; for safetensors a dictionary with ``state_dict``, ``meta`` and
-        :data:`UNUSED`.
+        ``unused``.
 
     Raises:
         pickle.UnpicklingError: It is damaged, an archive of something else, or carries code.
         OSError: It cannot be read.
+        hat_mm.compat.DependencyError: safetensors is not installed.
     """
     path = Path(path)
     with open(path, 'rb') as file:
@@ -51,10 +54,10 @@ def read(path: str | Path) -> Any:
     _refuse_archives(path, start)
     _allow_history_buffers()
     try:
-        with compat.reading(str(path)):
+        with compat.reading(str(path)), warnings.catch_warnings(action='ignore'):
             return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        # A name that is cut short looks like one that is not allowed.
+        # To torch the name of a class that is cut off is one that is not allowed.
         if start.startswith(b'PK') or not _ends_early(path):
             raise
         raise _damaged(path) from error
@@ -99,7 +102,9 @@ def _refuse_archives(path: Path, start: bytes) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile as error:
+    except OSError:
+        raise
+    except Exception as error:  # of names and sizes that make no sense, too
         raise _damaged(path) from error
     for name in names:
         if name.startswith('/') or '\\' in name or '..' in name.split('/'):
@@ -130,26 +135,30 @@ def _safetensors() -> Any:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     library = _safetensors()
-    state: dict[str, Tensor] = {}
-    unused: dict[str, Tensor] = {}
+    checkpoint: dict[str, Any] = {'state_dict': {}, 'meta': {}, UNUSED: {}}
     try:
         with library.safe_open(path, framework='pt') as file:
-            header = file.metadata() or {}
+            meta = json.loads((file.metadata() or {}).get(_META, '{}'))
+            if not isinstance(meta, dict):
+                raise ValueError(f'its metadata are {type(meta).__name__}')
+            checkpoint['meta'] = meta
             for name in file.keys():  # noqa: SIM118  (no mapping)
-                if name.startswith(f'{UNUSED}.'):
-                    unused[name.removeprefix(f'{UNUSED}.')] = file.get_tensor(name)
-                else:
-                    state[name] = file.get_tensor(name)
-    except library.SafetensorError as error:
+                part = UNUSED if name.startswith(UNUSED_PREFIX) else 'state_dict'
+                checkpoint[part][name.removeprefix(UNUSED_PREFIX)] = file.get_tensor(name)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged header leads to
         raise pickle.UnpicklingError(
-            f'{path} was not loaded: it is no safetensors file, or is damaged ({error})'
+            f'{path} was not loaded: it is no safetensors file, or is damaged '
+            f'({" ".join(str(error).split())[:200]})'
         ) from error
-    checkpoint: dict[str, Any] = {'state_dict': state}
-    if _META in header:
-        checkpoint['meta'] = json.loads(header[_META])
-    if unused:
-        checkpoint[UNUSED] = unused
-    return checkpoint
+    return {key: value for key, value in checkpoint.items() if value or key == 'state_dict'}
+
+
+def sha256(path: str | Path) -> str:
+    """The checksum of a file, in hexadecimal digits."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def check_target(path: str | Path, force: bool) -> Path:
@@ -158,7 +167,8 @@ def check_target(path: str | Path, force: bool) -> Path:
     Raises:
         ValueError: The suffix is none of :data:`SUFFIXES`.
         FileExistsError: The file exists and ``force`` is off.
-        OSError: The folder does not exist.
+        OSError: The folder does not exist, or the target is one.
+        hat_mm.compat.DependencyError: safetensors is not installed.
     """
     path = Path(path)
     if not path.name.endswith(SUFFIXES):
@@ -179,7 +189,7 @@ def write(path: str | Path, checkpoint: Mapping[str, Any], force: bool = False) 
 
     Args:
         path: Ends with one of :data:`SUFFIXES`, which decides the format.
-        checkpoint: ``state_dict``, and as you like ``meta`` and :data:`UNUSED`.
+        checkpoint: ``state_dict``, and as you like ``meta`` and ``unused``.
         force: Overwrites an existing file.
 
     Raises:
@@ -217,7 +227,7 @@ def _owned(value: Any) -> Any:
 
 def _write_safetensors(path: Path, checkpoint: Mapping[str, Any]) -> None:
     tensors = dict(checkpoint['state_dict'])
-    tensors |= {f'{UNUSED}.{k}': v for k, v in checkpoint.get(UNUSED, {}).items()}
+    tensors |= {UNUSED_PREFIX + k: v for k, v in checkpoint.get(UNUSED, {}).items()}
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise ValueError(

@@ -13,9 +13,25 @@ import torch
 from torch import Tensor
 
 _COUNTER = 'num_batches_tracked'
-_UNUSED = 'unused.'  # see checkpoint_io.UNUSED
+# Where a converted file keeps what the network has no use for; no module's name has a colon.
+UNUSED = 'unused'
+UNUSED_PREFIX = f'{UNUSED}:'
 
 Rule = tuple[str, str | Callable[[re.Match], str]]
+
+
+def _identical(one: Any, other: Any) -> bool:
+    """Whether two tensors are the same bit by bit, the sign of zeros included."""
+    return (
+        _is_dense(one)
+        and _is_dense(other)
+        and (one.dtype, one.shape) == (other.dtype, other.shape)
+        and torch.equal(*(t.reshape(-1).contiguous().view(torch.uint8) for t in (one, other)))
+    )
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
 
 
 def _substitute(rules: Iterable[Rule], name: str) -> str:
@@ -92,7 +108,7 @@ class NameMap:
         }
         for name, value in state.items():
             twin = _substitute(self.twins, name)
-            if twin != name and twin in left and torch.equal(left[twin], value):
+            if twin != name and twin in left and _identical(left[twin], value):
                 del left[twin]
         return left
 
@@ -308,9 +324,9 @@ OFFICIAL_PREFIXES = (_FASTERVIT_URL, _HAT_NET_URL)
 
 
 def official_file(name_or_url: str) -> OfficialFile | None:
-    """Finds an official file by its name or an address that ends with it; None if unknown."""
-    name = name_or_url.rpartition('/')[2]
-    return next((file for file in OFFICIAL_FILES if file.name == name), None)
+    """Finds an official file by its name, or its address, of which a query is no part."""
+    wanted = re.split('[?#]', name_or_url)[0]
+    return next((file for file in OFFICIAL_FILES if wanted in (file.name, file.url)), None)
 
 
 @dataclass(frozen=True)
@@ -321,7 +337,7 @@ class LoadReport:
         loaded: Names of the backbone's tensors that the checkpoint fills.
         missing: Names that it does not fill, which keep their values.
         unexpected: Names in the checkpoint that the backbone has no place for.
-        mismatched: Names that both have, with different shapes.
+        mismatched: Names that both have, with another shape or kind of number.
         kept: Names that need not be in the checkpoint and are not, which keep their values.
         dropped: Names in the checkpoint that a backbone has no use for.
     """
@@ -362,14 +378,17 @@ def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     and removes the ``module.`` that a parallel wrapper put before every name, and what a converted
     safetensors file keeps for the way back alone.
     """
+    for name in checkpoint:
+        if not isinstance(name, str):
+            raise ValueError(f'this is no checkpoint: {name!r} in it is no name of a tensor')
     for key in ('state_dict', 'model'):
         inner = checkpoint.get(key)
         if isinstance(inner, Mapping):
             return unwrap(inner)
     if checkpoint and all(name.startswith('module.') for name in checkpoint):
         checkpoint = {name.removeprefix('module.'): value for name, value in checkpoint.items()}
-    if any(name.startswith(_UNUSED) for name in checkpoint):
-        return {k: v for k, v in checkpoint.items() if not k.startswith(_UNUSED)}
+    if any(name.startswith(UNUSED_PREFIX) for name in checkpoint):
+        return {k: v for k, v in checkpoint.items() if not k.startswith(UNUSED_PREFIX)}
     return checkpoint
 
 
@@ -385,7 +404,13 @@ def compare(own: Mapping[str, Tensor], state: Mapping[str, Any], spare: str) -> 
     """
     own = {name: value for name, value in own.items() if not name.endswith(_COUNTER)}
     state = {name: value for name, value in state.items() if not name.endswith(_COUNTER)}
-    fits = {n for n in own if n in state and getattr(state[n], 'shape', None) == own[n].shape}
+    fits = {
+        n
+        for n, tensor in own.items()
+        if _is_dense(state.get(n))
+        and state[n].shape == tensor.shape
+        and state[n].is_floating_point() == tensor.is_floating_point()
+    }
 
     def split(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         names = tuple(names)

@@ -253,6 +253,10 @@ def reading(filename: str) -> Iterator[None]:
             raise
         raise pickle.UnpicklingError(f'{filename} was not loaded: {_refusal(error)}') from error
     except Exception as error:
+        if 'TorchScript' in str(error):
+            raise pickle.UnpicklingError(
+                f'{filename} was not loaded: it carries code (TorchScript)'
+            ) from error
         if not _is_unreadable(error):
             raise
         raise pickle.UnpicklingError(
@@ -261,11 +265,14 @@ def reading(filename: str) -> Iterator[None]:
 
 
 def _is_unreadable(error: Exception) -> bool:
-    """Whether reading the bytes failed: torch's unpickler meets garbage with any exception."""
-    if isinstance(error, EOFError) or re.search('PytorchStreamReader|unexpected EOF', str(error)):
+    """Whether reading the bytes failed: torch meets garbage with any exception."""
+    if isinstance(error, EOFError):
         return True
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get('__name__') == 'torch._weights_only_unpickler'
+    # A file of another device is not damaged; torch says what to do.
+    if isinstance(error, OSError) or 'deserialize object on' in str(error):
+        return False
+    names = {frame.f_globals.get('__name__') for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return 'torch.serialization' in names
 
 
 def _refusal(error: Exception) -> str:

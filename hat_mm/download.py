@@ -4,9 +4,7 @@ The addresses of configs go through :func:`load_from_hat_mm`, which :mod:`hat_mm
 with mmengine.
 """
 
-import hashlib
 import http.client
-import ipaddress
 import logging
 import os
 import re
@@ -27,9 +25,10 @@ from mmengine.utils import apply_to
 import hat_mm
 
 from . import checkpoint_io, compat
+from .addresses import check_address, shown
 from .checkpoints import official_file
 
-__all__ = ['DownloadError', 'check_address', 'fetch', 'load_from_hat_mm']
+__all__ = ['DownloadError', 'fetch', 'load_from_hat_mm']
 
 FOLDER_VARIABLE = 'HAT_MM_WEIGHTS'
 MIRRORS_VARIABLE = 'HAT_MM_MIRRORS'
@@ -38,7 +37,6 @@ _TIMEOUT = 30.0  # seconds that a server may keep silent
 _REPORT_EVERY = 10.0  # seconds
 _ABANDONED_AFTER = 3600.0  # seconds
 _CHUNK = 1 << 20  # bytes
-_ALLOWED = 'https, file, and http to this machine'
 _NAME = re.compile(r'\w[\w.+-]*', re.ASCII)
 # OpenMMLab puts the first 8 digits of a file's sha256 at the end of its name, where others put a
 # date.
@@ -89,9 +87,9 @@ def fetch(url: str, sha256: str | None = None, mirrors: Sequence[str] = ()) -> P
 
     Args:
         url: Address of the file: https, file, or http to this machine.
-        sha256: Checksum of the file, 64 hexadecimal digits. If it is None, the 8 digits count that
-            end a name such as ``model_20261121-1a2b3c4d.pth``.
-        mirrors: Other addresses of the same file.
+        sha256: Checksum of the file, 64 hexadecimal digits. If it is None, that of an official file
+            counts, or the 8 digits that end a name such as ``model_20261121-1a2b3c4d.pth``.
+        mirrors: Other addresses of the same file, beside those of an official one.
 
     Returns:
         The verified file; that of a ``file:`` address in its place.
@@ -104,6 +102,9 @@ def fetch(url: str, sha256: str | None = None, mirrors: Sequence[str] = ()) -> P
         hat_mm.compat.DependencyError: It has to be read, and safetensors is not installed.
     """
     name = _file_name(url)
+    official = official_file(url)
+    if official is not None:
+        sha256, mirrors = sha256 or official.sha256, (*mirrors, *official.mirrors)
     digest = _known_digest(name, sha256)
     if isinstance(mirrors, str):
         raise TypeError(f'mirrors must be a sequence of addresses, got {mirrors!r}')
@@ -120,7 +121,7 @@ def fetch(url: str, sha256: str | None = None, mirrors: Sequence[str] = ()) -> P
         print_log(f'{name}: not from {failures[-1]}', logger='current', level=logging.WARNING)
 
     if folder := os.environ.get(FOLDER_VARIABLE):
-        path = Path(folder).expanduser() / name
+        path = Path(os.path.expanduser(folder)) / name
         if path.is_file():
             if fault := _fault(path, digest):
                 raise DownloadError(f'{path} (in {FOLDER_VARIABLE}) is wrong: {fault}', name)
@@ -135,6 +136,7 @@ def fetch(url: str, sha256: str | None = None, mirrors: Sequence[str] = ()) -> P
     if urlsplit(url).scheme != 'file' and cached.is_file():
         fault = _fault(cached, digest)
         if fault is None:
+            print_log(f'{name}: from the cache, {cached}', logger='current')
             return cached
         failed(f'the cache, {cached}', fault)
     for source in sources:
@@ -143,7 +145,7 @@ def fetch(url: str, sha256: str | None = None, mirrors: Sequence[str] = ()) -> P
                 return _local(source, digest)
             return _download(source, cached, digest)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            failed(_shown(source), _reason(error))
+            failed(shown(source), _reason(error))
     raise DownloadError(
         f'no source has a good {name}: {"; ".join(failures)}. A file of this name in a folder that '
         f'the environment variable {FOLDER_VARIABLE} names is used without a network',
@@ -151,15 +153,11 @@ def fetch(url: str, sha256: str | None = None, mirrors: Sequence[str] = ()) -> P
     )
 
 
-def _shown(url: str) -> str:
-    """An address for messages: what follows the path may be a key."""
-    return re.split('[?#]', url)[0]
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
         error = error.reason  # str(error) has brackets around it
-    return str(error) or type(error).__name__
+    text = ' '.join(str(error).split())[:300] or type(error).__name__
+    return ''.join(c if c.isprintable() else '?' for c in text)  # servers say what they like
 
 
 def _file_name(url: str) -> str:
@@ -168,7 +166,7 @@ def _file_name(url: str) -> str:
     name = unquote(urlsplit(url).path.rpartition('/')[2])
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f'{_shown(url)} must end with a plain file name (letters, digits, _ . + -; a letter, '
+            f'{shown(url)} must end with a plain file name (letters, digits, _ . + -; a letter, '
             f'digit or _ first), not with {name!r}'
         )
     return name
@@ -182,33 +180,6 @@ def _known_digest(name: str, sha256: str | None) -> str | None:
     if not re.fullmatch('[0-9a-fA-F]{64}', sha256):
         raise ValueError(f'sha256 of {name} must be 64 hexadecimal digits, got {sha256!r}')
     return sha256.lower()
-
-
-def check_address(url: str) -> None:
-    """Raises ValueError unless it is one of those that are allowed."""
-    parts = urlsplit(url)
-    scheme = parts.scheme
-    if '@' in parts.netloc:
-        raise ValueError(f'an address with a user name is not supported: host {parts.hostname!r}')
-    if scheme == 'file':
-        if parts.netloc not in ('', 'localhost'):
-            raise ValueError(f'{url} is on another machine; file:///PATH is on this one')
-    elif not parts.hostname or scheme not in ('http', 'https'):
-        raise ValueError(
-            f'{_shown(url)!r} is not downloaded: its scheme is {scheme!r}, allowed are {_ALLOWED}'
-        )
-    elif scheme == 'http' and not _is_loopback(parts.hostname):
-        raise ValueError(
-            f"{_shown(url)!r} is not downloaded: its scheme is 'http', which anybody on the way "
-            f'can alter; allowed are {_ALLOWED}'
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == 'localhost'
 
 
 # --- sources -------------------------------------------------------------------------------------
@@ -260,7 +231,7 @@ def _download(url: str, target: Path, digest: str | None) -> Path:
     try:
         with _open(url) as response, open(part, 'xb') as file:
             announced = response.length  # None if the server does not say
-            _copy(response, file, f'{target.name} from {_shown(url)}')
+            _copy(response, file, f'{target.name} from {shown(url)}')
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
@@ -320,8 +291,7 @@ def _fault(path: Path, digest: str | None) -> str | None:
 
 
 def _altered(path: Path, digest: str) -> str | None:
-    with open(path, 'rb') as file:
-        found = hashlib.file_digest(file, 'sha256').hexdigest()[: len(digest)]
+    found = checkpoint_io.sha256(path)[: len(digest)]
     if found == digest:
         return None
     starts = ' starts with' if len(digest) < 64 else ' is'
@@ -361,24 +331,19 @@ def load_from_hat_mm(filename: str, map_location: Any = None) -> Any:
         DownloadError, ValueError: See :func:`fetch`.
         OSError, pickle.UnpicklingError: See :func:`hat_mm.checkpoint_io.read`.
     """
-    if '://' in filename:
-        official = official_file(_shown(filename))
-        known = official is not None and official.url == _shown(filename)
-        path = _fetch_once(filename, *((official.sha256, official.mirrors) if known else ()))
-    else:
-        path = Path(filename).expanduser()
+    path = _fetch_once(filename) if '://' in filename else Path(os.path.expanduser(filename))
     checkpoint = checkpoint_io.read(path)
     if isinstance(map_location, str | torch.device):
         checkpoint = apply_to(checkpoint, torch.is_tensor, lambda t: t.to(map_location))
     return checkpoint
 
 
-def _fetch_once(*arguments: Any) -> Path:
+def _fetch_once(url: str) -> Path:
     """:func:`fetch` with one download a machine."""
     first = int(os.environ.get('LOCAL_RANK', get_rank())) == 0
     try:
         if first:
-            return fetch(*arguments)
+            return fetch(url)
     finally:
         barrier()
-    return fetch(*arguments)
+    return fetch(url)

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import yaml
 
 from . import compat
+from .addresses import check_address
 from .atomic import replacing
-from .download import check_address
 from .publish import check_published
 from .runs import Run
 

@@ -1,7 +1,6 @@
 """Makes a file for the model zoo of a training checkpoint: its weights and plain metadata."""
 
 import argparse
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -16,8 +15,9 @@ from torch import Tensor
 import hat_mm
 
 from . import checkpoint_io
+from .checkpoint_io import sha256
 
-__all__ = ['NOT_VALIDATED', 'Published', 'check_published', 'plain', 'publish', 'sha256']
+__all__ = ['NOT_VALIDATED', 'Published', 'check_published', 'plain', 'publish']
 
 _HASH = 8  # digits of the sha256 in a file's name, as in OpenMMLab
 NOT_VALIDATED = 'as trained, not the average (EMA), which is what validation measures'
@@ -87,12 +87,6 @@ def publish(
     finally:
         part.unlink(missing_ok=True)
     return Published(path, digest, len(state), tuple(dropped), weights)
-
-
-def sha256(path: str | Path) -> str:
-    """The checksum of a file, in hexadecimal digits."""
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def check_published(weights: Path) -> str:

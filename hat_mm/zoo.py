@@ -11,6 +11,8 @@ import functools
 import importlib
 import logging
 import os
+import reprlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,8 +20,11 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from . import compat, metafiles
-from .checkpoints import OFFICIAL_FILES, OFFICIAL_PREFIXES, official_file
+from .addresses import check_address
+from .checkpoints import OFFICIAL_FILES
 
 __all__ = ['ModelInfo', 'Result', 'get_model', 'list_models', 'register_model_index']
 
@@ -55,7 +60,6 @@ class ModelInfo:
         weights: Address of its weights, None if there are none.
         results: What was measured, None if the entry says nothing.
         metadata: Facts of its training.
-        in_collection: Name of its collection.
         filepath: The metafile that has the entry.
     """
 
@@ -64,11 +68,12 @@ class ModelInfo:
     weights: str | None
     results: tuple[Result, ...] | None
     metadata: Mapping[str, Any]
-    in_collection: str | None
     filepath: Path
 
 
 _registered: dict[str, ModelInfo] = {}
+# mmengine's default scope and its logger's level, which building changes, are the process's.
+_lock = threading.RLock()
 
 
 def _models() -> dict[str, ModelInfo]:
@@ -125,21 +130,25 @@ def _inside(name: Any, path: Path) -> Path:
 def _info(entry: Any, path: Path, prefix: Path) -> ModelInfo:
     name = entry.get('Name') if isinstance(entry, dict) else None
     if not isinstance(name, str) or not name:
-        raise ValueError(f'{path}: a model has no Name: {str(entry)[:80]}')
+        raise ValueError(f'{path}: a model has no Name: {reprlib.repr(entry)}')
     try:
         config = prefix / _inside(entry.get('Config'), path)
         weights = entry.get('Weights')
-        if weights is not None and not isinstance(weights, str):
-            raise ValueError(f'{path}: Weights must be one address, not {weights!r}')
+        if weights is not None:
+            check_address(weights)
         results = entry.get('Results')
         if results is not None:
             results = [results] if isinstance(results, dict) else results
-            results = tuple(Result(r['Task'], r['Dataset'], r['Metrics'] or {}) for r in results)
-    except (KeyError, TypeError, ValueError) as error:
+            results = tuple(
+                Result(r['Task'], r['Dataset'], r.get('Metrics') or {}) for r in results
+            )
+        metadata = entry.get('Metadata') or {}
+        if not isinstance(metadata, dict):
+            raise ValueError(f'Metadata must be fields, not {reprlib.repr(metadata)}')
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         said = f'its Results lack {error}' if isinstance(error, KeyError) else error
         raise ValueError(f'model {name!r}: {said} ({path})') from error
-    metadata = entry.get('Metadata') or {}
-    return ModelInfo(name, config, weights, results, metadata, entry.get('In Collection'), path)
+    return ModelInfo(name, config, weights, results, metadata, path)
 
 
 def register_model_index(
@@ -264,14 +273,13 @@ def get_model(
         need ``mmengine.registry.init_default_scope(model.cfg.default_scope)`` before.)
 
     Raises:
-        ValueError: There is no such model, it has no weights, or the weights do not fill it. With
-            overrides, which may replace a head, what is not filled is said in the log, unless it is
-            everything.
+        ValueError: There is no such model, it has no weights, or the weights do not fill it. Parts
+            that are overridden, such as ``head``, need not be filled; the log says what was not.
         TypeError: An override is no setting of the model.
         hat_mm.compat.DependencyError: The toolbox of the model is not installed.
         hat_mm.download.DownloadError: The weights cannot be fetched.
     """
-    info = _find(name)
+    info = copy.deepcopy(_find(name))
     if not isinstance(pretrained, bool | str | os.PathLike):
         raise TypeError(f'pretrained must be a bool, an address or a path, not {pretrained!r}')
     if pretrained is True and info.weights is None:
@@ -287,10 +295,12 @@ def get_model(
     _drop_weights(config.model, overrides)
     if overrides:
         config.merge_from_dict({'model': copy.deepcopy(overrides)})
-    model = _build(config, scope)
-    meta = _dataset_meta(config, scope)
-    if file is not None:
-        meta = _load(model, file, info, strict=not overrides) or meta
+    # Tensors of inference mode could neither be trained nor loaded into.
+    with _lock, torch.inference_mode(False):
+        model = _build(config, scope)
+        meta = _dataset_meta(config, scope)
+        if file is not None:
+            meta = _load(model, file, info, frozenset(overrides)) or meta
     if device is not None:
         model.to(device)
     model._config = model.cfg = config
@@ -331,12 +341,8 @@ def _weights(info: ModelInfo, pretrained: Any) -> Path:
         if not Path(where).is_file():
             raise FileNotFoundError(f'the weights {where!r} do not exist')
         return Path(where)
-    digest, mirrors = None, ()
-    if where.startswith(OFFICIAL_PREFIXES) and (official := official_file(where)):
-        digest, mirrors = official.sha256, official.mirrors
-    elif where == info.weights:
-        digest = info.metadata.get('SHA256')
-    return importlib.import_module('hat_mm.download').fetch(where, sha256=digest, mirrors=mirrors)
+    digest = info.metadata.get('SHA256') if where == info.weights else None
+    return importlib.import_module('hat_mm.download').fetch(where, digest)
 
 
 def _drop_weights(settings: Any, overrides: Any) -> None:
@@ -404,24 +410,31 @@ def _dataset_meta(config: Any, scope: str) -> dict[str, Any]:
     return {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
 
 
-def _load(model: Any, file: Path, info: ModelInfo, strict: bool) -> dict[str, Any]:
-    """Loads weights and returns what the checkpoint says of its data."""
-    tensors = model.state_dict(keep_vars=True)
+def _load(model: Any, file: Path, info: ModelInfo, overridden: frozenset[str]) -> dict[str, Any]:
+    """Loads weights and returns what the checkpoint says of its data.
+
+    Only parts of the model that are overridden may stay as they were initialised.
+    """
+    # Torch writes to these itself where a file has none.
+    tensors = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not name.endswith('num_batches_tracked')
+    }
     versions = {name: tensor._version for name, tensor in tensors.items()}
     load_checkpoint = importlib.import_module('mmengine.runner').load_checkpoint
     try:
-        checkpoint = load_checkpoint(model, str(file), map_location='cpu', strict=strict)
+        checkpoint = load_checkpoint(model, str(file), map_location='cpu', strict=not overridden)
     except RuntimeError as error:
-        text = ' '.join(str(error).split())
-        raise ValueError(
-            f'{file} does not fill the model {info.name!r}: {text[:1000]}'
-            + (' …' if len(text) > 1000 else '')
-        ) from error
+        raise ValueError(f'{file} does not fill the model {info.name!r}: {_cut(error)}') from error
     # Torch counts how often a tensor was written to.
     left = [name for name, tensor in tensors.items() if tensor._version == versions[name]]
-    if len(left) == len(tensors):
-        raise ValueError(f'{file} fills nothing of the model {info.name!r} with these overrides')
-    left = [name for name in left if not name.endswith('num_batches_tracked')]
+    wrong = [name for name in left if name.partition('.')[0] not in overridden]
+    if wrong or len(left) == len(tensors):
+        raise ValueError(
+            f'{file} does not fill the model {info.name!r}, where nothing is overridden: it lacks '
+            f'{_cut(", ".join(wrong or left))}'
+        )
     if left:
         importlib.import_module('mmengine.logging').print_log(
             f'{file.name}: not in it, or of another shape, and so at random: {", ".join(left)}',
@@ -431,3 +444,9 @@ def _load(model: Any, file: Path, info: ModelInfo, strict: bool) -> dict[str, An
     meta = checkpoint.get('meta')
     found = meta.get('dataset_meta') if isinstance(meta, dict) else None
     return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _cut(text: Any) -> str:
+    """Long text in one line."""
+    line = ' '.join(str(text).split())
+    return line if len(line) <= 1000 else f'{line[:1000]} …'

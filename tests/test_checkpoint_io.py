@@ -1,6 +1,7 @@
 """Checkpoint files: both formats, whole or not at all, and what is refused."""
 
 import gzip
+import importlib
 import io
 import os
 import pickle
@@ -8,12 +9,14 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from random import Random
 
 import pytest
 import torch
 
 from hat_mm import atomic
-from hat_mm.checkpoint_io import UNUSED, check_target, read, write
+from hat_mm.checkpoint_io import check_target, read, write
+from hat_mm.checkpoints import UNUSED
 
 CHECKPOINT = {
     'state_dict': {'a.weight': torch.arange(6.0).view(2, 3), 'a.count': torch.tensor(3)},
@@ -47,7 +50,9 @@ def test_what_is_written_is_read(path):
     back['state_dict'] = {name: back['state_dict'][name] for name in CHECKPOINT['state_dict']}
     assert_same(back, CHECKPOINT)
     assert os.listdir(path.parent) == [path.name]
-    assert path.stat().st_mode & 0o777 == 0o666 & ~os.umask(os.umask(0o022) or 0o022)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_views_bring_no_storage_along(path):
@@ -212,3 +217,47 @@ def test_written_files_need_no_hat_mm(path):
         'assert "hat_mm" not in sys.modules'
     )
     subprocess.run([sys.executable, '-c', code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.old.pth', '.safetensors'])
+def test_a_file_with_flipped_bits_is_read_or_named(suffix, tmp_path):
+    """Whatever torch and its libraries make of it, the error is one of two kinds."""
+    path = tmp_path / f'some{suffix}'
+    write(path, CHECKPOINT)
+    if suffix == '.old.pth':
+        torch.save(CHECKPOINT, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    random = Random(0)
+    refused = 0
+    for _ in range(400):
+        broken = bytearray(data)
+        broken[random.randrange(len(data))] ^= 1 << random.randrange(8)
+        path.write_bytes(broken)
+        try:
+            read(path)
+        except (pickle.UnpicklingError, OSError) as error:
+            refused += path.name in str(error)
+    assert refused > 50
+
+
+@pytest.mark.parametrize('header', ['no JSON', '[1]', 'null', '[' * 100_000])
+def test_metadata_that_are_none(header, tmp_path):
+    path = tmp_path / 'some.safetensors'
+    tensors = {'a': torch.zeros(1)}
+    importlib.import_module('safetensors.torch').save_file(tensors, path, {'hat_mm': header})
+    with pytest.raises(pickle.UnpicklingError, match=r'some.safetensors was not loaded'):
+        read(path)
+
+
+def test_torchscript_is_named_without_advice(tmp_path, recwarn):
+    path = tmp_path / 'some.pth'
+    torch.jit.script(torch.nn.Linear(1, 1)).save(path)
+    with pytest.raises(pickle.UnpicklingError, match=r'carries code \(TorchScript\)'):
+        read(path)
+
+
+def test_log_history_of_mmengine_is_read_by_itself(tmp_path, run_python):
+    history = importlib.import_module('mmengine.logging').HistoryBuffer([1.0], [1])
+    torch.save({'state_dict': {}, 'message_hub': {'loss': history}}, tmp_path / 'epoch.pth')
+    code = 'import sys; from hat_mm.checkpoint_io import read; print(read(sys.argv[1]).keys())'
+    assert "'message_hub'" in run_python('-c', code, str(tmp_path / 'epoch.pth')).stdout

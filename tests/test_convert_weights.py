@@ -20,7 +20,7 @@ from test_backbones.test_loading import Malicious, training_file
 
 import hat_mm
 from hat_mm import checkpoint_io
-from hat_mm.checkpoints import NAME_MAPS, OFFICIAL_FILES, unwrap
+from hat_mm.checkpoints import NAME_MAPS, OFFICIAL_FILES, UNUSED, unwrap
 from hat_mm.convert import Source, from_official
 from hat_mm.runtime import run_tool
 
@@ -89,8 +89,8 @@ def test_equal_second_names_are_written_again(tmp_path):
     second = 'levels.2.global_tokenizer.pos_embed.'
     for part in ('weight', 'bias'):
         state[second + part] = state[first + part]
-    made, _ = from_official({'state_dict': state}, Source('x.pth', '0', None), True, False)
-    assert not any(name.startswith(second) for name in made[checkpoint_io.UNUSED])
+    made = from_official({'state_dict': state}, Source('x.pth', '0'), True, False)
+    assert not any(name.startswith(second) for name in made[UNUSED])
     back, _ = family.name_map.to_official(family.name_map.to_native(state))
     assert torch.equal(back[second + 'weight'], state[first + 'weight'])
 
@@ -163,6 +163,7 @@ def test_ema(official, tmp_path):
     for name, value in one['state_dict'].items():
         if 'num_batches' not in name:
             assert torch.equal(other['state_dict'][name], value + 1)
+    assert not any(name.startswith(('head.', 'classifier.1.')) for name in one[UNUSED])
     assert set(one['state_dict']) >= {
         'head.fc.weight',
         'head.fc.bias',
@@ -223,8 +224,7 @@ def classifier(leaf, options):
 def test_logits_of_a_converted_classifier_are_the_published_ones(file, keys, leaf, options):
     golden = Golden(file)
     state = official_state(keys)
-    made, report = from_official({'state_dict': state}, Source('x.pth', '0', None), True, False)
-    assert report.complete
+    made = from_official({'state_dict': state}, Source('x.pth', '0'), True, False)
     model = classifier(leaf, options)
     missing, unexpected = model.load_state_dict(made['state_dict'], strict=False)
     assert not unexpected
@@ -234,13 +234,25 @@ def test_logits_of_a_converted_classifier_are_the_published_ones(file, keys, lea
     assert golden.error('logits', logits) <= 1e-5
 
 
+def test_a_converted_classifier_loads_as_plain_safetensors(tmp_path):
+    torch.save(official_state('hat_net_tiny'), tmp_path / 'x.pth')
+    assert convert(tmp_path / 'x.pth', tmp_path / 'x.safetensors', '--head') == 0
+    model = classifier('hat_net/hat-net-tiny_8xb128_in1k', {})
+    model.load_state_dict(
+        importlib.import_module('safetensors.torch').load_file(tmp_path / 'x.safetensors')
+    )
+    golden = Golden('hat_net_tiny_224')
+    with torch.inference_mode():
+        assert golden.error('logits', model(golden.image(), mode='tensor')) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ('file', 'keys', 'leaf', 'options'), [GOLDEN[0], GOLDEN[7]], ids=['FasterViT', 'HAT-Net']
 )
 def test_an_official_file_is_a_classifier_as_it_is(file, keys, leaf, options, tmp_path):
     golden = Golden(file)
     state = official_state(keys)
-    # As published, as HAT-Net publishes, and what mmengine's EMA hook hands on.
+    # As FasterViT's authors publish, and as HAT-Net's do.
     files = (training_file(state, window=7), {'model': state})
     for content in files:
         torch.save(content, tmp_path / 'official.pth.tar')
@@ -248,6 +260,7 @@ def test_an_official_file_is_a_classifier_as_it_is(file, keys, leaf, options, tm
         load_checkpoint(model, str(tmp_path / 'official.pth.tar'), map_location='cpu')
         with torch.inference_mode():
             assert golden.error('logits', model(golden.image(), mode='tensor')) <= 1e-5
+    # Copied, as the EMA hook does, which hands on the file's names.
     copied = copy.deepcopy(classifier(leaf, options))
     load_state_dict(copied, files[0]['state_dict'])
     with torch.inference_mode():
@@ -255,6 +268,10 @@ def test_an_official_file_is_a_classifier_as_it_is(file, keys, leaf, options, tm
 
 
 # --- what is refused ------------------------------------------------------------------------------
+
+
+def without(*names):
+    return {k: v for k, v in official_state('hat_net_tiny').items() if k not in names}
 
 
 def tiny_official(name, path, **fields):
@@ -272,7 +289,11 @@ CASES = {
         (),
         r"is no official file.*'layer1\.0\.conv1\.weight'",
     ),
-    'other depths': (lambda p: tiny_official('FasterViT', p), (), r'depths are \(1, 1, 2, 1\)'),
+    'other depths': (
+        lambda p: tiny_official('FasterViT', p),
+        (),
+        'fits no arch of FasterViT .* nearest is 0',
+    ),
     'no average': (lambda p: tiny_official('HATNet', p), ('--ema',), 'no averaged weights'),
     'no head': (
         lambda p: torch.save(
@@ -301,6 +322,45 @@ CASES = {
         (),
         'was not loaded: it carries code',
     ),
+    'of another family by name': (
+        lambda p: torch.save(official_state('hat_net_tiny'), p),
+        (),
+        'is the name of a FasterViT file, but it holds a HATNet',
+    ),
+    'of another arch by name': (
+        lambda p: torch.save(official_state('fastervit_0'), p),
+        (),
+        'is the name of arch 1, but its tensors are those of arch 0: was it renamed',
+    ),
+    'half a classifier': (
+        lambda p: torch.save(without('classifier.1.bias'), p),
+        ('--head',),
+        r'no linear layer of 384 inputs.*head\.fc\.weight \(1000, 384\)',
+    ),
+    'numbers as names': (lambda p: torch.save({1: torch.zeros(1)}, p), (), '1 in it is no name'),
+    'sparse': (
+        lambda p: torch.save(
+            {
+                k: v.to_sparse() if 'qkv' in k else v
+                for k, v in official_state('hat_net_tiny').items()
+            },
+            p,
+        ),
+        (),
+        r'mismatched \(stages\.0\.blocks\.0\.attn\.qkv\.weight',
+    ),
+    'part of a backbone': (
+        lambda p: torch.save({'stem.norm.weight': torch.zeros(1)}, p),
+        ('--to-official',),
+        'fits no arch of HATNet',
+    ),
+    'foreign under unused': (
+        lambda p: torch.save(
+            {'state_dict': hat_mm.HATNet().state_dict(), 'unused': {'stem.conv1.weight': 1}}, p
+        ),
+        ('--to-official',),
+        "under 'unused' it holds other things",
+    ),
     'suffix': (lambda p: None, 'x.zip', 'must end with'),
     'plain http': (lambda p: None, 'http://example.com/x.pth', 'https'),
 }
@@ -310,6 +370,9 @@ CASES = {
 def test_refused(case, tmp_path, capsys):
     make, arguments, message = CASES[case]
     source, target = tmp_path / 'source.pth', tmp_path / 'target.pth'
+    if case.endswith('by name'):
+        named = {'family': 'fastervit_0_224_1k.pth.tar', 'arch': 'fastervit_1_224_1k.pth.tar'}
+        source = tmp_path / named[case.split()[2]]
     make(source)
     if case == 'suffix':
         target, arguments = tmp_path / arguments, ()
@@ -353,6 +416,30 @@ def test_an_altered_official_file_is_refused(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(converter, 'official_file', lambda _, known=known: known)
         assert convert(path, tmp_path / f'{status}.pth') == status
     assert 'is not the file that its authors publish' in capsys.readouterr().err
+
+
+def test_the_address_is_where_it_came_from(tmp_path, monkeypatch):
+    """An official name on another host is no official file."""
+    path = tmp_path / 'HAT-Net_Tiny.pth'
+    torch.save(official_state('hat_net_tiny'), path)
+    monkeypatch.setattr(tool('convert_weights'), 'fetch', lambda url: path)
+    for i, (address, licence) in enumerate(
+        (
+            ('https://example.com/HAT-Net_Tiny.pth', None),
+            (
+                'https://github.com/yun-liu/HAT-Net/releases/download/v2.0/HAT-Net_Tiny.pth?x=1',
+                'none',
+            ),
+        )
+    ):
+        assert convert(address, tmp_path / f'{i}.pth') == 0
+        source = checkpoint_io.read(tmp_path / f'{i}.pth')['meta']['source']
+        assert source['url'] == address.partition('?')[0]
+        assert str(source.get('licence')).startswith(str(licence))
+    # The way back says what it is made from.
+    assert convert(tmp_path / '1.pth', tmp_path / 'back.pth', '--to-official') == 0
+    source = checkpoint_io.read(tmp_path / 'back.pth')['meta']['source']
+    assert source['made_from']['licence'] == 'none is stated'
 
 
 def test_options_that_exclude_each_other(capsys):

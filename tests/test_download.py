@@ -6,10 +6,12 @@ import importlib
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import URLError
@@ -21,7 +23,7 @@ from mmengine.runner import CheckpointLoader, load_checkpoint
 from test_backbones.archs import FAMILIES
 
 from hat_mm import checkpoint_io, download, registry
-from hat_mm.checkpoints import OFFICIAL_FILES, OFFICIAL_PREFIXES
+from hat_mm.checkpoints import OFFICIAL_FILES, OFFICIAL_PREFIXES, official_file
 from hat_mm.compat import DependencyError
 from hat_mm.download import DownloadError, fetch
 from hat_mm.runtime import explain
@@ -638,21 +640,35 @@ def test_a_damaged_official_file_in_the_folder_is_one_line_of_the_tools(official
     assert f'{file.name} (in HAT_MM_WEIGHTS) is wrong: ' in explain(caught.value)
 
 
-def test_official_addresses_use_checksum_and_mirrors_of_the_table(official, monkeypatch):
+def test_official_addresses_use_checksum_and_mirrors_of_the_table(
+    official, server, cache, monkeypatch
+):
+    """And a file of the same name on another host does not."""
     file, _, _ = official
-    calls = []
-    monkeypatch.setattr(download, 'fetch', lambda *a: calls.append(a) or Path(__file__))
-    monkeypatch.setattr(checkpoint_io, 'read', lambda path: {})
-    prefix = file.url.removesuffix(file.name)
-    for url in (file.url, f'{file.url}?download=true', f'{prefix}new.pth'):
-        assert CheckpointLoader.load_checkpoint(url) == {}
-    CheckpointLoader.load_checkpoint(f'https://example.com/{file.name}.safetensors')
-    assert calls == [
-        (file.url, file.sha256, file.mirrors),
-        (f'{file.url}?download=true', file.sha256, file.mirrors),
-        (f'{prefix}new.pth',),
-        (f'https://example.com/{file.name}.safetensors',),
-    ]
+    good = GOOD
+    server.replies[f'/{file.name}'] = Reply(good)
+    row = replace(
+        file,
+        url=f'https://127.0.0.1:9/{file.name}',  # where nobody answers
+        sha256=hashlib.sha256(good).hexdigest(),
+        mirrors=(server.base + file.name,),
+    )
+    monkeypatch.setattr('hat_mm.checkpoints.OFFICIAL_FILES', (row,))
+    for url in (row.url, f'{row.url}?download=true'):
+        assert fetch(url).read_bytes() == good
+        shutil.rmtree(cache)
+    server.replies[f'/{file.name}'] = Reply(good + b' ')
+    with pytest.raises(download.DownloadError, match='truncated or altered'):
+        fetch(row.url)
+
+
+def test_the_table_is_for_its_own_addresses_alone():
+    file = OFFICIAL_FILES[0]
+    assert official_file(file.url) is file
+    assert official_file(f'{file.url}?download=true') is file
+    assert official_file(file.name) is file
+    assert official_file(f'https://example.com/{file.name}') is None
+    assert official_file(f'https://example.com/?{file.url}') is None
 
 
 def test_safetensors_load_from_paths_and_addresses(server, cache, tmp_path):

@@ -11,7 +11,7 @@ import torch
 import yaml
 from repo_tools import tool
 
-from hat_mm import metafiles, publish, runs, runtime
+from hat_mm import checkpoint_io, metafiles, publish, runs, runtime
 from hat_mm.toy import make_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +121,7 @@ def test_entry_of_a_real_run(host, request, tmp_path, capsys):
     for label, module in (('MMEngine', 'mmengine'), ('mmcv', 'mmcv'), ('hat_mm', 'hat_mm')):
         assert metadata['Software'][label] == importlib.import_module(module).__version__
     assert len({'mmdet', 'mmseg', 'mmpretrain'} & set(metadata['Software'])) == 1
-    assert metadata['SHA256'] == publish.sha256(weights)
+    assert metadata['SHA256'] == checkpoint_io.sha256(weights)
     [log] = work_dir.glob('*/*.log')
     assert metadata['Date'].replace('-', '/') == log.read_text()[:10]
     if not torch.cuda.is_available():

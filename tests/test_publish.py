@@ -269,7 +269,7 @@ def test_another_file_is_not_overwritten(source, tmp_path, capsys):
     assert err.startswith('publish_model.py: error: ') and '--force overwrites it' in err
     assert done.path.read_bytes() == b'other'
     assert run(capsys, source, tmp_path / 'model.pth', '--force')[0] == 0
-    assert publish.sha256(done.path) == done.sha256
+    assert checkpoint_io.sha256(done.path) == done.sha256
 
 
 def test_the_input_is_not_overwritten_by_force(source, tmp_path):

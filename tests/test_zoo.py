@@ -6,6 +6,7 @@ import importlib
 import logging
 import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mmpretrain
@@ -279,7 +280,7 @@ def test_the_authors_weights(official, monkeypatch):
     )
     model = hat_mm.get_model(HAT_NET, pretrained=True)
     [file] = [file for file in OFFICIAL_FILES if file.backbone == 'hat-net-tiny']
-    assert asked == [((file.url,), {'sha256': file.sha256, 'mirrors': file.mirrors})]
+    assert asked == [((file.url, None), {})]  # fetch knows the table by itself
     state = torch.load(official, weights_only=True)
     assert torch.equal(model.head.fc.weight, state['classifier.1.weight'])
     assert torch.equal(model.head.fc.bias, state['classifier.1.bias'])
@@ -330,8 +331,45 @@ def test_nothing_filled_is_an_error_with_overrides_too(tmp_path):
     model = torch.nn.Linear(2, 2)
     torch.save({'state_dict': {'other': torch.zeros(1)}}, tmp_path / 'x.pth')
     info = zoo._models()[HAT_NET]
-    with pytest.raises(ValueError, match=r'x\.pth fills nothing'):
-        zoo._load(model, tmp_path / 'x.pth', info, strict=False)
+    with pytest.raises(ValueError, match=r'x\.pth does not fill the model'):
+        zoo._load(model, tmp_path / 'x.pth', info, frozenset({'weight', 'bias'}))
+
+
+@pytest.mark.parametrize('inference', [True, False])
+def test_weights_of_another_model_are_an_error_with_overrides_too(official, tmp_path, inference):
+    """Batch norms write to their counters themselves, which does not count as filled."""
+    torch.save(hat_mm.get_model(HAT_NET).state_dict(), tmp_path / 'hat_net.pth')
+    with torch.inference_mode(inference), pytest.raises(ValueError, match=r'fit|fill'):
+        hat_mm.get_model(
+            'fastervit-0_3rdparty_in1k',
+            pretrained=tmp_path / 'hat_net.pth',
+            head=dict(num_classes=7),
+        )
+    # A backbone alone is not what a segmentor has besides.
+    with pytest.raises(ValueError, match=r'where nothing is overridden: it lacks neck\.'):
+        hat_mm.get_model(
+            'hat-net-tiny_fpn_4xb4-80k_ade20k-512x512',
+            pretrained=tmp_path / 'hat_net.pth',
+            decode_head=dict(num_classes=7),
+        )
+
+
+def test_what_is_changed_of_a_model_does_not_change_the_index():
+    hat_mm.get_model(HAT_NET)._metainfo.metadata['SHA256'] = 'x'
+    assert 'SHA256' not in hat_mm.get_model(HAT_NET)._metainfo.metadata
+
+
+def test_models_in_threads():
+    """mmengine's default scope is one for all threads."""
+    names = [HAT_NET, MASK_RCNN, 'hat-net-tiny_fpn_4xb4-80k_ade20k-512x512'] * 2
+    logger = importlib.import_module('mmengine.logging').MMLogger.get_current_instance()
+    level = logger.level
+    with ThreadPoolExecutor(6) as pool:
+        models = list(pool.map(hat_mm.get_model, names))
+    assert [type(model).__name__ for model in models[:3]] == [
+        'ImageClassifier', 'MaskRCNN', 'EncoderDecoder',
+    ]  # fmt: skip
+    assert logger.level == level
 
 
 def test_no_weights_yet():
@@ -435,7 +473,7 @@ def test_imports_and_configs_beside_the_index(tmp_path, monkeypatch):
         ("Models: [{Name: a, Config: 'x\\..\\..\\a.py'}]", "model 'a': .*relative path"),
         ('Models: [{Name: a, Config: "C:/a.py"}]', "model 'a': .*relative path"),
         ('Models: [{Name: a, Config: a.py}]', r"config of 'a' does not exist: .*/a\.py; config_p"),
-        ('Models: [{Name: a, Config: a.py, Weights: [1]}]', 'Weights must be one address'),
+        ('Models: [{Name: a, Config: a.py, Weights: [1]}]', 'an address must be a string'),
         ('Models: [{Name: a, Config: a.py, Results: [{Task: t}]}]', "Results lack 'Dataset'"),
         ('Models: [{Name: a, Config: a.py}, {Name: A, Config: a.py}]', "several models .* 'A'"),
         ('Import: [../x.yml]', 'relative path'),

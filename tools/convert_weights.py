@@ -6,11 +6,12 @@ at all.
 """
 
 import argparse
-import hashlib
+import os
 import sys
 from pathlib import Path
 
 from hat_mm import checkpoint_io
+from hat_mm.addresses import shown
 from hat_mm.checkpoints import official_file
 from hat_mm.convert import Source, from_official, to_official
 from hat_mm.download import fetch
@@ -40,23 +41,23 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def open_source(src: str) -> tuple[Path, Source]:
-    """The file on this machine, and where it comes from."""
-    if '://' in src:
-        official = official_file(src)
-        known = official is not None and src == official.url
-        path = fetch(src, official.sha256, official.mirrors) if known else fetch(src)
-    else:
-        path = Path(src).expanduser()
-        official = official_file(path.name)
-    with open(path, 'rb') as file:
-        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+def open_source(src: str, native: bool) -> tuple[Path, Source]:
+    """The file on this machine, and where it comes from.
+
+    Args:
+        src: Path or address.
+        native: Whether it is a file of hat_mm, which may well have the name of an official one.
+    """
+    is_address = '://' in src
+    path = fetch(src) if is_address else Path(os.path.expanduser(src))
+    official = None if native else official_file(src if is_address else path.name)
+    sha256 = checkpoint_io.sha256(path)
     if official is not None and official.sha256 not in (None, sha256):
         raise UserError(
             f'{path} is not the file that its authors publish: its sha256 is {sha256}, theirs '
             f'{official.sha256}'
         )
-    return path, Source(path.name, sha256, official)
+    return path, Source(path.name, sha256, shown(src) if is_address else None, official)
 
 
 def main() -> None:
@@ -64,25 +65,24 @@ def main() -> None:
     args = parse_args()
     try:
         dst = checkpoint_io.check_target(args.dst, args.force)
-        path, source = open_source(args.src)
+        path, source = open_source(args.src, args.to_official)
         if path.resolve() == dst.resolve():
             raise UserError(f'{dst} cannot be both source and target')
         checkpoint = checkpoint_io.read(path)
         if not isinstance(checkpoint, dict):
             raise UserError(f'{path} holds no weights, but {type(checkpoint).__name__}')
         if args.to_official:
-            made, report = to_official(checkpoint, source)
+            made = to_official(checkpoint, source)
         else:
-            made, report = from_official(checkpoint, source, args.head, args.ema)
+            made = from_official(checkpoint, source, args.head, args.ema)
         checkpoint_io.write(dst, made, args.force)
     except ValueError as error:
         raise UserError(str(error)) from error
     meta = made['meta']
-    print(f'{meta["family"]} {" or ".join(meta.get("arch", ()))}'.rstrip() + f': {report}')
+    print(f'{meta["family"]} {" or ".join(meta["arch"])}: {meta["report"]}')
     for key, value in meta['source'].items():
         print(f'source {key}: {value}')
-    with open(dst, 'rb') as file:
-        print(f'{dst}: sha256 {hashlib.file_digest(file, "sha256").hexdigest()}')
+    print(f'{dst}: sha256 {checkpoint_io.sha256(dst)}')
 
 
 if __name__ == '__main__':

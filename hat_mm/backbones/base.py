@@ -303,24 +303,26 @@ class HierarchicalBackbone(BaseModule):
         """
         names = [name for name in state_dict if name.startswith(prefix)]
         state = unwrap({name.removeprefix(prefix): state_dict[name] for name in names})
-        if not self.name_map.matches(state):
-            return
+        if self.name_map.matches(state):
+            head = self.name_map.head
+            state = {
+                f'head.fc.{name.removeprefix(head)}'
+                if name.startswith(head)
+                else f'backbone.{name}': value
+                for name, value in state.items()
+            }
         for name in names:
             del state_dict[name]
-        head = self.name_map.head
-        for name, value in state.items():
-            own = f'backbone.{name}'
-            if name.startswith(head):
-                own = f'head.fc.{name.removeprefix(head)}'
-            state_dict[prefix + own] = value
+        state_dict.update({prefix + name: value for name, value in state.items()})
 
     def _adapt(self, state: dict[str, Any], prefix: str) -> dict[str, Any]:
         family = type(self).__name__
         if prefix and not state:
             raise ValueError(
-                f'the checkpoint holds no tensor for {prefix[:-1]!r}, a {family}. A classification '
-                f'checkpoint, such as the official files, cannot be load_from of a whole model: '
-                f"set model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE) instead."
+                f'the checkpoint holds no tensor for {prefix[:-1]!r}, a {family}. A file of a '
+                'backbone alone, or an official file (but for a classifier with a backbone of its '
+                'family), cannot be load_from of a whole model: set '
+                "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE) instead."
             )
         own = self.state_dict()
         built = len(self.stages)

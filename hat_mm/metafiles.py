@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
 from . import compat
 from .addresses import check_address
 from .atomic import replacing
 from .publish import check_published
 from .runs import Run
+
+try:
+    import yaml
+except ImportError as error:
+    raise compat.DependencyError('model indexes need a package: pip install pyyaml') from error
 
 AUTHORS = ' (authors)'  # ends the name of a metric that the networks' authors report
 

@@ -98,7 +98,10 @@ def _read_index(path: Path, prefix: Path) -> dict[str, ModelInfo]:
     files = [(path, data)]
     for imported in _list_of(data, 'Import', path):
         metafile = path.parent / _inside(imported, path)
-        files.append((metafile, metafiles.read(metafile)))
+        content = metafiles.read(metafile)
+        if content.get('Import'):
+            raise ValueError(f'{metafile} has Import, which only {path.name} may have here')
+        files.append((metafile, content))
     for file, content in files:
         for entry in _list_of(content, 'Models', file):
             info = _info(entry, file, prefix)
@@ -264,7 +267,8 @@ def get_model(
             path loads other ones. With False the weights are random, and nothing is downloaded.
         device: Where to move the model, such as ``'cuda'``.
         **overrides: Settings merged into the config's ``model``, such as
-            ``backbone=dict(window_size=14)``.
+            ``backbone=dict(window_size=14)``. A dict that replaces another, such as one for
+            ``arch``, needs ``_delete_=True``, as in configs.
 
     Returns:
         The model of mmdet, mmseg or mmpretrain. It has ``_config``, ``_metainfo`` (a

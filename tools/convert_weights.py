@@ -81,7 +81,8 @@ def main() -> None:
     meta = made['meta']
     print(f'{meta["family"]} {" or ".join(meta["arch"])}: {meta["report"]}')
     for key, value in meta['source'].items():
-        print(f'source {key}: {value}')
+        said = '; '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value
+        print(f'source {key}: {said}')
     print(f'{dst}: sha256 {checkpoint_io.sha256(dst)}')
 
 

@@ -550,7 +550,8 @@ def official_entry(file: OfficialFile, old: dict[str, Any] | None) -> dict[str, 
         if leaf.backbone == file.backbone and leaf.pairing.task is IMAGENET
     ]
     old = old or {}
-    known = {k: v for k, v in (old.get('Metadata') or {}).items() if k not in metadata}
+    owned = {*metadata, 'SHA256'}
+    known = {k: v for k, v in (old.get('Metadata') or {}).items() if k not in owned}
     entry = {
         'Name': official_name(file),
         'In Collection': family_of(file.backbone).name,
@@ -593,7 +594,7 @@ def metafile(family: Family) -> dict[str, Any]:
     ]
     collections = {c.get('Name'): c for c in there.get('Collections') or []}
     known = collections.pop(family.name, {})
-    return {
+    return there | {
         'Collections': [
             collection | {k: v for k, v in known.items() if k not in collection},
             *collections.values(),
@@ -688,7 +689,7 @@ def results(family: Family, models: list[dict[str, Any]]) -> str:
                 _, unit, decimals = _COUNTED[key]
                 row.append(f'{facts[key] / unit:.{decimals}f}' if key in facts else '')
             row += [str(figures.get(name, '')) for name in (*authors, *ours)]
-            rows.append([*row, _link('file', model['Weights']) if 'Weights' in model else ''])
+            rows.append([*row, _link('file', model['Weights']) if model.get('Weights') else ''])
         parts.append(_table(rows))
     return '\n'.join(parts)
 
@@ -708,7 +709,7 @@ def _cells(model: dict[str, Any], metrics: tuple[str, ...]) -> Iterator[str]:
     authors, ours = ([figures.get(metric + end) for metric in metrics] for end in (AUTHORS, ''))
     if None not in authors:
         yield _link(' / '.join(map(str, authors)), model['Config'])
-    if None not in ours and 'Weights' in model:
+    if None not in ours and model.get('Weights'):
         yield f'**{_link(" / ".join(map(str, ours)), model["Weights"])}**'
 
 

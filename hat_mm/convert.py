@@ -131,7 +131,7 @@ def to_official(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]
     if head:
         said.append(_check_head(head, name_map, archs[0], source))
         state |= {name_map.head + k.removeprefix(_HEAD): v for k, v in head.items()}
-    state = {**{k: v for k, v in kept.items() if k not in head}, **state}
+    state = {**kept, **state}
     # A second name that differed from the first is among what was kept.
     state |= {k: v for k, v in kept.items() if re.fullmatch(name_map.unused, k)}
     if lacking:

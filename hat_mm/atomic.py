@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     target = path.resolve()
-    part = target.with_name(f'.{os.getpid()}.{target.name}')
+    part = target.with_name(f'.{secrets.token_hex(4)}.{target.name}')
     try:
         part.touch(exist_ok=False)
         mode = (target if target.exists() else part).stat().st_mode

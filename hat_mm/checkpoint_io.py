@@ -204,7 +204,7 @@ def write(path: str | Path, checkpoint: Mapping[str, Any], force: bool = False) 
             else:
                 with open(part, 'wb') as file:
                     torch.save(_owned(checkpoint), file)
-        except (RuntimeError, NotImplementedError) as error:  # torch's words for a full disk, too
+        except RuntimeError as error:  # what torch raises when a disk is full, too
             raise OSError(f'{path} was not written: {" ".join(str(error).split())}') from error
         check_target(path, force)
 

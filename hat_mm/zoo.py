@@ -342,9 +342,10 @@ def _weights(info: ModelInfo, pretrained: Any) -> Path:
     """The verified local file of weights."""
     where = info.weights if pretrained is True else os.fspath(pretrained)
     if '://' not in where:
-        if not Path(where).is_file():
+        path = Path(os.path.expanduser(where))
+        if not path.is_file():
             raise FileNotFoundError(f'the weights {where!r} do not exist')
-        return Path(where)
+        return path
     digest = info.metadata.get('SHA256') if where == info.weights else None
     return importlib.import_module('hat_mm.download').fetch(where, digest)
 

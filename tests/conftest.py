@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import utils
+from mmengine.config import config, utils
 from mmengine.utils import ManagerMixin
 
 # Its repairs apply to toolboxes that are imported later.
@@ -60,6 +60,14 @@ def _quick_external_bases() -> Iterator[None]:
     """Read each model index once: mmengine reads all of a toolbox's for every external base."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, '_get_cfg_metainfo', functools.cache(utils._get_cfg_metainfo))
+        yield
+
+
+@pytest.fixture(scope='module')
+def plain_dumps() -> Iterator[None]:
+    """Write configs unformatted: yapf takes most of the time of a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, 'FormatCode', lambda text, **_: (text, True), raising=False)
         yield
 
 

@@ -22,13 +22,7 @@ URL = 'https://example.org/weights/'
 # --- real runs ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope='module', autouse=True)
-def plain_dumps():
-    """Write configs unformatted: yapf takes most of the time of a short run."""
-    with pytest.MonkeyPatch.context() as patch:
-        config = importlib.import_module('mmengine.config.config')
-        patch.setattr(config, 'FormatCode', lambda text, **_: (text, True), raising=False)
-        yield
+pytestmark = pytest.mark.usefixtures('plain_dumps')
 
 
 def trained(folder, config, *options):

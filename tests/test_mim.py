@@ -1,14 +1,11 @@
 """MIM's commands on an installed wheel, and ``hat_mm::`` in the configs of users."""
 
-import functools
-import http.server
 import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 import venv
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from loopback import serving
 from mmengine.config import Config
 from mmengine.hub import get_config
 from test_packaging import build, copy_sources
@@ -43,17 +41,8 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp('served')
     torch.save({'state_dict': {'weight': torch.arange(6.0)}}, folder / WEIGHTS)
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    handler = functools.partial(Handler, directory=folder)
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        yield f'http://127.0.0.1:{httpd.server_port}/{WEIGHTS}', folder / WEIGHTS
-        httpd.shutdown()
-        thread.join()
+    with serving(folder) as address:
+        yield f'{address}/{WEIGHTS}', folder / WEIGHTS
 
 
 @pytest.fixture(scope='module')

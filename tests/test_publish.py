@@ -36,7 +36,7 @@ class KeepAverage(Hook):
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, plain_dumps):
     """Work dir of a classifier that was trained and validated for an epoch, with EMAHook."""
     folder = tmp_path_factory.mktemp('averaged')
     data = folder / 'shapes-classes'
@@ -57,10 +57,7 @@ def trained(tmp_path_factory):
             f'{split}_dataloader.num_workers=0',
             f'{split}_dataloader.persistent_workers=False',
         ]
-    with pytest.MonkeyPatch.context() as patch:  # yapf takes most of the time of a short run
-        module = importlib.import_module('mmengine.config.config')
-        patch.setattr(module, 'FormatCode', lambda text, **_: (text, True), raising=False)
-        runtime.train([str(config), '--work-dir', str(folder / 'run'), '--cfg-options', *options])
+    runtime.train([str(config), '--work-dir', str(folder / 'run'), '--cfg-options', *options])
     return folder / 'run'
 
 

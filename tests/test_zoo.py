@@ -1,10 +1,7 @@
 """Models by name: the shipped index, indexes of users, weights, and mmpretrain's functions."""
 
-import functools
-import http.server
 import importlib
 import logging
-import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 import torch
 import yaml
 from golden import official_state
+from loopback import serving
 from mmengine.config import ConfigDict
 from mmengine.runner import CheckpointLoader
 from torch.utils import deterministic
@@ -398,17 +396,8 @@ def address(request, tmp_path):
         yield folder, folder.as_uri()
         return
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    handler = functools.partial(Handler, directory=folder)
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield folder, f'http://127.0.0.1:{server.server_port}'
-        server.shutdown()
-        thread.join()
+    with serving(folder) as address:
+        yield folder, address
 
 
 def write_index(folder: Path, models: list, name: str = 'metafile.yml') -> Path:

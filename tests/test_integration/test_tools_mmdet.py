@@ -23,13 +23,7 @@ IS_ONEDL = hasattr(importlib.import_module('mmengine.runner.checkpoint'), '_safe
 RUNS = itertools.count()
 
 
-@pytest.fixture(scope='module', autouse=True)
-def plain_dumps():
-    """Write configs unformatted: yapf takes most of the time of a short run."""
-    with pytest.MonkeyPatch.context() as patch:
-        config = importlib.import_module('mmengine.config.config')
-        patch.setattr(config, 'FormatCode', lambda text, **_: (text, True), raising=False)
-        yield
+pytestmark = pytest.mark.usefixtures('plain_dumps')
 
 
 @pytest.fixture(scope='module')

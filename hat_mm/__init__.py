@@ -1,4 +1,4 @@
-"""FasterViT and HAT-Net backbones for OpenMMLab detection, segmentation and classification.
+"""FasterViT and HAT-Net for OpenMMLab, and their attention for other networks.
 
 Importing the package needs torch and numpy alone. Public classes are imported on first use, so
 ``hat_mm.FasterViT`` works after ``import hat_mm``.
@@ -16,8 +16,12 @@ _PUBLIC = {
     'DropoutPooling': 'hat_mm.necks',
     'FasterViT': 'hat_mm.backbones',
     'HATNet': 'hat_mm.backbones',
+    'HATPlugin': 'hat_mm.plugins',
+    'HMHSAPlugin': 'hat_mm.plugins',
     'LayerDecayOptimWrapperConstructor': 'hat_mm.optim',
+    'LayerNorm2d': 'hat_mm.layers',
     'MapNorm': 'hat_mm.layers',
+    'SwinHAT': 'hat_mm.backbones',
     'get_model': 'hat_mm.zoo',
     'list_models': 'hat_mm.zoo',
     'register_model_index': 'hat_mm.zoo',
@@ -27,8 +31,12 @@ __all__ = [
     'DropoutPooling',
     'FasterViT',
     'HATNet',
+    'HATPlugin',
+    'HMHSAPlugin',
     'LayerDecayOptimWrapperConstructor',
+    'LayerNorm2d',
     'MapNorm',
+    'SwinHAT',
     '__version__',
     'get_model',
     'list_models',

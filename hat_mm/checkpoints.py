@@ -40,6 +40,10 @@ def _substitute(rules: Iterable[Rule], name: str) -> str:
     return name
 
 
+def _unchanged(name: str, value: Any) -> Any:
+    return value
+
+
 @dataclass(frozen=True)
 class NameMap:
     """How a family's official checkpoints name their tensors.
@@ -59,7 +63,11 @@ class NameMap:
         rules: Substitutions (pattern, replacement) that, applied in order, make a native name.
         back: Those that make an official name of a native one.
         block: Pattern of a block's names with the groups stage and block, for messages.
-        last_norm: Whether the files hold the batch norm of the last map.
+        last_norm: Whether the files hold the norm of the last map.
+        added: Pattern of native names (matched whole) that no official file has: what a network
+            adds to the published one.
+        to_value: Brings the value of an official name to the native layout.
+        from_value: The inverse, called with the official name and the native value.
     """
 
     family: str
@@ -73,6 +81,9 @@ class NameMap:
     back: tuple[Rule, ...]
     block: str
     last_norm: bool
+    added: str = '(?!)'
+    to_value: Callable[[str, Any], Any] = _unchanged
+    from_value: Callable[[str, Any], Any] = _unchanged
 
     def matches(self, names: Iterable[str]) -> bool:
         """Tells whether the names are those of an official file of this family."""
@@ -93,7 +104,7 @@ class NameMap:
         for name, value in state.items():
             if re.fullmatch(self.dropped, name):
                 continue
-            native.setdefault(_substitute(self.rules, name), value)
+            native.setdefault(_substitute(self.rules, name), self.to_value(name, value))
         return native
 
     def left_over(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -125,7 +136,7 @@ class NameMap:
                 unknown.append(name)
                 continue
             name = _substitute(self.back, name)
-            official[name] = value
+            value = official[name] = self.from_value(name, value)
             twin = _substitute(self.twins, name)
             if twin != name:
                 official[twin] = value
@@ -234,10 +245,65 @@ HAT_NET_NAMES = NameMap(
 )
 
 
+_MERGING = r'layers\.\d\.downsample\.(norm|reduction)\.'
+
+
+def _swin_merging(order: str) -> Callable[[str, Any], Any]:
+    """Reorders the inputs of a down-sampler, four pixels of C channels each.
+
+    Official files have the pixels outside, down the columns first; ``nn.Unfold``,
+    ``pixel_unshuffle`` and the toolboxes have the channels outside, then the pixels along the rows.
+    """
+
+    def reorder(name: str, value: Any) -> Any:
+        if not re.match(_MERGING, name) or not _is_dense(value) or value.shape[-1] % 4:
+            return value
+        sides = (2, 2, -1) if order == 'native' else (-1, 2, 2)
+        return value.unflatten(-1, sides).transpose(-3, -1).flatten(-3)
+
+    return reorder
+
+
+# For SwinHAT. The rules take the names of mmpretrain and mmdet too.
+SWIN_NAMES = NameMap(
+    family='Swin Transformer',
+    marker=r'patch_embed\.proj(ection)?\.',
+    native_marker=r'stages\.\d\.blocks\.\d+\.attn\.bias\.relative_position_bias_table',
+    head='head.',
+    tables=r'.*\.(relative_position_index|attn_mask)',
+    unused='(?!)',
+    twins=(),
+    rules=(
+        (r'^patch_embed\.proj(ection)?\.', 'stem.conv.'),
+        (r'^patch_embed\.', 'stem.'),
+        (r'^norm\.', 'norm3.'),
+        (r'^layers\.', 'stages.'),
+        (r'^stages\.(\d)\.downsample\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.'),
+        (r'\.attn\.w_msa\.', '.attn.'),
+        (r'\.attn\.relative_position_bias_table$', '.attn.bias.relative_position_bias_table'),
+        (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
+        (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
+    ),
+    back=(
+        (r'^stem\.conv\.', 'patch_embed.proj.'),
+        (r'^stem\.', 'patch_embed.'),
+        (r'^norm3\.', 'norm.'),
+        (r'^stages\.(\d)\.downsample\.', lambda m: f'layers.{int(m[1]) - 1}.downsample.'),
+        (r'^stages\.', 'layers.'),
+        (r'\.attn\.bias\.', '.attn.'),
+    ),
+    block=r'(?:layers|stages)\.(\d)\.blocks\.(\d+)\.',
+    last_norm=True,
+    added=r'stages\.\d\.(tokenizer|blocks\.\d+\.carrier)\..*',
+    to_value=_swin_merging('native'),
+    from_value=_swin_merging('official'),
+)
+
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
+# Of the networks whose official files can be converted to files of the same network and back.
 NAME_MAPS = (FASTERVIT_NAMES, HAT_NET_NAMES)
 
 
@@ -340,6 +406,7 @@ class LoadReport:
         mismatched: Names that both have, with another shape or kind of number.
         kept: Names that need not be in the checkpoint and are not, which keep their values.
         dropped: Names in the checkpoint that a backbone has no use for.
+        new: Names of what the backbone adds to the published network, which keep their values.
     """
 
     loaded: tuple[str, ...]
@@ -348,6 +415,7 @@ class LoadReport:
     mismatched: tuple[str, ...]
     kept: tuple[str, ...]
     dropped: tuple[str, ...]
+    new: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -355,12 +423,13 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
-        total = sum(map(len, (self.loaded, self.missing, self.mismatched, self.kept)))
+        total = sum(map(len, (self.loaded, self.missing, self.mismatched, self.kept, self.new)))
         parts = [f'{len(self.loaded)} of {total} tensors loaded']
         labels = {
             'missing': self.missing,
             'unexpected': self.unexpected,
             'mismatched': self.mismatched,
+            'new': self.new,
             'kept as they were': self.kept,
             'dropped': self.dropped,
         }
@@ -465,15 +534,17 @@ def adapt(
     no_use = tuple(name for name in state if re.fullmatch(name_map.dropped, name))
     no_use += tuple(name for name in native if re.fullmatch(unused, name))
     native = {name: value for name, value in native.items() if name not in no_use}
-    report = compare(own, native, unused)
+    report = compare(own, native, rf'{unused}|{name_map.added}')
     if not report.complete:
         raise ValueError(
             f'an official {name_map.family} checkpoint with depths {name_map.depths(state)} does '
             f'not fit arch {arch}: {report}. {_remedy(report)}'
         )
-    optional = rf'{unused}|.*{_COUNTER}'
+    optional = rf'{unused}|{name_map.added}|.*{_COUNTER}'
     native = {**{n: v for n, v in own.items() if re.fullmatch(optional, n)}, **native}
-    return native, replace(report, dropped=no_use)
+    new = tuple(n for n in report.kept if re.fullmatch(name_map.added, n))
+    kept = tuple(n for n in report.kept if n not in new)
+    return native, replace(report, dropped=no_use, kept=kept, new=new)
 
 
 def _remedy(report: LoadReport) -> str:

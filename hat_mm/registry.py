@@ -18,7 +18,10 @@ from .checkpoints import OFFICIAL_PREFIXES
 from .download import load_from_hat_mm
 
 MODELS = Registry(
-    'model', parent=_MODELS, scope='hat_mm', locations=['hat_mm.backbones', 'hat_mm.necks']
+    'model',
+    parent=_MODELS,
+    scope='hat_mm',
+    locations=['hat_mm.backbones', 'hat_mm.necks', 'hat_mm.plugins'],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optim_wrapper_constructor',

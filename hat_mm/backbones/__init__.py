@@ -2,5 +2,6 @@
 
 from .fastervit import FasterViT
 from .hat_net import HATNet
+from .swin_hat import SwinHAT
 
-__all__ = ['FasterViT', 'HATNet']
+__all__ = ['FasterViT', 'HATNet', 'SwinHAT']

@@ -67,6 +67,11 @@ def check_ints(name: str, values: Sequence[int], length: int) -> None:
         raise ValueError(f'{name} must be {wanted}, not {shown!r}')
 
 
+def per_stage(values: int | Sequence[int], num_stages: int) -> Sequence[int]:
+    """One number for each stage, from one for all or one for each."""
+    return (values,) * num_stages if isinstance(values, int) else values
+
+
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Spreads a drop-path rate over blocks, linearly from 0 at the first block to ``rate``."""
     if not isinstance(rate, int | float) or not 0 <= rate < 1:
@@ -108,7 +113,8 @@ class HierarchicalBackbone(BaseModule):
     A subclass makes ``stem`` and ``stages`` in :meth:`_build` from ``spec``, lists its variants in
     ``archs`` (rows of ``arch_type``, which have ``dims`` and ``depths``, the channels and blocks of
     each stage), names its official checkpoints in ``name_map``, and says what it is made of:
-    ``published_norm`` is the config of its norms, ``from_scratch`` the start values of its weights.
+    ``published_norm`` is the config of its norms, ``published_out_norm`` the type of the norm that
+    an official file has for the last map, ``from_scratch`` the start values of its weights.
     ``stages[i]`` starts with its down-sampler (the first has none) and holds its blocks in
     ``blocks``, so the result of a stage is its feature map.
 
@@ -133,6 +139,7 @@ class HierarchicalBackbone(BaseModule):
     arch_type: ClassVar[type]
     name_map: ClassVar[NameMap]
     published_norm: ClassVar[dict]
+    published_out_norm: ClassVar[type] = _BatchNorm
     from_scratch: ClassVar[list[dict]]
 
     def __init__(
@@ -328,7 +335,7 @@ class HierarchicalBackbone(BaseModule):
         built = len(self.stages)
         unused = rf'norm\d\..*|stages\.[{built}-9]\..*'
         last = getattr(self, f'norm{len(self.depths) - 1}', None)
-        if self.name_map.last_norm and isinstance(last, _BatchNorm):
+        if self.name_map.last_norm and isinstance(last, self.published_out_norm):
             # The norm of the last map is part of the official files and fits.
             unused = rf'norm[0-{len(self.depths) - 2}]\..*|stages\.[{built}-9]\..*'
         state, report = adapt(state, own, self.name_map, self.arch, unused)

@@ -9,27 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hat_mm.checkpoints import FASTERVIT_NAMES
-from hat_mm.layers import (
-    CarrierTokenizer,
-    ConvBlock,
-    ConvStem,
-    Downsample,
-    EvalCache,
-    HierarchicalBlock,
-    checkpoint_block,
-    crop,
-    merge_windows,
-    pad_to_windows,
-    split_windows,
-    window_grid,
-)
+from hat_mm.layers import AttentionStage, ConvBlock, ConvStem, Downsample, EvalCache
 from hat_mm.registry import MODELS
 
-from .base import HierarchicalBackbone, Stage, check_ints, drop_path_rates
+from .base import HierarchicalBackbone, Stage, check_ints, drop_path_rates, per_stage
 
 _NUM_STAGES = 4
 _ATTENTION_STAGES = (2, 3)
@@ -68,12 +54,12 @@ class FasterViTArch:
         carriers = self.carriers
         if isinstance(carriers, bool):
             carriers = (2,) if carriers else ()
-        per_stage = {
+        given = {
             'depths': self.depths,
             'num_heads': self.num_heads,
-            'window_size': per_stage_windows(self.window_size),
+            'window_size': per_stage(self.window_size, _NUM_STAGES),
         }
-        for name, values in per_stage.items():
+        for name, values in given.items():
             check_ints(name, values, _NUM_STAGES)
             object.__setattr__(self, name, tuple(values))
         for name in ('embed_dims', 'stem_dims', 'carrier_size'):
@@ -102,11 +88,6 @@ class FasterViTArch:
         return tuple(self.embed_dims * 2**i for i in range(_NUM_STAGES))
 
 
-def per_stage_windows(window_size: int | Sequence[int]) -> Sequence[int]:
-    """One window side for each stage, from one for all or one for each."""
-    return (window_size,) * _NUM_STAGES if isinstance(window_size, int) else window_size
-
-
 _4 = FasterViTArch(
     embed_dims=196,
     depths=(3, 3, 12, 5),
@@ -132,74 +113,6 @@ FASTERVIT_ARCHS = MappingProxyType(
         '4-21k-768': replace(_4_21K, window_size=(7, 7, 48, 24)),
     }
 )
-
-
-class AttentionStage(nn.Module):
-    """A down-sampler and transformer blocks on windows, with or without carrier tokens.
-
-    The map is padded with zeros at the bottom and right to whole windows. As in the published
-    models the padded tokens take part in attention.
-
-    Args:
-        downsample: Module in front of the blocks.
-        dim: Channels C of the blocks.
-        num_heads: Attention heads.
-        window: Window side w in tokens.
-        carrier_size: Carrier side c in tokens, 0 for no carriers.
-        layer_scale: Start value of the per-channel factors, or None for none.
-        propagate: Adds the carriers to their tokens at the end of the stage.
-        drop_paths: Drop-path rate of each block.
-        cache: Where position tensors are kept in eval mode.
-        with_cp: Recomputes the blocks' activations for the gradient.
-    """
-
-    def __init__(
-        self,
-        downsample: nn.Module,
-        dim: int,
-        num_heads: int,
-        window: int,
-        carrier_size: int,
-        layer_scale: float | None,
-        propagate: bool,
-        drop_paths: Sequence[float],
-        cache: EvalCache,
-        with_cp: bool,
-    ) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.tokenizer = CarrierTokenizer(dim, window, carrier_size) if carrier_size else None
-        self.blocks = nn.ModuleList(
-            HierarchicalBlock(
-                dim,
-                num_heads,
-                window,
-                carrier_size,
-                drop_path_rate=rate,
-                layer_scale=layer_scale,
-                propagate=propagate and carrier_size > 0 and i == len(drop_paths) - 1,
-                cache=cache,
-            )
-            for i, rate in enumerate(drop_paths)
-        )
-        self.window_size = window
-        self.num_carriers = carrier_size**2
-        self.with_cp = with_cp
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, H, W) to the stage's feature map."""
-        x = self.downsample(x)
-        height, width = x.shape[-2:]
-        grid = window_grid(height, width, self.window_size)
-        x = pad_to_windows(x, grid, self.window_size)
-        tokens = split_windows(x.permute(0, 2, 3, 1), grid, self.window_size)
-        if self.tokenizer is not None:
-            tokens = torch.cat([self.tokenizer(x, grid), tokens], 1)
-        for block in self.blocks:
-            args = (tokens, grid)
-            tokens = checkpoint_block(block, *args) if self.with_cp else block(*args)
-        x = merge_windows(tokens[:, self.num_carriers :], grid, self.window_size)
-        return crop(x, height, width).permute(0, 3, 1, 2)
 
 
 @MODELS.register_module()

@@ -1,6 +1,7 @@
 """Building blocks in plain torch, shared by all backbones."""
 
 from .attention import (
+    AttentionStage,
     CarrierTokenizer,
     HierarchicalBlock,
     HierarchicalSelfAttention,
@@ -8,11 +9,28 @@ from .attention import (
     TransformerLayer,
 )
 from .cache import EvalCache
-from .common import DropPath, MapNorm, Mlp, NormFactory, checkpoint_block, guard_group_norm
-from .convs import Conv2d, ConvBlock, ConvStem, Downsample, InvertedResidual, PointwiseConv
-from .position import AbsolutePositionEmbedding, RelativePositionBias
+from .common import (
+    DropPath,
+    LayerNorm2d,
+    MapNorm,
+    Mlp,
+    NormFactory,
+    checkpoint_block,
+    guard_group_norm,
+)
+from .convs import (
+    Conv2d,
+    ConvBlock,
+    ConvStem,
+    Downsample,
+    InvertedResidual,
+    PointwiseConv,
+    ZeroPointwiseConv,
+)
+from .position import AbsolutePositionEmbedding, RelativePositionBias, RelativePositionTable
 from .windows import (
     BorderMask,
+    ShiftMask,
     average_windows,
     crop,
     merge_windows,
@@ -23,6 +41,7 @@ from .windows import (
 
 __all__ = [
     'AbsolutePositionEmbedding',
+    'AttentionStage',
     'BorderMask',
     'CarrierTokenizer',
     'Conv2d',
@@ -34,13 +53,17 @@ __all__ = [
     'HierarchicalBlock',
     'HierarchicalSelfAttention',
     'InvertedResidual',
+    'LayerNorm2d',
     'MapNorm',
     'Mlp',
     'NormFactory',
     'PointwiseConv',
     'RelativePositionBias',
+    'RelativePositionTable',
     'SelfAttention',
+    'ShiftMask',
     'TransformerLayer',
+    'ZeroPointwiseConv',
     'average_windows',
     'checkpoint_block',
     'crop',

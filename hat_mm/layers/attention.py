@@ -8,14 +8,16 @@ Letters: B batch, C channels, H W map size, N tokens, G heads, d = C / G channel
 window side, c carrier side, nh nw windows along each axis.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import EvalCache
-from .common import DropPath, Mlp, NormFactory
+from .common import DropPath, Mlp, NormFactory, checkpoint_block
 from .convs import Conv2d, PointwiseConv
-from .position import AbsolutePositionEmbedding, RelativePositionBias
+from .position import AbsolutePositionEmbedding, RelativePositionBias, RelativePositionTable
 from .windows import (
     BorderMask,
     average_windows,
@@ -33,26 +35,36 @@ class SelfAttention(nn.Module):
     Args:
         dim: Channels C, a multiple of ``num_heads``.
         num_heads: Heads G.
-        num_prefix: Tokens in front of the grid that have no position.
-        cache: Where position biases are kept in eval mode.
+        bias: Gives the bias (G, N, N) of a grid's sides.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, num_prefix: int = 0, cache: EvalCache | None = None
+        self, dim: int, num_heads: int, bias: RelativePositionBias | RelativePositionTable
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.bias = RelativePositionBias(num_heads, num_prefix, cache)
+        self.bias = bias
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, sides: tuple[int, int]) -> Tensor:
-        """Maps (B, N, C) to (B, N, C), the tokens being a grid of ``sides`` behind the prefix."""
+    def forward(self, x: Tensor, sides: tuple[int, int], mask: Tensor | None = None) -> Tensor:
+        """Attends to the tokens of each entry of the first axis.
+
+        Args:
+            x: Tokens, (B, N, C): a prefix, then a grid.
+            sides: Sides of the grid in tokens.
+            mask: True where a query may see a key, (B, 1, N, N); None for everywhere.
+
+        Returns:
+            Tensor of the shape of ``x``.
+        """
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         # Four axes: the fused kernels take no mask of three.
         bias = self.bias(sides).to(q.dtype)[None]
+        if mask is not None:
+            bias = bias.masked_fill(~mask, -torch.inf)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
 
@@ -85,7 +97,9 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.pos_embed = AbsolutePositionEmbedding(dim, num_prefix, cache)
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = SelfAttention(dim, num_heads, num_prefix, cache)
+        self.attn = SelfAttention(
+            dim, num_heads, RelativePositionBias(num_heads, num_prefix, cache)
+        )
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path_rate)
@@ -211,6 +225,78 @@ class HierarchicalBlock(nn.Module):
         upsampled = x[:, (cell[:, None] * c + cell).flatten()]
         tokens = x[:, c * c :] + _scaled(upsampled, self.carrier.gamma1)
         return torch.cat([x[:, : c * c], tokens], 1)
+
+
+class AttentionStage(nn.Module):
+    """A down-sampler and transformer blocks on windows, with or without carrier tokens.
+
+    The map is padded with zeros at the bottom and right to whole windows. As in the published
+    models the padded tokens take part in attention.
+
+    Args:
+        downsample: Module in front of the blocks, or None.
+        dim: Channels C of the blocks.
+        num_heads: Attention heads.
+        window: Window side w in tokens.
+        carrier_size: Carrier side c in tokens, 0 for no carriers.
+        layer_scale: Start value of the per-channel factors, or None for none.
+        propagate: Adds the carriers to their tokens at the end of the stage.
+        drop_paths: Drop-path rate of each block.
+        cache: Where position tensors are kept in eval mode.
+        with_cp: Recomputes the blocks' activations for the gradient.
+        mlp_ratio: Hidden width of the MLPs as a multiple of C.
+    """
+
+    def __init__(
+        self,
+        downsample: nn.Module | None,
+        dim: int,
+        num_heads: int,
+        window: int,
+        carrier_size: int,
+        layer_scale: float | None,
+        propagate: bool,
+        drop_paths: Sequence[float],
+        cache: EvalCache,
+        with_cp: bool,
+        mlp_ratio: float = 4,
+    ) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.tokenizer = CarrierTokenizer(dim, window, carrier_size) if carrier_size else None
+        self.blocks = nn.ModuleList(
+            HierarchicalBlock(
+                dim,
+                num_heads,
+                window,
+                carrier_size,
+                drop_path_rate=rate,
+                layer_scale=layer_scale,
+                propagate=propagate and carrier_size > 0 and i == len(drop_paths) - 1,
+                mlp_ratio=mlp_ratio,
+                cache=cache,
+            )
+            for i, rate in enumerate(drop_paths)
+        )
+        self.window_size = window
+        self.num_carriers = carrier_size**2
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the stage's feature map."""
+        if self.downsample is not None:
+            x = self.downsample(x)
+        height, width = x.shape[-2:]
+        grid = window_grid(height, width, self.window_size)
+        x = pad_to_windows(x, grid, self.window_size)
+        tokens = split_windows(x.permute(0, 2, 3, 1), grid, self.window_size)
+        if self.tokenizer is not None:
+            tokens = torch.cat([self.tokenizer(x, grid), tokens], 1)
+        for block in self.blocks:
+            args = (tokens, grid)
+            tokens = checkpoint_block(block, *args) if self.with_cp else block(*args)
+        x = merge_windows(tokens[:, self.num_carriers :], grid, self.window_size)
+        return crop(x, height, width).permute(0, 3, 1, 2)
 
 
 class HierarchicalSelfAttention(nn.Module):

@@ -76,6 +76,22 @@ class MapNorm(nn.GroupNorm):
         return ((y - mean) * scale + self.bias[:, None, None]).type_as(x)
 
 
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of each pixel.
+
+    Args:
+        dim: Channels.
+        eps: Added to the variance.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__(dim, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the same shape, channels last in memory."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them, applied to the last axis.
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import DropPath, NormFactory
+from .common import DropPath, LayerNorm2d, NormFactory
 
 
 class Conv2d(nn.Conv2d):
@@ -39,6 +39,27 @@ class PointwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', H, W)."""
         x = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        return x.permute(0, 3, 1, 2)
+
+
+class ZeroPointwiseConv(nn.Module):
+    """1x1 convolution that starts at zero, whatever initialises the network around it.
+
+    It is no ``nn.Conv2d``, because networks give those start values by their type.
+
+    Args:
+        in_dim: Channels in.
+        out_dim: Channels out.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_dim, in_dim))
+        self.bias = nn.Parameter(torch.zeros(out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to (B, C', H, W)."""
+        x = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias)
         return x.permute(0, 3, 1, 2)
 
 
@@ -98,12 +119,12 @@ class Downsample(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(in_dim, eps=1e-6)
+        self.norm = LayerNorm2d(in_dim, eps=1e-6)
         self.conv = nn.Conv2d(in_dim, out_dim, 3, stride=2, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
-        x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.norm(x)
         if torch.compiler.is_compiling():
             # With the channels last, inductor of torch 2.13 fails on some symbolic sizes
             # ("ValueRangeError: Invalid ranges"). The copy is fused into the norm.

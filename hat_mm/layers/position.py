@@ -1,7 +1,8 @@
 """Positions as functions of coordinates: absolute embedding, relative bias.
 
-Both are small MLPs of normalised coordinates, so one set of weights serves every grid and nothing
-that is stored depends on the input size. Source: https://arxiv.org/abs/2306.06189.
+FasterViT's are small MLPs of normalised coordinates, so one set of weights serves every grid and
+nothing that is stored depends on the input size (https://arxiv.org/abs/2306.06189). Swin's bias is
+a table of the offsets in a window (https://arxiv.org/abs/2103.14030).
 
 Letters: a b sides of a grid in tokens, N = a * b, G heads, C channels, p prefix tokens (the
 carriers that stand in front of a window's tokens and have no position).
@@ -19,13 +20,11 @@ from .cache import EvalCache
 _HIDDEN = 512
 
 
-class _PositionMlp(nn.Module):
-    """MLP 2 -> 512 -> ``out_dim`` of coordinates, whose results are cached in eval mode."""
+class _Positions(nn.Module):
+    """A function of a grid's sides, whose result is cached in eval mode."""
 
-    def __init__(self, out_dim: int, num_prefix: int, cache: EvalCache | None) -> None:
+    def __init__(self, num_prefix: int, cache: EvalCache | None) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(2, _HIDDEN)
-        self.fc2 = nn.Linear(_HIDDEN, out_dim, bias=False)
         self.num_prefix = num_prefix
         self._cache = EvalCache() if cache is None else cache
 
@@ -34,6 +33,27 @@ class _PositionMlp(nn.Module):
 
     def _compute(self, a: int, b: int) -> Tensor:
         raise NotImplementedError
+
+    def train(self, mode: bool = True) -> '_Positions':
+        self._cache.drop(self)
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> '_Positions':
+        self._cache.drop(self)
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cache.drop(self)
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class _PositionMlp(_Positions):
+    """MLP 2 -> 512 -> ``out_dim`` of coordinates."""
+
+    def __init__(self, out_dim: int, num_prefix: int, cache: EvalCache | None) -> None:
+        super().__init__(num_prefix, cache)
+        self.fc1 = nn.Linear(2, _HIDDEN)
+        self.fc2 = nn.Linear(_HIDDEN, out_dim, bias=False)
 
     def _mlp(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Maps coordinates (a,) and (b,) to (a, b, out_dim), in float32 whatever the model's type.
@@ -50,18 +70,6 @@ class _PositionMlp(nn.Module):
                 + self.fc1.bias.float()
             )
             return F.linear(F.relu(hidden), self.fc2.weight.float())
-
-    def train(self, mode: bool = True) -> '_PositionMlp':
-        self._cache.drop(self)
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> '_PositionMlp':
-        self._cache.drop(self)
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._cache.drop(self)
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 def _to_unit(offset: Tensor) -> Tensor:
@@ -120,14 +128,42 @@ class RelativePositionBias(_PositionMlp):
         # The bias depends on the offset only: the MLP sees (2a - 1)(2b - 1) offsets, not N * N
         # pairs, which on a large map would take gigabytes.
         table = self._mlp(log_offsets(a), log_offsets(b)).flatten(0, 1)
-        table = 16 * torch.sigmoid(table.t())
+        return _of_pairs(16 * torch.sigmoid(table.t()), a, b, self.num_prefix)
 
-        def differences(side: int) -> Tensor:
-            index = torch.arange(side, device=device)
-            return index[:, None] - index + side - 1
 
-        # (a, b, a, b): row and column of the query, row and column of the key.
-        index = differences(a)[:, None, :, None] * (2 * b - 1) + differences(b)[None, :, None, :]
-        bias = table.index_select(1, index.flatten()).view(-1, a * b, a * b)
-        p = self.num_prefix
-        return F.pad(bias, (p, 0, p, 0)) if p else bias
+class RelativePositionTable(_Positions):
+    """Swin's bias: a learned number for each offset of two tokens in a window, and each head.
+
+    Args:
+        num_heads: Heads G.
+        window: Window side w, the only side that it serves.
+        num_prefix: Tokens p in front of the window's; pairs with them have bias 0.
+        cache: Cache shared with other modules. Defaults to one of its own.
+
+    Shape:
+        Called with ``(w, w)``, returns (G, p + w * w, p + w * w): head, query, key.
+    """
+
+    def __init__(
+        self, num_heads: int, window: int, num_prefix: int = 0, cache: EvalCache | None = None
+    ) -> None:
+        super().__init__(num_prefix, cache)
+        table = torch.empty((2 * window - 1) ** 2, num_heads)
+        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+
+    def _compute(self, a: int, b: int) -> Tensor:
+        return _of_pairs(self.relative_position_bias_table.t(), a, b, self.num_prefix)
+
+
+def _of_pairs(table: Tensor, a: int, b: int, num_prefix: int) -> Tensor:
+    """Numbers by offset, (G, (2a - 1)(2b - 1)), to those by pair, (G, p + a * b, p + a * b)."""
+
+    def differences(side: int) -> Tensor:
+        index = torch.arange(side, device=table.device)
+        return index[:, None] - index + side - 1
+
+    # (a, b, a, b): row and column of the query, row and column of the key.
+    index = differences(a)[:, None, :, None] * (2 * b - 1) + differences(b)[None, :, None, :]
+    bias = table.index_select(1, index.flatten()).view(-1, a * b, a * b)
+    p = num_prefix
+    return F.pad(bias, (p, 0, p, 0)) if p else bias

@@ -141,3 +141,44 @@ class BorderMask(nn.Module):
         )
         mask = rows[:, None, :, None] & cols[None, :, None, :]
         return mask.reshape(-1, 1, 1, w * w)
+
+
+class ShiftMask(nn.Module):
+    """Keeps tokens apart that only the rolling of a map has brought into one window.
+
+    Source: Swin Transformer, https://arxiv.org/abs/2103.14030.
+
+    Args:
+        window: Window side w.
+        shift: Tokens by which the map was rolled to the top and to the left, 0 < shift < w.
+        cache: Where the last mask is kept in eval mode. Defaults to one of its own.
+
+    Shape:
+        Called with ``(grid, device)``, the windows along the axes and where the mask is to be,
+        returns (nh * nw, 1, w * w, w * w), window, head, query, key, True where a query may see a
+        key, in the order of :func:`split_windows` for one image.
+    """
+
+    def __init__(self, window: int, shift: int, cache: EvalCache | None = None) -> None:
+        super().__init__()
+        self.window = window
+        self.shift = shift
+        self._cache = EvalCache() if cache is None else cache
+
+    def forward(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """Makes the mask of ``grid`` windows."""
+        key = (self.window, self.shift, *grid, device)
+        return self._cache.get(self, key, lambda: self._compute(grid, device))
+
+    def _compute(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        w = self.window
+
+        def together(windows: int) -> Tensor:
+            """(n, w, w): whether two tokens of a window were as near on this axis before."""
+            index = torch.arange(windows * w, device=device).view(windows, w)
+            rolled = index >= windows * w - self.shift
+            return rolled[:, :, None] == rolled[:, None, :]
+
+        rows, cols = map(together, grid)
+        mask = rows[:, None, :, None, :, None] & cols[None, :, None, :, None, :]
+        return mask.reshape(-1, 1, w * w, w * w)

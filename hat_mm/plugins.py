@@ -1,0 +1,174 @@
+"""Hierarchical attention for other networks, as residual modules that start as the identity.
+
+They follow the protocol of mmcv's plugin layers: a host such as mmdet's or mmseg's ResNet gives
+``in_channels``, the config the rest. They stand as well in ``nn.Sequential``, in necks, or anywhere
+else where a map (B, C, H, W) passes.
+"""
+
+from torch import Tensor, nn
+
+from hat_mm.backbones.base import check_ints
+from hat_mm.layers import (
+    AttentionStage,
+    EvalCache,
+    HierarchicalSelfAttention,
+    MapNorm,
+    PointwiseConv,
+    ZeroPointwiseConv,
+)
+from hat_mm.registry import MODELS
+
+_MAX_DIMS = 256
+_HEAD_DIM = 32
+
+
+class _Plugin(nn.Module):
+    """``x + expand(attn(reduce(x)))``, where ``expand`` is zero until it is trained."""
+
+    def __init__(self, in_channels: int, embed_dims: int) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.reduce = PointwiseConv(in_channels, embed_dims)
+        self.expand = ZeroPointwiseConv(embed_dims, in_channels)
+        self.attn: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the same shape, type and memory layout, any H and W from 1."""
+        if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
+            raise ValueError(
+                f'{type(self).__name__} takes maps of shape (batch, {self.in_channels}, height, '
+                f'width) with at least one pixel, not {tuple(x.shape)}'
+            )
+        change = self.expand(self.attn(self.reduce(x))).to(x.dtype)
+        # The layout of the first operand is the sum's.
+        return x + change
+
+
+def _width(in_channels: int, embed_dims: int | None) -> int:
+    """Channels of the attention: those asked for, or those of the map up to a limit."""
+    check_ints('in_channels', (in_channels,), length=1)
+    if embed_dims is None:
+        return min(in_channels, _MAX_DIMS)
+    check_ints('embed_dims', (embed_dims,), length=1)
+    return embed_dims
+
+
+def _default_heads(embed_dims: int) -> int:
+    """The most heads that divide the channels into equal ones of at least 32."""
+    most = max(embed_dims // _HEAD_DIM, 1)
+    return max(heads for heads in range(1, most + 1) if embed_dims % heads == 0)
+
+
+@MODELS.register_module()
+class HATPlugin(_Plugin):
+    """FasterViT's hierarchical attention: windows whose carrier tokens attend to each other.
+
+    Added to a network it changes nothing until it is trained: its last layer starts at zero. Its
+    cost is linear in the pixels but for the attention of all carriers to all carriers.
+
+    Source: https://arxiv.org/abs/2306.06189.
+
+    Args:
+        in_channels: Channels C of the map.
+        num_heads: Attention heads, a divisor of ``embed_dims``; None for as many as have 32
+            channels or more.
+        window_size: Window side in pixels of the map.
+        carrier_size: Side in tokens of the square of carriers that stands for a window.
+        mlp_ratio: Hidden width of the MLPs as a multiple of ``embed_dims``.
+        embed_dims: Channels of the attention; None for C, at most 256.
+
+    Raises:
+        ValueError: A value is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_heads: int | None = None,
+        window_size: int = 7,
+        carrier_size: int = 2,
+        mlp_ratio: float = 4,
+        embed_dims: int | None = None,
+    ) -> None:
+        embed_dims = _width(in_channels, embed_dims)
+        if num_heads is None:
+            num_heads = _default_heads(embed_dims)
+        check_ints('num_heads', (num_heads,), length=1)
+        check_ints('window_size', (window_size,), length=1)
+        check_ints('carrier_size', (carrier_size,), length=1)
+        if embed_dims % num_heads:
+            raise ValueError(
+                f'num_heads = {num_heads} does not divide the {embed_dims} channels of the '
+                f'attention; choose another or embed_dims (a multiple of it)'
+            )
+        if window_size < carrier_size:
+            raise ValueError(
+                f'window_size = {window_size} is smaller than carrier_size = {carrier_size}'
+            )
+        if not isinstance(mlp_ratio, int | float) or int(embed_dims * mlp_ratio) < 1:
+            raise ValueError(f'mlp_ratio must be a positive number, not {mlp_ratio!r}')
+        super().__init__(in_channels, embed_dims)
+        self.attn = AttentionStage(
+            downsample=None,
+            dim=embed_dims,
+            num_heads=num_heads,
+            window=window_size,
+            carrier_size=carrier_size,
+            layer_scale=None,
+            propagate=False,
+            drop_paths=(0.0,),
+            cache=EvalCache(),
+            with_cp=False,
+            mlp_ratio=mlp_ratio,
+        )
+
+
+@MODELS.register_module()
+class HMHSAPlugin(_Plugin):
+    """HAT-Net's hierarchical attention: windows first, then all pixels to the pooled result.
+
+    Added to a network it changes nothing until it is trained: its last layer starts at zero. Its
+    norms span the whole map, so what an image is padded with has an effect. Each pixel attends to
+    ``H * W / ds_ratio**2`` averages: the cost grows with the square of the pixels, divided by that.
+
+    Source: https://arxiv.org/abs/2106.03180.
+
+    Args:
+        in_channels: Channels C of the map.
+        head_dim: Channels of an attention head, a divisor of ``embed_dims``; None for the least
+            that is 32 or more.
+        grid: Window side in pixels of the map; 1 for attention of all pixels to all.
+        ds_ratio: Side in pixels of the squares that are averaged to one key; 1 where the grid is 1.
+        embed_dims: Channels of the attention; None for C, at most 256.
+
+    Raises:
+        ValueError: A value is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        head_dim: int | None = None,
+        grid: int = 8,
+        ds_ratio: int = 4,
+        embed_dims: int | None = None,
+    ) -> None:
+        embed_dims = _width(in_channels, embed_dims)
+        if head_dim is None:
+            head_dim = embed_dims // _default_heads(embed_dims)
+        check_ints('head_dim', (head_dim,), length=1)
+        check_ints('grid', (grid,), length=1)
+        check_ints('ds_ratio', (ds_ratio,), length=1)
+        if embed_dims % head_dim:
+            raise ValueError(
+                f'head_dim = {head_dim} does not divide the {embed_dims} channels of the '
+                'attention; choose another or embed_dims (a multiple of it)'
+            )
+        if grid == 1 and ds_ratio != 1:
+            raise ValueError(
+                f'grid = 1 makes every pixel a key, so ds_ratio must be 1, not {ds_ratio}'
+            )
+        super().__init__(in_channels, embed_dims)
+        self.attn = HierarchicalSelfAttention(
+            embed_dims, embed_dims // head_dim, grid, ds_ratio, MapNorm, EvalCache()
+        )

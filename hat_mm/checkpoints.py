@@ -128,10 +128,13 @@ class NameMap:
 
         Returns:
             The official state dict, and the native names that the published network does not have:
-            norms of maps that it does not normalise.
+            norms of maps that it does not normalise, and what was added to it.
         """
         official, unknown = {}, []
         for name, value in native.items():
+            if re.fullmatch(self.added, name):
+                unknown.append(name)
+                continue
             if re.match(r'norm\d\.', name) and not (self.last_norm and name.startswith('norm3.')):
                 unknown.append(name)
                 continue
@@ -264,9 +267,9 @@ def _swin_merging(order: str) -> Callable[[str, Any], Any]:
     return reorder
 
 
-# For SwinHAT. The rules take the names of mmpretrain and mmdet too.
+# Official files are Swin's. The rules take the names of mmpretrain and mmdet too.
 SWIN_NAMES = NameMap(
-    family='Swin Transformer',
+    family='SwinHAT',
     marker=r'patch_embed\.proj(ection)?\.',
     native_marker=r'stages\.\d\.blocks\.\d+\.attn\.bias\.relative_position_bias_table',
     head='head.',

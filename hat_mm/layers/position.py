@@ -152,7 +152,9 @@ class RelativePositionTable(_Positions):
         self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
 
     def _compute(self, a: int, b: int) -> Tensor:
-        return _of_pairs(self.relative_position_bias_table.t(), a, b, self.num_prefix)
+        table = self.relative_position_bias_table
+        # Through a vector, so that the gradient gets the strides of the table.
+        return _of_pairs(table.flatten().view_as(table).t(), a, b, self.num_prefix)
 
 
 def _of_pairs(table: Tensor, a: int, b: int, num_prefix: int) -> Tensor:

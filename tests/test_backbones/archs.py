@@ -7,9 +7,10 @@ from typing import Any
 from golden import fill
 
 import hat_mm
-from hat_mm.checkpoints import FASTERVIT_NAMES, HAT_NET_NAMES, NameMap
+from hat_mm.checkpoints import FASTERVIT_NAMES, HAT_NET_NAMES, SWIN_NAMES, NameMap
 from test_backbones.plain_fastervit import PlainFasterViT
 from test_backbones.plain_hat_net import PlainHATNet
+from test_backbones.plain_swin_hat import PlainSwinHAT
 
 
 def _fastervit_unused(shapes: dict, channels: int) -> dict[str, tuple[int, ...]]:
@@ -25,7 +26,12 @@ def _hat_net_unused(shapes: dict, channels: int) -> dict[str, tuple[int, ...]]:
     return {'classifier.1.weight': (10, channels), 'classifier.1.bias': (10,), **unused}
 
 
-def _plain_fastervit(state, spec):
+def _swin_unused(shapes: dict, channels: int) -> dict[str, tuple[int, ...]]:
+    return {'head.weight': (10, channels), 'head.bias': (10,)}
+
+
+def _plain_fastervit(state, backbone):
+    spec = backbone.spec
     return PlainFasterViT(
         state,
         spec.depths,
@@ -36,8 +42,14 @@ def _plain_fastervit(state, spec):
     )
 
 
-def _plain_hat_net(state, spec):
+def _plain_hat_net(state, backbone):
+    spec = backbone.spec
     return PlainHATNet(state, spec.depths, spec.grids, spec.ds_ratios, spec.head_dim)
+
+
+def _plain_swin_hat(state, backbone):
+    # No file has the carriers: the backbone's own.
+    return PlainSwinHAT(state, backbone.state_dict(), backbone.spec)
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class Family:
         name_map: Its official names.
         official: Substitutions that make official names of native ones.
         unused: Official shapes and channels to shapes of tensors that a backbone has no use for.
-        plain: Official tensors and arch to the plain implementation.
+        plain: Official tensors and the backbone that loaded them to the plain implementation.
     """
 
     backbone: type
@@ -100,6 +112,14 @@ FAMILIES = {
         name_map=HAT_NET_NAMES,
         unused=_hat_net_unused,
         plain=_plain_hat_net,
+    ),
+    'SwinHAT': Family(
+        backbone=hat_mm.SwinHAT,
+        arch=dict(embed_dims=4, depths=(1, 2, 2, 1), num_heads=(1, 1, 2, 2), window_size=4),
+        wide=dict(embed_dims=64, num_heads=(1, 1, 4, 4)),
+        name_map=SWIN_NAMES,
+        unused=_swin_unused,
+        plain=_plain_swin_hat,
     ),
 }
 

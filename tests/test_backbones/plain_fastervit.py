@@ -86,7 +86,10 @@ class PlainFasterViT:
                 cut = padded[:, i * w : (i + 1) * w, j * w : (j + 1) * w]
                 windows[i, j] = cut.reshape(channels, w * w).T
         # One token at (row, column) of the whole carrier grid.
-        carriers = self._birth(padded, nh, nw, w) if stage == 2 and self.c else None
+        carriers = None
+        if stage == 2 and self.c:
+            name = 'levels.2.global_tokenizer.to_global_feature.pos'
+            carriers = self._birth(padded, nh, nw, w, self.c, name)
         for k in range(self.depths[stage]):
             last = k == self.depths[stage] - 1
             name = f'levels.{stage}.blocks.{k}'
@@ -96,18 +99,17 @@ class PlainFasterViT:
             out[:, i * w : (i + 1) * w, j * w : (j + 1) * w] = tokens.T.reshape(channels, w, w)
         return out[:, :height, :width]
 
-    def _birth(self, padded, nh, nw, w):
-        name = 'levels.2.global_tokenizer.to_global_feature.pos'
+    def _birth(self, padded, nh, nw, w, c, name):
         weight, bias = self.state[f'{name}.weight'], self.state[f'{name}.bias']
         x = F.conv2d(padded[None], weight, bias, padding=1, groups=len(weight))[0]
 
         def spans(windows):
-            cells, length = self.c * windows, w * windows
+            cells, length = c * windows, w * windows
             stride = length // cells
             size = length - (cells - 1) * stride
             return [(t * stride, t * stride + size) for t in range(cells)]
 
-        grid = torch.zeros(self.c * nh, self.c * nw, len(weight))
+        grid = torch.zeros(c * nh, c * nw, len(weight))
         for r, (top, bottom) in enumerate(spans(nh)):
             for q, (left, right) in enumerate(spans(nw)):
                 grid[r, q] = x[:, top:bottom, left:right].mean((1, 2))
@@ -148,16 +150,16 @@ class PlainFasterViT:
     def _layer(self, x, name, kind, gammas, stage, a, b, prefix):
         first, second = (self.state.get(f'{name}.{g}', torch.ones(())) for g in gammas)
         y = self._ln(x, f'{name}.{kind}norm1', 1e-5)
-        x = x + first * self._attention(y, f'{name}.{kind}attn', self.heads[stage], a, b, prefix)
+        bias = self._relative(a, b, f'{name}.{kind}attn.pos_emb_funct')
+        x = x + first * self._attention(y, f'{name}.{kind}attn', self.heads[stage], bias, prefix)
         y = self._ln(x, f'{name}.{kind}norm2', 1e-5)
         y = F.gelu(self._linear(y, f'{name}.{kind}mlp.fc1'))
         return x + second * self._linear(y, f'{name}.{kind}mlp.fc2')
 
-    def _attention(self, x, name, heads, a, b, prefix):
+    def _attention(self, x, name, heads, bias, prefix):
         channels = x.shape[1]
         size = channels // heads
         qkv = self._linear(x, f'{name}.qkv')
-        bias = self._relative(a, b, f'{name}.pos_emb_funct')
         outputs = []
         for h in range(heads):
             q, k, v = (

@@ -25,6 +25,13 @@ VARIANTS = {
         'HATNet',
         dict(grids=(5, 3, 1, 2), ds_ratios=(1, 7, 1, 3), kernels=(5, 3, 7, 1), head_dim=2),
     ),
+    'swin-hat': ('SwinHAT', {}),
+    'swin-hat-everywhere': (
+        'SwinHAT',
+        dict(hat_stages=(0, 1, 2, 3), window_size=(5, 4, 3, 2), carrier_size=(2, 1, 3, 1)),
+    ),
+    'swin-hat-mixed': ('SwinHAT', dict(hat_stages=(1,), window_size=(3, 4, 2, 1), mlp_ratio=2)),
+    'swin': ('SwinHAT', dict(hat_stages=(), depths=(2, 2, 2, 2))),
     'hat-net-all-global': ('HATNet', dict(grids=(1, 1, 1, 1), ds_ratios=(1, 1, 1, 1))),
 }
 
@@ -35,7 +42,7 @@ def pair(name, fields):
     state = family.state(family.tiny(**fields))
     ours = family.backbone(family.tiny(**fields), out_norm_cfg=None).eval()
     ours.load_state_dict(state)
-    return ours, family.plain(state, ours.spec)
+    return ours, family.plain(state, ours)
 
 
 PAIRS = {variant: pair(*what) for variant, what in VARIANTS.items()}

@@ -42,6 +42,9 @@ def run(backbone, image):
 
 def attentions(backbone):
     """Attention calls of a forward pass: for HAT-Net one, or two with windows, for each block."""
+    if isinstance(backbone, hat_mm.SwinHAT):
+        exchanges = sum(backbone.depths[i] // 2 for i in backbone.spec.hat_stages)
+        return sum(backbone.depths) + exchanges
     if isinstance(backbone, hat_mm.HATNet):
         grids, depths = backbone.spec.grids, backbone.depths
         return sum(depth * (1 + (grid > 1)) for depth, grid in zip(depths, grids, strict=True))

@@ -35,6 +35,12 @@ CONFIGS = {
         out_norm_cfg=dict(type='BN'),
     ),
 }
+for _name, _stages in (('swin-hat', (0, 1, 2)), ('swin-hat-shifted', ())):
+    CONFIGS[_name] = dict(
+        type='hat_mm.SwinHAT',
+        arch=FAMILIES['SwinHAT'].tiny(drop_path_rate=0.0),
+        hat_stages=_stages,
+    )
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 SIZE = (2, 3, 96, 150)
 

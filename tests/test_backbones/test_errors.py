@@ -59,6 +59,22 @@ OWN = {
         (dict(window_size=7), TypeError, 'window_size'),
     ],
 }
+OWN['SwinHAT'] = [
+    (dict(arch='large'), ValueError, "unknown arch 'large'; choices: tiny, small, base"),
+    (dict(arch=0), ValueError, "unknown arch '0'"),
+    (dict(arch=dict(embed_dims=(96,))), ValueError, 'embed_dims must be a positive int'),
+    (dict(arch=dict(num_heads=(3, 6, 11, 24))), ValueError, r'num_heads\[2\] = 11.*384 channels'),
+    (dict(arch=dict(carrier_size=0)), ValueError, 'carrier_size must be 4 positive ints'),
+    (dict(arch=dict(mlp_ratio=0)), ValueError, 'mlp_ratio must be a positive number, not 0'),
+    (dict(hat_stages=(4,)), ValueError, r'hat_stages must be stages out of 0 to 3.*\(4,\)'),
+    (dict(hat_stages=2), ValueError, 'hat_stages.*not 2'),
+    (
+        dict(window_size=1),
+        ValueError,
+        r'window_size\[1\] = 1 is smaller than carrier_size\[1\] = 2',
+    ),
+    (dict(window_size=(7, 7)), ValueError, 'window_size must be 4 positive ints'),
+]
 ARGUMENTS = [(family, *case) for family in FAMILIES for case in [*COMMON, *OWN[family]]]
 
 

@@ -17,7 +17,7 @@ from hat_mm.checkpoints import unwrap
 from test_backbones.archs import FAMILIES
 
 # Fields of the tiny arch of each family, and of archs that its file does not fit, with the message.
-FIELDS = {'FasterViT': dict(propagate=True, layer_scale=0.5), 'HATNet': {}}
+FIELDS = {'FasterViT': dict(propagate=True, layer_scale=0.5), 'HATNet': {}, 'SwinHAT': {}}
 WRONG = {
     'FasterViT': [
         (dict(depths=(1, 1, 3, 1)), r'depths \(1, 1, 3, 1\)'),
@@ -32,6 +32,13 @@ WRONG = {
         (dict(embed_dims=(8, 16, 32, 48)), 'mismatched'),
         (dict(grids=(4, 1, 4, 1), ds_ratios=(4, 1, 2, 1)), 'missing'),
         (dict(kernels=(5, 3, 3, 3)), 'mismatched'),
+    ],
+    'SwinHAT': [
+        (dict(depths=(1, 2, 3, 1)), r'depths \(1, 2, 3, 1\)'),
+        (dict(depths=(1, 2, 1, 1)), 'missing'),
+        (dict(embed_dims=8), 'mismatched'),
+        (dict(num_heads=(1, 1, 1, 2)), 'mismatched'),
+        (dict(mlp_ratio=2), 'mismatched'),
     ],
 }
 
@@ -121,17 +128,21 @@ def test_init_cfg_in_a_model(name, file, log):
 
 
 def test_load_checkpoint(name, file, log):
-    backbone = make(name, out_norm_cfg=dict(type='BN'))
+    norms = {} if name == 'SwinHAT' else dict(out_norm_cfg=dict(type='BN'))
+    backbone = make(name, **norms)
     load_checkpoint(backbone, file, map_location='cpu')
     assert_loaded(backbone, name)
-    total = len([n for n in backbone.state_dict() if 'num_batches' not in n])
-    # Each map but FasterViT's last has a norm that no official file knows.
-    norms = 4 * (3 if name == 'FasterViT' else 4)
-    assert f'{total - norms} of {total} tensors loaded' in log.getvalue()
+    own = [n for n in backbone.state_dict() if 'num_batches' not in n]
+    new = [n for n in own if '.tokenizer.' in n or '.carrier.' in n if name == 'SwinHAT']
+    # Each map has a norm that no official file knows, but for the last one of two families.
+    norms = {'FasterViT': 3 * 4, 'HATNet': 4 * 4, 'SwinHAT': 3 * 2}[name]
+    assert f'{len(own) - norms - len(new)} of {len(own)} tensors loaded' in log.getvalue()
+    assert not new or f'; {len(new)} new (stages.0.tokenizer.conv.weight, ' in log.getvalue()
     assert f'{norms} kept as they were (norm0.weight, ' in log.getvalue()
     dropped = {
         'FasterViT': 'levels.2.global_tokenizer.pos_embed.weight, ',
         'HATNet': 'classifier.1.weight, ',
+        'SwinHAT': 'head.weight, ',
     }[name]
     assert f'dropped ({dropped}' in log.getvalue()
 
@@ -198,7 +209,7 @@ def test_norms_with_statistics_are_the_named_cause():
         make('HATNet', norm_cfg=dict(type='SyncBN')).load_state_dict(official('HATNet'))
 
 
-OTHERS = {'FasterViT': 'HATNet', 'HATNet': 'FasterViT'}
+OTHERS = {'FasterViT': 'HATNet', 'HATNet': 'SwinHAT', 'SwinHAT': 'FasterViT'}
 
 
 @pytest.mark.parametrize(

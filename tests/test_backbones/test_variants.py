@@ -22,7 +22,10 @@ PARAMETERS = {
         '4-21k-768': 271.94,
     },
     'HATNet': {'tiny': 12.656, 'small': 25.748, 'medium': 42.942, 'large': 63.132},
+    # Swin's.
+    'SwinHAT': {'tiny': 28.288, 'small': 49.606, 'base': 87.768},
 }
+PUBLISHED = {'FasterViT': {}, 'HATNet': {}, 'SwinHAT': dict(hat_stages=())}
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -36,7 +39,7 @@ def test_every_variant_is_listed(family):
 def test_parameter_count(family, arch):
     with torch.device('meta'):
         # Norms of the maps before the last one are not in the classifier.
-        backbone = FAMILIES[family].backbone(arch, out_indices=(3,))
+        backbone = FAMILIES[family].backbone(arch, out_indices=(3,), **PUBLISHED[family])
     count = sum(p.numel() for p in backbone.parameters())
     count += 1000 * (backbone.out_channels[-1] + 1)
     if family == 'HATNet':
@@ -85,7 +88,8 @@ def test_hat_net_variants(arch, rate):
 
 
 @pytest.mark.parametrize(
-    ('family', 'arch', 'rate'), [('FasterViT', '0', 0.2), ('HATNet', 'tiny', 0.1)]
+    ('family', 'arch', 'rate'),
+    [('FasterViT', '0', 0.2), ('HATNet', 'tiny', 0.1), ('SwinHAT', 'tiny', 0.2)],
 )
 def test_drop_path_grows_linearly_over_all_blocks(family, arch, rate):
     family = FAMILIES[family].backbone
@@ -100,7 +104,9 @@ def test_drop_path_grows_linearly_over_all_blocks(family, arch, rate):
     assert family.archs[arch].drop_path_rate == rate
 
 
-@pytest.mark.parametrize(('family', 'arch'), [('FasterViT', '0'), ('HATNet', 'tiny')])
+@pytest.mark.parametrize(
+    ('family', 'arch'), [('FasterViT', '0'), ('HATNet', 'tiny'), ('SwinHAT', 'tiny')]
+)
 def test_missing_arch_fields_have_defaults(family, arch):
     family = FAMILIES[family].backbone
     with torch.device('meta'):

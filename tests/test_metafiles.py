@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.models import ResNet
 from mmengine.config import Config
 from mmengine.config.utils import _get_cfg_metainfo
 from modelindex.load_model_index import load as load_index
@@ -20,7 +21,9 @@ from hat_mm.metafiles import AUTHORS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
-FAMILIES = ('fastervit', 'hat_net')
+PAPER_FAMILIES = ('fastervit', 'hat_net')  # with weights and figures of their authors
+PLUGGED_FAMILIES = ('resnet_hat', 'swin_hat')
+FAMILIES = (*PAPER_FAMILIES, *PLUGGED_FAMILIES)
 make_configs = tool('make_configs')
 
 
@@ -51,9 +54,15 @@ def test_modelindex_has_no_complaint(root, capsys):
     index.check(silent=False)
     assert capsys.readouterr().out == 'All good!\n'
     assert {model.name for model in index.models} == set(entries())
-    assert [c.name for c in index.collections] == ['FasterViT', 'HAT-Net']
+    hat, hmhsa = (f'https://arxiv.org/abs/{number}' for number in ('2306.06189', '2106.03180'))
+    assert {c.name: c.paper['URL'] for c in index.collections} == {
+        'FasterViT': hat,
+        'HAT-Net': hmhsa,
+        'ResNet-HAT': hat,
+        'ResNet-H-MHSA': hmhsa,
+        'SwinHAT': hat,
+    }
     for collection in index.collections:
-        assert collection.paper['URL'].startswith('https://arxiv.org/abs/')
         assert collection.metadata.data['Architecture']
 
 
@@ -66,7 +75,7 @@ def test_modelindex_would_complain(tmp_path, capsys):
 
 def test_every_config_has_an_entry_and_every_entry_a_config():
     leaves = {path.stem: path for family in FAMILIES for path in (CONFIGS / family).glob('*.py')}
-    assert len(leaves) == 137
+    assert len(leaves) == 148
     assert set(leaves) <= set(entries())
     for name, entry in entries().items():
         path = ROOT / entry['Config']
@@ -81,6 +90,7 @@ def test_mmengine_finds_entries():
     for path in (
         'fastervit/fastervit-0_32xb128_in1k.py',
         'hat_net/retinanet_hat-net-tiny_fpn_1x_coco.py',
+        'resnet_hat/mask-rcnn_r50-hmhsa_fpn_1x_coco.py',
     ):
         entry = _get_cfg_metainfo(str(package), path)
         assert entry['Config'] == f'configs/{path}'
@@ -257,6 +267,27 @@ def test_parameters_and_flops_are_those_measured(file):
     assert f'{facts["FLOPs"] / 1e9:.2f}' == giga
 
 
+@pytest.mark.parametrize('name', make_configs.BACKBONE_PARAMETERS)
+def test_parameters_of_backbones_without_a_head_are_counted(name):
+    backbone = runpy.run_path(str(CONFIGS / f'_base_/backbones/{name}.py'))['backbone']
+    with torch.device('meta'):
+        if name in make_configs.R50_HAT:
+            network, plain = ResNet(50, **backbone), ResNet(50)
+        else:
+            network, plain = (hat_mm.SwinHAT(backbone['arch'], hat_stages=s) for s in (None, ()))
+    count, fewer = (sum(p.numel() for p in part.parameters()) for part in (network, plain))
+    assert make_configs.BACKBONE_PARAMETERS[name] == count
+    page = (CONFIGS / make_configs.family_of(name).folder / 'README.md').read_text()
+    for number in (count, fewer):
+        assert re.search(rf'\b{re.escape(f"{number / 1e6:.1f}")}\b', page.partition('```')[0])
+    [row] = [
+        line
+        for line in (ROOT / 'README.md').read_text().splitlines()
+        if line.startswith(f'| `{name}` |')
+    ]
+    assert row.split(' | ')[1] == f'{count / 1e6:.1f}'
+
+
 # --- what was measured stays ----------------------------------------------------------------------
 
 
@@ -370,7 +401,7 @@ def test_two_models_of_one_name_are_an_error(copied):
 # --- pages ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', PAPER_FAMILIES)
 def test_the_page_of_a_paper(family):
     """Citation, licence and the mark of the authors' figures; nothing measured is invented."""
     page = (CONFIGS / family / 'README.md').read_text()
@@ -398,3 +429,36 @@ def test_the_page_of_a_paper(family):
                     assert shown.pop(key) == f'{fact / unit:.{decimals}f}'
             assert shown == {column: str(metrics.get(column, '')) for column in shown}
             assert metrics.keys() <= shown.keys()
+
+
+@pytest.mark.parametrize('family', PLUGGED_FAMILIES)
+def test_the_page_of_what_no_paper_describes(family):
+    """Papers, citations and licence; no figure where nobody reports one."""
+    page = (CONFIGS / family / 'README.md').read_text()
+    papers = [c['Paper'] for c in metafiles.load(CONFIGS / family / 'metafile.yml')['Collections']]
+    [bibtex] = re.findall(r'^```bibtex\n(.*?)^```', page, re.MULTILINE | re.DOTALL)
+    for paper in papers:
+        assert paper['URL'] in page
+        assert f'title={{{paper["Title"]}}}' in bibtex
+    assert 'WEIGHTS.md' in page
+    results = page.partition('<!-- results')[2].partition('<!-- end of results')[0]
+    trained = [e for e in entries().values() if f'/{family}/' in e['Config'] and 'Weights' in e]
+    assert ('No model has been trained' in results) == (trained == [])
+
+
+def test_a_model_that_was_trained_replaces_the_note(copied):
+    path = copied / 'configs/swin_hat/metafile.yml'
+    data = metafiles.load(path)
+    entry = data['Models'][0]
+    boxes, masks = entry['Results']
+    boxes['Metrics'], masks['Metrics'] = {'box AP': 43.5}, {'mask AP': 39.9}
+    entry['Weights'] = URL
+    metafiles.dump(data, path)
+    assert make_configs.main([]) == 0
+    assert metafiles.load(path) == data
+    page = (copied / 'configs/swin_hat/README.md').read_text()
+    assert 'No model has been trained' not in page
+    assert f'| 43.5 | 39.9 | [file]({URL}) |' in page
+    front = (copied / 'README.md').read_text()
+    assert f'[config]({entry["Config"]}), **[43.5 / 39.9]({URL})**' in front
+    assert make_configs.main(['--check']) == 0

@@ -140,11 +140,14 @@ def test_options_fit(words):
     cfg = merged(words)
     with torch.device('meta'):
         model = tool('check_configs').build(cfg)
-        assert type(model.backbone).__module__.startswith(hat_mm.__name__)
+        parts = {type(module).__module__.partition('.')[0] for module in model.backbone.modules()}
+        assert hat_mm.__name__ in parts  # the backbone is ours, or has plugins of ours
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             assert build_optim_wrapper(model, cfg.optim_wrapper)
             for split in ('train', 'val', 'test'):
-                assert Compose(cfg[f'{split}_dataloader'].dataset.pipeline)
+                dataset = cfg[f'{split}_dataloader'].dataset
+                dataset = dataset.get('dataset', dataset)  # of a RepeatDataset
+                assert Compose(dataset.pipeline)
 
 
 def test_the_config_for_own_data_builds(tmp_path, monkeypatch):

@@ -61,8 +61,11 @@ def no_downloads(monkeypatch):
 def test_all_are_listed():
     names = hat_mm.list_models()
     leaves = {
-        p.stem for f in ('fastervit', 'hat_net') for p in (ROOT / f'configs/{f}').glob('*.py')
+        path.stem
+        for family in ('fastervit', 'hat_net', 'resnet_hat', 'swin_hat')
+        for path in (ROOT / f'configs/{family}').glob('*.py')
     }
+    assert len(leaves) > 100
     assert leaves <= set(names)
     assert len([name for name in names if '_3rdparty_' in name]) == len(OFFICIAL_FILES)
     assert names == sorted(set(names))

@@ -1,8 +1,9 @@
 """Prints the grid of configs with a mark for each cell: parses, builds, steps.
 
 A cell parses if its config resolves; builds if its model does, with the real backbone and without
-memory for its weights; steps if the model, with the real widths but one block in each stage, takes
-a training step on two small images to which every parameter contributes, and predicts.
+memory for its weights; steps if the model, with the real widths but one block of each kind in each
+stage, takes a training step on two small images to which every parameter contributes, and predicts.
+A ResNet keeps all its blocks.
 """
 
 from __future__ import annotations
@@ -47,11 +48,14 @@ def build(cfg: Any) -> torch.nn.Module:
 
 
 def shorten(cfg: Any) -> None:
-    """Leaves one block in each stage of the backbone, and as few boxes as small images have."""
+    """Leaves the fewest blocks in each stage of our backbones, and as many boxes as images have."""
     model = cfg.model
-    kind = getattr(hat_mm, model.backbone.type.removeprefix('hat_mm.'))
-    fields = dataclasses.asdict(kind.archs[str(model.backbone.arch)])
-    model.backbone.arch = {**fields, 'depths': (1,) * len(fields['depths'])}
+    if model.backbone.type.startswith('hat_mm.'):
+        kind = getattr(hat_mm, model.backbone.type.removeprefix('hat_mm.'))
+        fields = dataclasses.asdict(kind.archs[str(model.backbone.arch)])
+        # In SwinHAT every second block is of another kind.
+        blocks = 2 if kind is hat_mm.SwinHAT else 1
+        model.backbone.arch = {**fields, 'depths': (blocks,) * len(fields['depths'])}
     if cfg.default_scope == 'mmseg':
         model.data_preprocessor.size = (96, 128)  # instead of whole crops
     if 'roi_head' in model:
@@ -81,13 +85,12 @@ def step(cfg: Any) -> tuple[dict[str, float], list]:
     with _scope(cfg):
         optim_wrapper = optim.build_optim_wrapper(model, cfg.optim_wrapper)
         reached = set()
-        for name, parameter in model.named_parameters():
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, parameter in trained.items():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: reached.add(name))
         losses = model.train().train_step(batch(cfg), optim_wrapper)
         bad = [name for name, value in losses.items() if not torch.isfinite(value).all()]
-        unused = [
-            name for name, p in model.named_parameters() if p.requires_grad and name not in reached
-        ]
+        unused = [name for name in trained if name not in reached]
         if bad or unused:
             raise ValueError(f'losses not finite: {bad}; parameters without a gradient: {unused}')
         with torch.no_grad():

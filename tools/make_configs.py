@@ -1,6 +1,7 @@
 """Writes the config of every pairing of a backbone with a task, from one table.
 
-A leaf joins files of ``configs/_base_`` and says only what follows from the pair. The metafiles,
+A leaf joins files of ``configs/_base_``, or a toolbox's own config, with a backbone and says only
+what follows from the pair. The metafiles,
 the model index, the grid in ``configs/README.md``, the settings and results in each family's
 README.md and the models in README.md come from the same table. What a metafile says of trainings
 that were measured stays. ``--check`` writes nothing and fails if a file is missing or differs, or
@@ -30,45 +31,80 @@ IN1K = tuple(f'fastervit-{i}' for i in range(7))
 IN21K = tuple(f'fastervit-4-21k-{side}' for side in (224, 384, 512, 768))
 FASTERVIT = (*IN1K, *IN21K)
 HAT_NET = tuple(f'hat-net-{size}' for size in ('tiny', 'small', 'medium', 'large'))
+R50_HAT = ('r50-hat', 'r50-hmhsa')
+SWIN_HAT = tuple(f'swin-hat-{size}' for size in ('tiny', 'small', 'base'))
 
 
 @dataclass(frozen=True)
-class Family:
+class Collection:
     """Backbones of one paper.
 
     Attributes:
-        folder: Folder of the leaves.
-        name: Name of the collection.
+        name: Its name.
         backbones: Names of the backbones, files of ``_base_/backbones``.
         paper: Title and address of the paper.
         architecture: What the networks are made of, in the words of model indexes.
     """
 
-    folder: str
     name: str
     backbones: tuple[str, ...]
     paper: tuple[str, str]
     architecture: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Family:
+    """Backbones of one folder.
+
+    Attributes:
+        folder: Folder of the leaves.
+        collections: The collections of its metafile.
+    """
+
+    folder: str
+    collections: tuple[Collection, ...]
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """Names of the backbones of all collections."""
+        return tuple(name for collection in self.collections for name in collection.backbones)
+
+
+_FASTERVIT_PAPER = (
+    'FasterViT: Fast Vision Transformers with Hierarchical Attention',
+    'https://arxiv.org/abs/2306.06189',
+)
+_HAT_NET_PAPER = (
+    'Vision Transformers with Hierarchical Attention',
+    'https://arxiv.org/abs/2106.03180',
+)
+_HAT = ('Hierarchical Attention', 'Window Attention', 'Carrier Tokens')
+_HMHSA = ('Hierarchical Multi-Head Self-Attention',)
+
 FAMILIES = (
+    Family('fastervit', (Collection('FasterViT', FASTERVIT, _FASTERVIT_PAPER, _HAT),)),
     Family(
-        'fastervit', 'FasterViT', FASTERVIT,
+        'hat_net',
+        (Collection('HAT-Net', HAT_NET, _HAT_NET_PAPER, (*_HMHSA, 'Inverted Residual')),),
+    ),
+    Family(
+        'resnet_hat',
         (
-            'FasterViT: Fast Vision Transformers with Hierarchical Attention',
-            'https://arxiv.org/abs/2306.06189',
+            Collection('ResNet-HAT', R50_HAT[:1], _FASTERVIT_PAPER, ('ResNet', *_HAT)),
+            Collection('ResNet-H-MHSA', R50_HAT[1:], _HAT_NET_PAPER, ('ResNet', *_HMHSA)),
         ),
-        ('Hierarchical Attention', 'Window Attention', 'Carrier Tokens'),
     ),
     Family(
-        'hat_net', 'HAT-Net', HAT_NET,
-        ('Vision Transformers with Hierarchical Attention', 'https://arxiv.org/abs/2106.03180'),
-        ('Hierarchical Multi-Head Self-Attention', 'Inverted Residual'),
+        'swin_hat',
+        (Collection('SwinHAT', SWIN_HAT, _FASTERVIT_PAPER, ('Swin Transformer', *_HAT)),),
     ),
-)  # fmt: skip
+)
 
 # --- what a leaf tells the model ------------------------------------------------------------------
 
+PLUGINS = """\
+model = dict(backbone=_base_.backbone)
+"""
 FPN = """\
 model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))
 """
@@ -166,7 +202,7 @@ class Pairing:
     Attributes:
         task: Their column of the grid.
         leaf: Their name, ``{}`` being the backbone.
-        bases: Files of ``_base_`` that they join with the backbone's.
+        bases: Files of ``_base_``, or configs of a toolbox, that they join with the backbone's.
         backbones: The backbones.
         model: What follows ``_base_`` in the leaf.
         published: Settings that the authors publish for this task.
@@ -203,6 +239,13 @@ PVT_DETECTION = (
 )
 PVT_DROP_PATH = 'drop path: the classification model'
 SAME_AS_21K = 'all: published for FasterViT-4-21K-224 in DINO-4scale'
+LIKE_R50 = (
+    'all: mmdet for ResNet-50. That plugins are trained like the rest, without clipped gradients: '
+    "mmdet for other attention in ResNets (GCNet's, empirical attention)"
+)
+SWIN_BUT_DECAY = (
+    'no weight decay on vectors: our choice; all else, drop path {} included: {} with Swin'
+)
 
 _MASK_1X = Pairing(
     MASK_1X, 'mask-rcnn_{}_fpn_1x_coco', ('recipes/mask-rcnn_fpn_1x_coco',),
@@ -277,6 +320,11 @@ _HAT_NET_IN1K = Pairing(
     ('Epochs', 300), 1024,
 )  # fmt: skip
 
+_R50_MASK_1X = Pairing(
+    MASK_1X, 'mask-rcnn_{}_fpn_1x_coco', ('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco',),
+    R50_HAT, PLUGINS, NOTHING, LIKE_R50,
+)  # fmt: skip
+
 PAIRINGS = (
     _MASK_1X,
     replace(
@@ -284,10 +332,25 @@ PAIRINGS = (
         published=PVT_DETECTION,
         assumed=f'learning rate 2e-4: PVT, but a sibling paper has 1e-4; {PVT_DROP_PATH}',
     ),
+    _R50_MASK_1X,
+    replace(
+        _MASK_1X, bases=('recipes/mask-rcnn_fpn_swin-1x_coco',), backbones=SWIN_HAT[:2],
+        assumed=SWIN_BUT_DECAY.format(0.2, "mmdet's Mask R-CNN"),
+    ),
     _MASK_3X,
     replace(_MASK_3X, backbones=HAT_NET, assumed=LIKE_CASCADE),
     _CASCADE,
     replace(_CASCADE, backbones=HAT_NET, published=NOTHING, assumed=LIKE_CASCADE),
+    replace(
+        _R50_MASK_1X, task=CASCADE, leaf='cascade-mask-rcnn_{}_fpn_ms-3x_coco',
+        bases=('recipes/cascade-mask-rcnn_r50_fpn_ms-3x_coco',),
+    ),
+    replace(
+        _CASCADE, bases=('recipes/cascade-mask-rcnn_fpn_4conv1fc-giou_swin-ms-crop-3x_coco',),
+        backbones=SWIN_HAT[:2], published=NOTHING,
+        assumed='heads and box loss: mmdet for ConvNeXt; '
+        + SWIN_BUT_DECAY.format(0.2, "mmdet's Mask R-CNN"),
+    ),
     _RETINANET,
     replace(
         _RETINANET, bases=('recipes/retinanet_fpn_pvt-1x_coco',), backbones=HAT_NET,
@@ -303,6 +366,10 @@ PAIRINGS = (
     replace(_DINO_5, backbones=HAT_NET),
     _UPERNET,
     replace(_UPERNET, backbones=HAT_NET, published=NOTHING, assumed='all: FasterViT in UPerNet'),
+    replace(
+        _UPERNET, bases=('recipes/upernet_swin-8xb2-160k_ade20k-512x512',), backbones=SWIN_HAT,
+        published=NOTHING, assumed=SWIN_BUT_DECAY.format(0.3, "mmseg's UPerNet"),
+    ),
     replace(
         _UPERNET, task=UPERNET_640, leaf='{}_upernet_8xb2-160k_ade20k-640x640',
         bases=('recipes/upernet_8xb2-160k_ade20k-640x640',), backbones=IN21K, published=NOTHING,
@@ -356,7 +423,8 @@ class Leaf:
     def text(self) -> str:
         """What the file holds."""
         bases = (*self.pairing.bases, f'backbones/{self.backbone}')
-        lines = ''.join(f"    '../_base_/{base}.py',\n" for base in bases)
+        paths = (base if '::' in base else f'../_base_/{base}' for base in bases)
+        lines = ''.join(f"    '{path}.py',\n" for path in paths)
         return f'_base_ = [\n{lines}]\n{self.pairing.model}'
 
 
@@ -364,6 +432,13 @@ def family_of(backbone: str) -> Family:
     """The family that a backbone belongs to."""
     [family] = [family for family in FAMILIES if backbone in family.backbones]
     return family
+
+
+def collection_of(backbone: str) -> Collection:
+    """The collection that a backbone belongs to."""
+    collections = family_of(backbone).collections
+    [collection] = [each for each in collections if backbone in each.backbones]
+    return collection
 
 
 LEAVES = tuple(
@@ -461,6 +536,14 @@ COUNTS = {
     'hat-net-medium': (42_925_960, 8.83),
     'hat-net-large': (63_108_936, 12.14),
 }
+# Parameters of the backbones that are used without a head of classes, counted.
+BACKBONE_PARAMETERS = {
+    'r50-hat': 37_812_800,
+    'r50-hmhsa': 29_433_920,
+    'swin-hat-tiny': 34_183_194,
+    'swin-hat-small': 67_382_826,
+    'swin-hat-base': 118_783_032,
+}
 
 # --- metafiles ------------------------------------------------------------------------------------
 
@@ -519,7 +602,7 @@ def leaf_entry(leaf: Leaf, old: dict[str, Any] | None) -> dict[str, Any]:
     figures = {} if task is IMAGENET else REPORTED.get(task, {}).get(leaf.backbone, {})
     entry = {
         'Name': Path(leaf.path).stem,
-        'In Collection': family_of(leaf.backbone).name,
+        'In Collection': collection_of(leaf.backbone).name,
         'Config': f'configs/{leaf.path}',
         'Metadata': known | settings,
         'Results': _results(task, figures, old),
@@ -554,7 +637,7 @@ def official_entry(file: OfficialFile, old: dict[str, Any] | None) -> dict[str, 
     known = {k: v for k, v in (old.get('Metadata') or {}).items() if k not in owned}
     entry = {
         'Name': official_name(file),
-        'In Collection': family_of(file.backbone).name,
+        'In Collection': collection_of(file.backbone).name,
         'Config': f'configs/{config}',
         'Metadata': metadata | known,
         'Results': _results(IMAGENET, REPORTED[IMAGENET][file.backbone], old),
@@ -571,14 +654,7 @@ def metafile(family: Family) -> dict[str, Any]:
         family: Its file is read for what was measured, and for what the table does not know.
     """
     path = CONFIGS / family.folder / 'metafile.yml'
-    there = metafiles.load(path) if path.is_file() else {'Models': []}
-    title, url = family.paper
-    collection = {
-        'Name': family.name,
-        'Metadata': {'Architecture': [*family.architecture]},
-        'Paper': {'URL': url, 'Title': title},
-        'README': 'README.md',  # beside the metafile, where model-index looks for it
-    }
+    there = metafiles.load(path) if path.is_file() else {'Collections': [], 'Models': []}
     old = {model.get('Name'): model for model in there['Models']}
     if len(old) < len(there['Models']):
         raise SystemExit(f'{path} has several models of one name')
@@ -592,13 +668,20 @@ def metafile(family: Family) -> dict[str, Any]:
         for file in OFFICIAL_FILES
         if family_of(file.backbone) is family
     ]
-    collections = {c.get('Name'): c for c in there.get('Collections') or []}
-    known = collections.pop(family.name, {})
+    others = {c.get('Name'): c for c in there['Collections']}
+    collections = []
+    for collection in family.collections:
+        title, url = collection.paper
+        facts = {
+            'Name': collection.name,
+            'Metadata': {'Architecture': [*collection.architecture]},
+            'Paper': {'URL': url, 'Title': title},
+            'README': 'README.md',  # beside the metafile, where model-index looks for it
+        }
+        known = others.pop(collection.name, {})
+        collections.append(facts | {k: v for k, v in known.items() if k not in facts})
     return there | {
-        'Collections': [
-            collection | {k: v for k, v in known.items() if k not in collection},
-            *collections.values(),
-        ],
+        'Collections': [*collections, *others.values()],
         'Models': [*entries, *old.values()],
     }
 
@@ -691,7 +774,7 @@ def results(family: Family, models: list[dict[str, Any]]) -> str:
             row += [str(figures.get(name, '')) for name in (*authors, *ours)]
             rows.append([*row, _link('file', model['Weights']) if model.get('Weights') else ''])
         parts.append(_table(rows))
-    return '\n'.join(parts)
+    return '\n'.join(parts) or 'No model has been trained with these configs yet.\n'
 
 
 def _beside(family: Family, config: str | None) -> str | None:
@@ -713,18 +796,45 @@ def _cells(model: dict[str, Any], metrics: tuple[str, ...]) -> Iterator[str]:
         yield f'**{_link(" / ".join(map(str, ours)), model["Weights"])}**'
 
 
+def _head(title: str, metrics: tuple[str, ...]) -> str:
+    """Head of a task's column."""
+    return f'{title}, {" / ".join(metrics).replace("AP / mask", "/ mask")}'
+
+
+def configs_table(family: Family, models: list[dict[str, Any]]) -> str:
+    """The backbones of a family without weights of its own: their configs, and our figures."""
+    leaves = {
+        (leaf.backbone, leaf.pairing.task): leaf
+        for leaf in LEAVES
+        if family_of(leaf.backbone) is family
+    }
+    tasks = [task for task in TASKS if task in {task for _, task in leaves}]
+    entry_of = {model['Name']: model for model in models}
+    heads = [_head(task.title, task.metrics) for task in tasks]
+    rows = [['backbone', 'its parameters, M', *heads]]
+    rows.append(['---'] * len(rows[0]))
+    for name in family.backbones:
+        row = [f'`{name}`', f'{BACKBONE_PARAMETERS[name] / 1e6:.1f}']
+        for task in tasks:
+            leaf = leaves.get((name, task))
+            model = leaf and entry_of[Path(leaf.path).stem]
+            parts = [f'[config]({model["Config"]})', *_cells(model, task.metrics)] if model else []
+            row.append(', '.join(parts))
+        rows.append(row)
+    return _table(rows)
+
+
 def models_table(family: Family, models: list[dict[str, Any]]) -> str:
     """The backbones of a family and the figures of all tasks that have some."""
+    if not any(file.backbone in family.backbones for file in OFFICIAL_FILES):
+        return configs_table(family, models)
     columns = [
         (title.partition(',')[0], metrics, group)
         for title, metrics, group in _groups(models)
         if metrics
     ]
-    names = [' / '.join(metrics).replace('AP / mask', '/ mask') for _, metrics, _ in columns]
-    rows = [
-        ['arch', 'channels', 'parameters, M']
-        + [f'{column[0]}, {name}' for column, name in zip(columns, names, strict=True)]
-    ]
+    heads = [_head(title, metrics) for title, metrics, _ in columns]
+    rows = [['arch', 'channels', 'parameters, M', *heads]]
     rows.append(['---'] * len(rows[0]))
     backbone_of = {f'configs/{leaf.path}': leaf.backbone for leaf in LEAVES}
     for file in OFFICIAL_FILES:

@@ -1,0 +1,10 @@
+# SwinHAT-S with the ImageNet-1K weights of Swin-S (see WEIGHTS.md); the carriers start at random.
+backbone = dict(
+    type='hat_mm.SwinHAT',
+    arch='small',
+    init_cfg=dict(
+        type='Pretrained',
+        checkpoint='https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_small_patch4_window7_224.pth',
+    ),
+)
+channels = [96, 192, 384, 768]

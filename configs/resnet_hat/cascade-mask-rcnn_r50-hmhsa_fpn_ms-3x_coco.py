@@ -1,0 +1,5 @@
+_base_ = [
+    '../_base_/recipes/cascade-mask-rcnn_r50_fpn_ms-3x_coco.py',
+    '../_base_/backbones/r50-hmhsa.py',
+]
+model = dict(backbone=_base_.backbone)

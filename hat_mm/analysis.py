@@ -54,7 +54,7 @@ _ELEMENTWISE = (
 # What mmengine's own list of operators that compute nothing lacks.
 _FREE = (
     *('alias', 'clone', 'empty_like', 'expand_as', 'feature_dropout', 'index_select', 'le', 'lt'),
-    *('meshgrid', 'new_ones', 'pad', 'repeat', 'unflatten', 'view_as'),
+    *('meshgrid', 'new_ones', 'pad', 'pixel_unshuffle', 'repeat', 'unflatten', 'view_as'),
 )
 _ELEMENTS = 'elements of '
 

@@ -12,7 +12,6 @@ import datetime
 import logging
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -59,6 +58,18 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def split_arguments(arguments: str) -> list[str]:
+    """Splits ``KEY=VALUE,...`` at commas that are in no brackets."""
+    parts, depth = [''], 0
+    for char in arguments:
+        depth += (char in '([{') - (char in ')]}')
+        if char == ',' and depth == 0:
+            parts.append('')
+        else:
+            parts[-1] += char
+    return parts
+
+
 def build(spec: str) -> torch.nn.Module:
     """Builds a backbone from ``TYPE:KEY=VALUE,...`` with random weights, in eval mode."""
     registry = compat.require('mmengine.registry')
@@ -69,8 +80,7 @@ def build(spec: str) -> torch.nn.Module:
     if scope in ('mmdet', 'mmseg', 'mmpretrain'):
         compat.require(f'{scope}.models')
     cfg: dict[str, Any] = {'type': kind}
-    # At commas that are in no brackets.
-    for argument in filter(None, re.split(r',(?![^(\[{]*[)\]}])', arguments)):
+    for argument in filter(None, split_arguments(arguments)):
         key, equals, value = argument.partition('=')
         if not equals:
             raise UserError(f'{argument!r} in {spec!r} is not KEY=VALUE')

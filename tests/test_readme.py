@@ -1,4 +1,4 @@
-"""The README's Python runs; commands, options and links of all pages exist and fit."""
+"""Python of README and plugins.md runs; commands, options and links of all pages exist and fit."""
 
 import re
 import shlex
@@ -25,21 +25,22 @@ PAGES += [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob('docs/*.md'))
 PAGES += [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob('configs/**/*.md'))]
 
 
-def blocks(language):
-    return re.findall(rf'^```{language}\n(.*?)^```', README, re.MULTILINE | re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf'^```{language}\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
 
 
+PYTHON = [*blocks('python'), *blocks('python', (ROOT / 'docs/plugins.md').read_text())]
 COMMANDS = [line for block in blocks('bash') for line in block.splitlines() if line.strip()]
 
 
 def test_there_is_something_to_test():
-    assert len(blocks('python')) >= 2
+    assert len(PYTHON) >= 5
     assert len(COMMANDS) >= 6
 
 
-@pytest.mark.parametrize('code', blocks('python'), ids=range(len(blocks('python'))))
+@pytest.mark.parametrize('code', PYTHON, ids=range(len(PYTHON)))
 def test_python_block_runs(code):
-    exec(compile(code, 'README.md', 'exec'), {})
+    exec(compile(code, 'a page', 'exec'), {})
 
 
 @pytest.mark.parametrize('command', COMMANDS)

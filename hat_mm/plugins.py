@@ -25,9 +25,14 @@ _HEAD_DIM = 32
 class _Plugin(nn.Module):
     """``x + expand(attn(reduce(x)))``, where ``expand`` is zero until it is trained."""
 
-    def __init__(self, in_channels: int, embed_dims: int) -> None:
+    def __init__(self, in_channels: int, embed_dims: int | None) -> None:
         super().__init__()
+        _check_positive(in_channels=in_channels)
+        if embed_dims is None:
+            embed_dims = min(in_channels, _MAX_DIMS)
+        _check_positive(embed_dims=embed_dims)
         self.in_channels = in_channels
+        self.embed_dims = embed_dims
         self.reduce = PointwiseConv(in_channels, embed_dims)
         self.expand = ZeroPointwiseConv(embed_dims, in_channels)
         self.attn: nn.Module
@@ -44,13 +49,18 @@ class _Plugin(nn.Module):
         return x + change
 
 
-def _width(in_channels: int, embed_dims: int | None) -> int:
-    """Channels of the attention: those asked for, or those of the map up to a limit."""
-    check_ints('in_channels', (in_channels,), length=1)
-    if embed_dims is None:
-        return min(in_channels, _MAX_DIMS)
-    check_ints('embed_dims', (embed_dims,), length=1)
-    return embed_dims
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        check_ints(name, (value,), length=1)
+
+
+def _check_divides(name: str, value: int, embed_dims: int) -> None:
+    _check_positive(**{name: value})
+    if embed_dims % value:
+        raise ValueError(
+            f'{name} = {value} does not divide the {embed_dims} channels of the attention; choose '
+            'another or embed_dims (a multiple of it)'
+        )
 
 
 def _default_heads(embed_dims: int) -> int:
@@ -90,27 +100,20 @@ class HATPlugin(_Plugin):
         mlp_ratio: float = 4,
         embed_dims: int | None = None,
     ) -> None:
-        embed_dims = _width(in_channels, embed_dims)
+        super().__init__(in_channels, embed_dims)
         if num_heads is None:
-            num_heads = _default_heads(embed_dims)
-        check_ints('num_heads', (num_heads,), length=1)
-        check_ints('window_size', (window_size,), length=1)
-        check_ints('carrier_size', (carrier_size,), length=1)
-        if embed_dims % num_heads:
-            raise ValueError(
-                f'num_heads = {num_heads} does not divide the {embed_dims} channels of the '
-                f'attention; choose another or embed_dims (a multiple of it)'
-            )
+            num_heads = _default_heads(self.embed_dims)
+        _check_divides('num_heads', num_heads, self.embed_dims)
+        _check_positive(window_size=window_size, carrier_size=carrier_size)
         if window_size < carrier_size:
             raise ValueError(
                 f'window_size = {window_size} is smaller than carrier_size = {carrier_size}'
             )
-        if not isinstance(mlp_ratio, int | float) or int(embed_dims * mlp_ratio) < 1:
+        if not isinstance(mlp_ratio, int | float) or int(self.embed_dims * mlp_ratio) < 1:
             raise ValueError(f'mlp_ratio must be a positive number, not {mlp_ratio!r}')
-        super().__init__(in_channels, embed_dims)
         self.attn = AttentionStage(
             downsample=None,
-            dim=embed_dims,
+            dim=self.embed_dims,
             num_heads=num_heads,
             window=window_size,
             carrier_size=carrier_size,
@@ -153,22 +156,15 @@ class HMHSAPlugin(_Plugin):
         ds_ratio: int = 4,
         embed_dims: int | None = None,
     ) -> None:
-        embed_dims = _width(in_channels, embed_dims)
+        super().__init__(in_channels, embed_dims)
         if head_dim is None:
-            head_dim = embed_dims // _default_heads(embed_dims)
-        check_ints('head_dim', (head_dim,), length=1)
-        check_ints('grid', (grid,), length=1)
-        check_ints('ds_ratio', (ds_ratio,), length=1)
-        if embed_dims % head_dim:
-            raise ValueError(
-                f'head_dim = {head_dim} does not divide the {embed_dims} channels of the '
-                'attention; choose another or embed_dims (a multiple of it)'
-            )
+            head_dim = self.embed_dims // _default_heads(self.embed_dims)
+        _check_divides('head_dim', head_dim, self.embed_dims)
+        _check_positive(grid=grid, ds_ratio=ds_ratio)
         if grid == 1 and ds_ratio != 1:
             raise ValueError(
                 f'grid = 1 makes every pixel a key, so ds_ratio must be 1, not {ds_ratio}'
             )
-        super().__init__(in_channels, embed_dims)
         self.attn = HierarchicalSelfAttention(
-            embed_dims, embed_dims // head_dim, grid, ds_ratio, MapNorm, EvalCache()
+            self.embed_dims, self.embed_dims // head_dim, grid, ds_ratio, MapNorm, EvalCache()
         )

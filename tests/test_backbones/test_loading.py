@@ -2,14 +2,11 @@
 
 import argparse
 import copy
-import io
-import logging
 import os
 import pickle
 
 import pytest
 import torch
-from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from mmengine.runner import load_checkpoint
 
@@ -108,16 +105,6 @@ def assert_loaded(backbone, name):
     assert len(native) > 90
     for name, value in native.items():
         assert torch.equal(own[name], value), name
-
-
-@pytest.fixture
-def log():
-    """What OpenMMLab's current logger writes."""
-    stream = io.StringIO()
-    logger, handler = MMLogger.get_current_instance(), logging.StreamHandler(stream)
-    logger.addHandler(handler)
-    yield stream
-    logger.removeHandler(handler)
 
 
 def test_init_cfg_in_a_model(name, file, log):

@@ -1,13 +1,10 @@
 """SwinHAT without carriers is Swin, as mmpretrain computes it, and takes Swin's files."""
 
 import copy
-import io
-import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
-from mmengine.logging import MMLogger
 from mmengine.runner import load_checkpoint
 
 import hat_mm
@@ -100,16 +97,6 @@ def test_archs_are_mmpretrains(arch):
     assert ours.embed_dims == theirs['embed_dims']
     assert ours.depths == tuple(theirs['depths'])
     assert ours.num_heads == tuple(theirs['num_heads'])
-
-
-@pytest.fixture
-def log():
-    """What OpenMMLab's current logger writes."""
-    stream = io.StringIO()
-    logger, handler = MMLogger.get_current_instance(), logging.StreamHandler(stream)
-    logger.addHandler(handler)
-    yield stream
-    logger.removeHandler(handler)
 
 
 def official_file(model):

@@ -530,14 +530,17 @@ def adapt(
     state = unwrap(state)
     if not name_map.matches(state):
         if not any(name in own for name in state):
-            raise ValueError(_foreign(state, name_map))
-        report = compare(own, state, unused)
-        return {**{name: own[name] for name in report.kept}, **state}, report
+            raise ValueError(_foreign(state, name_map, own))
+        # A file without anything that was added starts a network with it, as an official one does.
+        has_added = any(re.fullmatch(name_map.added, name) for name in state)
+        spare = unused if has_added else rf'{unused}|{name_map.added}'
+        report = _with_new(compare(own, state, spare), name_map)
+        return {**{name: own[name] for name in (*report.kept, *report.new)}, **state}, report
     native = name_map.to_native(state)
     no_use = tuple(name for name in state if re.fullmatch(name_map.dropped, name))
     no_use += tuple(name for name in native if re.fullmatch(unused, name))
     native = {name: value for name, value in native.items() if name not in no_use}
-    report = compare(own, native, rf'{unused}|{name_map.added}')
+    report = _with_new(compare(own, native, rf'{unused}|{name_map.added}'), name_map)
     if not report.complete:
         raise ValueError(
             f'an official {name_map.family} checkpoint with depths {name_map.depths(state)} does '
@@ -545,9 +548,13 @@ def adapt(
         )
     optional = rf'{unused}|{name_map.added}|.*{_COUNTER}'
     native = {**{n: v for n, v in own.items() if re.fullmatch(optional, n)}, **native}
-    new = tuple(n for n in report.kept if re.fullmatch(name_map.added, n))
-    kept = tuple(n for n in report.kept if n not in new)
-    return native, replace(report, dropped=no_use, kept=kept, new=new)
+    return native, replace(report, dropped=no_use)
+
+
+def _with_new(report: LoadReport, name_map: NameMap) -> LoadReport:
+    """Tells what was added to the published network from what else keeps its values."""
+    new = tuple(name for name in report.kept if re.fullmatch(name_map.added, name))
+    return replace(report, kept=tuple(n for n in report.kept if n not in new), new=new)
 
 
 def _remedy(report: LoadReport) -> str:
@@ -559,7 +566,7 @@ def _remedy(report: LoadReport) -> str:
     return 'Use the file of this arch, or the arch of this file.'
 
 
-def _foreign(state: Collection[str], name_map: NameMap) -> str:
+def _foreign(state: Collection[str], name_map: NameMap, own: Iterable[str]) -> str:
     if not state:
         return f'no tensors to load into a {name_map.family}: the checkpoint is empty'
     names = ', '.join(map(repr, list(state)[:3]))
@@ -571,5 +578,5 @@ def _foreign(state: Collection[str], name_map: NameMap) -> str:
         )
     return (
         f'this is no {name_map.family} checkpoint: it holds names such as {names}; expected the '
-        f"names of an official file or of this backbone ('stem.conv1.weight', …).{hint}"
+        f'names of an official file or of this backbone ({next(iter(own))!r}, …).{hint}'
     )

@@ -7,7 +7,7 @@ else where a map (B, C, H, W) passes.
 
 from torch import Tensor, nn
 
-from hat_mm.backbones.base import check_ints
+from hat_mm.backbones.base import check_ints, check_ratio
 from hat_mm.layers import (
     AttentionStage,
     EvalCache,
@@ -63,6 +63,14 @@ def _check_divides(name: str, value: int, embed_dims: int) -> None:
         )
 
 
+def _start(plugin: nn.Module) -> None:
+    """Start values that keep the scale of what passes, so that far pixels count from the start."""
+    for module in plugin.modules():
+        if isinstance(module, nn.Linear | PointwiseConv) and module.bias is not None:
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
 def _default_heads(embed_dims: int) -> int:
     """The most heads that divide the channels into equal ones of at least 32."""
     most = max(embed_dims // _HEAD_DIM, 1)
@@ -74,7 +82,8 @@ class HATPlugin(_Plugin):
     """FasterViT's hierarchical attention: windows whose carrier tokens attend to each other.
 
     Added to a network it changes nothing until it is trained: its last layer starts at zero. Its
-    cost is linear in the pixels but for the attention of all carriers to all carriers.
+    cost is linear in the pixels but for the attention of all carriers to all carriers, by which
+    windows of mere padding have an effect, too.
 
     Source: https://arxiv.org/abs/2306.06189.
 
@@ -109,8 +118,7 @@ class HATPlugin(_Plugin):
             raise ValueError(
                 f'window_size = {window_size} is smaller than carrier_size = {carrier_size}'
             )
-        if not isinstance(mlp_ratio, int | float) or int(self.embed_dims * mlp_ratio) < 1:
-            raise ValueError(f'mlp_ratio must be a positive number, not {mlp_ratio!r}')
+        check_ratio('mlp_ratio', mlp_ratio, self.embed_dims)
         self.attn = AttentionStage(
             downsample=None,
             dim=self.embed_dims,
@@ -118,12 +126,15 @@ class HATPlugin(_Plugin):
             window=window_size,
             carrier_size=carrier_size,
             layer_scale=None,
-            propagate=False,
+            propagate=True,
             drop_paths=(0.0,),
             cache=EvalCache(),
             with_cp=False,
             mlp_ratio=mlp_ratio,
         )
+        # Level with the tokens of the window, which is as published where they start.
+        self.attn.blocks[0].window.attn.bias.prefix_bias = 8.0
+        _start(self)
 
 
 @MODELS.register_module()
@@ -168,3 +179,4 @@ class HMHSAPlugin(_Plugin):
         self.attn = HierarchicalSelfAttention(
             self.embed_dims, self.embed_dims // head_dim, grid, ds_ratio, MapNorm, EvalCache()
         )
+        _start(self)

@@ -30,10 +30,13 @@ ADE_SPLITS = {'train': 'training', 'val': 'validation'}
 IMAGE_SIDES = (192, 384)
 SINGLE_SIDES = (112, 160)
 """Sides of an image with one object, which fills more of it then."""
-OBJECT_SIZES = (32, 96)
-MAX_OBJECTS = 4
-MIN_VISIBLE = 0.3
-"""Share of an object that stays in sight; a later object that would hide more goes elsewhere."""
+RELATION_SIZE = (64, 384)
+"""Height and width of an image with a far marker: long and low, far at few pixels."""
+FAR = 224
+"""Least distance in pixels from the marker to any object, along the width."""
+MARKER_WIDTH = 48
+MARKER_COLOURS = ((255, 0, 0), (0, 0, 255))
+"""Colour of each kind of marker."""
 _STALE_SECONDS = 3600
 
 
@@ -67,13 +70,20 @@ class Style:
     """What scenes look like.
 
     Attributes:
-        classes: Names of the shapes, keys of :data:`OUTLINES`; a label is an index into it.
+        classes: Names of the shapes, keys of :data:`OUTLINES` up to any hyphen; a label is an index
+            into it.
         rotate: Whether each object is turned by a random angle.
         lines: Least and greatest number of line segments in the background.
         dots: Least and greatest number of dots in the background.
         clutter_size: Greatest width of a line and radius of a dot, in pixels.
         noise: Standard deviation of the noise on each pixel, in grey levels of 0–255.
         vivid: Whether objects are of saturated colours on a greyish background, not of any on any.
+        objects: Least and greatest number of objects.
+        object_sizes: Least and greatest side of an object, in pixels.
+        min_visible: Share of an object that stays in sight; a later object that would hide more
+            goes elsewhere.
+        marks: Kinds of the far marker, see :func:`draw_relation`; a class is then the name of a
+            shape, a hyphen and a kind, those of the first kind first. Empty for no marker.
     """
 
     classes: tuple[str, ...]
@@ -83,10 +93,23 @@ class Style:
     clutter_size: float
     noise: float
     vivid: bool
+    objects: tuple[int, int] = (1, 4)
+    object_sizes: tuple[int, int] = (32, 96)
+    min_visible: float = 0.3
+    marks: tuple[str, ...] = ()
 
 
 EASY = Style(('circle', 'square', 'triangle'), False, (4, 10), (8, 20), 3.0, 0.0, True)
 HARD = Style(tuple(OUTLINES), True, (30, 60), (40, 90), 8.0, 8.0, False)
+RELATION = dataclasses.replace(
+    EASY,
+    classes=tuple(f'{name}-{mark}' for mark in 'ab' for name in EASY.classes),
+    objects=(2, 5),
+    object_sizes=(14, 28),
+    min_visible=1.0,
+    marks=('a', 'b'),
+)
+"""Small shapes whose class is the outline together with the kind of a far marker."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,16 +152,22 @@ def _pixels(size: tuple[int, int], box: tuple[float, float, float, float]) -> tu
 
 
 def _object_mask(
-    rng: np.random.Generator, style: Style, label: int, size: tuple[int, int]
+    rng: np.random.Generator,
+    style: Style,
+    label: int,
+    size: tuple[int, int],
+    columns: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """Mask (H, W) of a whole object at a random place, entirely inside the image."""
+    """Mask (H, W) of a whole object at a random place in the image, or in its given columns."""
     height, width = size
-    side = float(rng.integers(OBJECT_SIZES[0], OBJECT_SIZES[1] + 1))
+    first, end = columns or (0, width)
+    side = float(rng.integers(style.object_sizes[0], style.object_sizes[1] + 1))
     # Whole pixels: an upright object's box is then exactly `side` wide and high.
-    left, top = float(rng.integers(0, width - side + 1)), float(rng.integers(0, height - side + 1))
+    left = float(rng.integers(first, end - side + 1))
+    top = float(rng.integers(0, height - side + 1))
     angle = rng.uniform(0, 2 * np.pi) if style.rotate else 0.0
     cos, sin = np.cos(angle), np.sin(angle)
-    outline = OUTLINES[style.classes[label]]
+    outline = OUTLINES[style.classes[label].partition('-')[0]]
     # A turned shape is shrunk until its corners stay in the same box.
     reach = max(np.hypot(x, y) for x, y in outline) if outline and style.rotate else 1.0
     where, x, y = _pixels(size, (left, top, left + side, top + side))
@@ -216,15 +245,81 @@ def draw_scene(rng: np.random.Generator, style: Style = EASY, only: int | None =
         width += 1 if width < greatest else -1
     size = (height, width)
     image, base = _background(rng, style, size)
+    if only is None:
+        return _with_objects(rng, style, image, base, range(len(style.classes)))
+    return _with_objects(rng, style, image, base, range(only, only + 1), count=1)
+
+
+def draw_relation(
+    rng: np.random.Generator, mark: int, left: bool, style: Style = RELATION
+) -> Scene:
+    """Draws one scene in which the class of every object depends on a marker far from it.
+
+    The marker, a bar as high as the image near one of its ends, has the colour of its kind and is
+    no object. The objects lie towards the other end, at least :data:`FAR` pixels away. Neither
+    number, size, place, outline nor colour of the objects depends on the kind, so without a look at
+    the marker it can only be guessed.
+
+    Args:
+        rng: Source of all randomness; with the same state, the two kinds differ in the pixels of
+            the marker and in the labels alone.
+        mark: Index into ``style.marks``.
+        left: Whether the marker is at the left end.
+        style: What to draw.
+
+    Returns:
+        The image, labels and visible masks. The marker has no label.
+    """
+    image, base = _background(rng, style, RELATION_SIZE)
+    start = int(rng.integers(0, 9))
+    end = start + MARKER_WIDTH
+    image[:, start:end] = MARKER_COLOURS[mark]
+    near = end + FAR
+    outlines = len(style.classes) // len(style.marks)
+    scene = _with_objects(
+        rng,
+        style,
+        image,
+        base,
+        range(mark * outlines, (mark + 1) * outlines),
+        columns=(near, RELATION_SIZE[1]),
+    )
+    if left:
+        return scene
+    return Scene(scene.image[:, ::-1], scene.labels, scene.masks[..., ::-1])
+
+
+def _with_objects(
+    rng: np.random.Generator,
+    style: Style,
+    image: np.ndarray,
+    base: np.ndarray,
+    choices: range,
+    count: int | None = None,
+    columns: tuple[int, int] | None = None,
+) -> Scene:
+    """The scene of a background, (H, W, 3) float, with objects drawn into it.
+
+    Args:
+        rng: Source of all randomness.
+        style: What to draw.
+        image: The background.
+        base: Its mean colour.
+        choices: The labels to choose from, equally likely.
+        count: Number of objects; None for one from the style's range.
+        columns: The columns that objects may cover; None for all.
+    """
     colours, labels = [base], []
     masks: list[np.ndarray] = []
     areas: list[int] = []
-    for _ in range(rng.integers(1, MAX_OBJECTS + 1) if only is None else 1):
-        label = int(rng.integers(len(style.classes))) if only is None else only
+    size = image.shape[:2]
+    least, greatest = style.objects
+    for _ in range(rng.integers(least, greatest + 1) if count is None else count):
+        label = int(rng.integers(choices.start, choices.stop)) if len(choices) > 1 else choices[0]
         for _ in range(20):
-            mask = _object_mask(rng, style, label, size)
+            mask = _object_mask(rng, style, label, size, columns)
             left = [int((other & ~mask).sum()) for other in masks]
-            if all(now >= MIN_VISIBLE * area for now, area in zip(left, areas, strict=True)):
+            if all(now >= style.min_visible * area for now, area in zip(left, areas, strict=True)):
                 break
         else:
             continue
@@ -253,13 +348,18 @@ def scenes(
         count: Number of scenes.
         seed: Non-negative seed of the whole set.
         style: What to draw.
-        single: Whether each has one object, of each class in turn.
+        single: Whether each has one object, of each class in turn. In a style with a far marker,
+            its kinds and ends of the image take turns instead.
 
     Yields:
         The scenes, in order.
     """
     for index in range(count):
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
+        if style.marks:
+            turn, mark = divmod(index, len(style.marks))
+            yield draw_relation(rng, mark, turn % 2 == 0, style)
+            continue
         yield draw_scene(rng, style, index % len(style.classes) if single else None)
 
 
@@ -391,6 +491,12 @@ LAYOUTS = {
 }
 
 
+RELATION_SET = dataclasses.replace(
+    LAYOUTS['instances'], folder='data/shapes-relation', num_train=4096, num_val=256
+)
+"""Where the set with a far marker goes, and how large it is, by default."""
+
+
 def _file_name(index: int) -> str:
     return f'{index:06d}.png'
 
@@ -405,6 +511,10 @@ def _save(pixels: np.ndarray, path: Path) -> None:
 def _dump(content: dict, path: Path) -> None:
     """Writes JSON whose bytes depend on the content alone."""
     path.write_text(json.dumps(content, separators=(',', ':')) + '\n', encoding='utf-8')
+
+
+_UNSAID = {'layout': 'instances', 'relation': False}
+"""Parameters that came later than the first sets, whose marker lacks them, and what they were."""
 
 
 def _is_complete(folder: Path, parameters: dict[str, Any]) -> bool:
@@ -425,13 +535,13 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict) or 'format' not in found:
         return None
-    return {'layout': 'instances', **found}
+    return {**_UNSAID, **found}
 
 
 def _write_marker(folder: Path, parameters: dict[str, Any]) -> None:
-    """Leaves the parameters in a set; without the layout, as ever, if it is that of instances."""
-    instances = parameters['layout'] == 'instances'
-    _dump({k: v for k, v in parameters.items() if k != 'layout' or not instances}, folder / MARKER)
+    """Leaves the parameters in a set, but for those that are as in the first sets."""
+    said = {k: v for k, v in parameters.items() if k not in _UNSAID or v != _UNSAID[k]}
+    _dump(said, folder / MARKER)
 
 
 def _check_replaceable(folder: Path, parameters: dict, force: bool) -> None:
@@ -461,6 +571,7 @@ def make_dataset(
     num_val: int | None = None,
     seed: int = 0,
     hard: bool = False,
+    relation: bool = False,
     force: bool = False,
     progress: Callable[[str, int, int], None] = lambda split, done, total: None,
 ) -> bool:
@@ -473,11 +584,14 @@ def make_dataset(
         out: Folder of the set.
         layout: ``'instances'`` (COCO's), ``'semantic'`` (ADE20K's) or ``'classes'`` (a folder for
             each class).
-        num_train: Number of training images; None is the layout's, as for ``num_val``.
+        num_train: Number of training images; None is the layout's or the relation's default, as
+            for ``num_val``.
         num_val: Number of validation images.
         seed: Non-negative seed.
         hard: Six rotated classes in heavy clutter and noise, instead of three upright ones in
             light clutter.
+        relation: Small objects whose class depends on a far marker, see :func:`draw_relation`;
+            with the layout of instances only, and not with ``hard``.
         force: Replace a toy set that other arguments drew. A folder that holds anything else is
             never replaced.
         progress: Called with (split, images done, images in all) after each image.
@@ -486,13 +600,21 @@ def make_dataset(
         True if the set was drawn, False if it was there.
 
     Raises:
-        ValueError: If the layout is unknown or a number out of range.
+        ValueError: If the layout is unknown, a number out of range, or ``relation`` does not go
+            with the rest.
         FileExistsError: If ``out`` holds something else.
     """
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
-    num_train = LAYOUTS[layout].num_train if num_train is None else num_train
-    num_val = LAYOUTS[layout].num_val if num_val is None else num_val
+    if relation and (hard or layout != 'instances'):
+        other = 'hard' if hard else f'the layout {layout!r}'
+        raise ValueError(
+            f"relation does not go with {other}: it is drawn in the layout 'instances', with its "
+            'own light clutter'
+        )
+    defaults = RELATION_SET if relation else LAYOUTS[layout]
+    num_train = defaults.num_train if num_train is None else num_train
+    num_val = defaults.num_val if num_val is None else num_val
     for name, value, least in (
         ('num_train', num_train, 1),
         ('num_val', num_val, 1),
@@ -501,7 +623,7 @@ def make_dataset(
         if value < least:
             raise ValueError(f'{name} must be at least {least}, got {value}')
     out = Path(out).absolute()
-    style = HARD if hard else EASY
+    style = RELATION if relation else HARD if hard else EASY
     counts = {'train': num_train, 'val': num_val}
     parameters = {
         'format': FORMAT,
@@ -509,6 +631,7 @@ def make_dataset(
         'seed': seed,
         'hard': hard,
         'layout': layout,
+        'relation': relation,
     }
     if _is_complete(out, parameters):
         return False

@@ -183,6 +183,17 @@ TOY_TOOLBOXES = {
     'fastervit-tiny_upernet_shapes': 'mmseg',
     'fastervit-tiny_shapes': 'mmpretrain',
 }
+RELATION_TOYS = [path for path in TOYS if path.stem.endswith('_relation')]
+TOY_TOOLBOXES |= dict.fromkeys(
+    (
+        f'faster-rcnn_{backbone}_fpn_relation'
+        for backbone in (
+            *('resnet-toy', 'resnet-hat-toy', 'resnet-hmhsa-toy', 'swin-toy', 'swin-hat-toy'),
+            *('fastervit-no-carriers-toy', 'fastervit-toy'),
+        )
+    ),
+    'mmdet',
+)
 
 of_leaves = pytest.mark.parametrize('path', LEAVES, ids=lambda path: path.stem)
 of_toys = pytest.mark.parametrize('path', TOYS, ids=lambda path: path.stem)
@@ -394,7 +405,7 @@ def test_the_model_names_its_toolbox(path):
 
 
 @pytest.mark.parametrize(
-    'path', [p for p in LEAVES if p.parent.name != 'resnet_hat'], ids=lambda path: path.stem
+    'path', [p for p in LEAVES if 'resnet' not in str(p)], ids=lambda path: path.stem
 )
 def test_nothing_of_the_replaced_is_left(path):
     cfg = load(path)
@@ -993,7 +1004,8 @@ def test_multi_scale_and_crop_images(shapes):
 def test_toy_classes_are_those_that_are_drawn(path):
     cfg = load(path)
     background = ('background',) if toolbox_of(path) == 'mmseg' else ()
-    assert tuple(cfg.metainfo.classes) == background + toy.EASY.classes
+    drawn = toy.RELATION if path in RELATION_TOYS else toy.EASY
+    assert tuple(cfg.metainfo.classes) == background + drawn.classes
     found = {
         module.num_classes
         for module in on_meta(path).modules()
@@ -1010,7 +1022,8 @@ def test_toy_data_and_evaluators(path):
         'mmseg': ('semantic', ['IoUMetric']),
         'mmpretrain': ('classes', ['Accuracy', 'ConfusionMatrix']),
     }[toolbox_of(path)]
-    assert Path(cfg.data_root) == Path(toy.LAYOUTS[layout].folder)
+    layout = toy.RELATION_SET if path in RELATION_TOYS else toy.LAYOUTS[layout]
+    assert Path(cfg.data_root) == Path(layout.folder)
     evaluators = cfg.test_evaluator
     found = evaluators if isinstance(evaluators, list) else [evaluators]
     assert [evaluator.type for evaluator in found] == metrics

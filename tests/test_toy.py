@@ -216,7 +216,7 @@ def test_later_objects_hide_earlier_ones(many):
             if remaining and np.array_equal(whole & ~later, remaining[-1]):
                 visible = remaining.pop()
                 hidden += bool((whole & later).any())
-                assert visible.sum() >= toy.MIN_VISIBLE * whole.sum()
+                assert visible.sum() >= toy.EASY.min_visible * whole.sum()
                 later |= whole
         assert not remaining
     assert hidden >= 10
@@ -236,6 +236,112 @@ def test_hard_option(tmp_path, small):
         return np.abs(np.diff(image, axis=1)).mean()
 
     assert edges(tmp_path / 'hard') > 3 * edges(small / 'instances')
+
+
+def test_the_two_kinds_differ_in_the_marker_and_the_labels_alone():
+    """So nothing else in an image, nor in how many objects there are, tells the kind."""
+    for seed in range(20):
+        left = seed % 2 == 0
+        a, b = (toy.draw_relation(np.random.default_rng(seed), mark, left) for mark in (0, 1))
+        assert np.array_equal(a.masks, b.masks)
+        assert np.array_equal(a.labels + 3, b.labels)
+        assert set(a.labels) <= {0, 1, 2}
+        rows, columns = np.nonzero((a.image != b.image).any(axis=2))
+        assert set(rows) == set(range(toy.RELATION_SIZE[0]))
+        assert np.ptp(columns) + 1 == toy.MARKER_WIDTH == len(rows) / toy.RELATION_SIZE[0]
+        # Far from all objects, and at the end that was asked for.
+        objects = np.nonzero(a.masks.any(axis=0))[1]
+        gap = objects.min() - columns.max() if left else columns.min() - objects.max()
+        assert gap > toy.FAR
+        assert (columns.max() < objects.min()) == left
+
+
+@pytest.fixture(scope='module')
+def related():
+    return list(toy.scenes('train', 240, 0, toy.RELATION))
+
+
+def test_relations_keep_their_pixels(related):
+    """The results in the docs are of these images."""
+    digest = hashlib.sha256(b''.join(scene.image.tobytes() for scene in related[:12])).hexdigest()
+    assert digest == '56d4011281c6b3df2ca23899abd5cc289736620586c3d71d8469a584535c7848'
+
+
+def test_kinds_and_ends_of_the_marker_take_turns(related):
+    """Four images have each kind at each end, so no prior is better than chance."""
+    seen = []
+    for scene in related:
+        kinds = set(scene.labels // 3)
+        assert len(kinds) == 1
+        columns = np.nonzero(scene.masks.any(axis=0))[1]
+        middle = scene.image.shape[1] / 2
+        assert columns.min() > middle or columns.max() < middle
+        seen.append((kinds.pop(), columns.min() > middle))
+    assert seen == [(0, True), (1, True), (0, False), (1, False)] * 60
+
+
+def test_objects_of_a_relation_are_small_and_whole(related):
+    share = {'circle': np.pi / 4, 'square': 1.0, 'triangle': 0.5}
+    assert {len(scene.labels) for scene in related} == {2, 3, 4, 5}
+    assert len({scene.image.shape for scene in related}) == 1
+    counts = np.bincount(np.concatenate([scene.labels for scene in related]), minlength=6)
+    assert counts.min() > 0.8 * counts.mean()
+    for scene in related:
+        assert scene.masks.sum(axis=0).max() == 1
+        for mask, label in zip(scene.masks, scene.labels, strict=True):
+            height, width = np.ptp(np.nonzero(mask), axis=1) + 1
+            assert 13 <= min(height, width) <= max(height, width) <= 28
+            outline = toy.RELATION.classes[label].partition('-')[0]
+            assert mask.sum() / (height * width) == pytest.approx(share[outline], abs=0.08)
+
+
+def test_objects_do_not_tell_the_kind_by_their_looks(related):
+    """Colours, places and backgrounds have the same averages with both kinds."""
+    looks = []
+    for scene in related:
+        inside, middle = scene.masks.any(axis=0), slice(80, -80)  # the marker is further outside
+        looks.append(
+            [
+                *scene.image[inside].mean(axis=0),
+                *scene.image[:, middle][~inside[:, middle]].mean(axis=0),
+                np.nonzero(inside)[0].mean(),
+                len(scene.labels),
+            ]
+        )
+    a, b = np.array(looks[0::2]), np.array(looks[1::2])
+    error = np.sqrt((a.var(axis=0) + b.var(axis=0)) / len(a))
+    assert (np.abs(a.mean(axis=0) - b.mean(axis=0)) < 3.5 * error).all()
+
+
+def test_relation_option(tmp_path):
+    counts = {'num_train': 4, 'num_val': 2}
+    assert toy.make_dataset(tmp_path / 'set', **counts, relation=True)
+    assert not toy.make_dataset(tmp_path / 'set', **counts, relation=True)
+    assert json.loads((tmp_path / 'set' / toy.MARKER).read_text())['relation'] is True
+    content = json.loads((tmp_path / 'set/annotations/train.json').read_text())
+    assert tuple(c['name'] for c in content['categories']) == toy.RELATION.classes
+    drawn = list(toy.scenes('train', 4, 0, toy.RELATION))
+    found = [a['category_id'] - 1 for a in content['annotations']]
+    assert found == np.concatenate([scene.labels for scene in drawn]).tolist()
+    for index, scene in enumerate(drawn):
+        image = Image.open(tmp_path / f'set/train/{index:06d}.png')
+        assert np.array_equal(np.array(image), scene.image)
+    with pytest.raises(FileExistsError, match='relation True -> False'):
+        toy.make_dataset(tmp_path / 'set', **counts)
+
+
+@pytest.mark.parametrize(
+    ('other', 'message'),
+    [
+        ({'hard': True}, 'does not go with hard: '),
+        ({'layout': 'semantic'}, "does not go with the layout 'semantic': "),
+        ({'layout': 'classes'}, "does not go with the layout 'classes': "),
+    ],
+)
+def test_relation_goes_with_instances_only(tmp_path, other, message):
+    with pytest.raises(ValueError, match=message):
+        toy.make_dataset(tmp_path / 'set', relation=True, **other)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -331,6 +437,7 @@ def test_bad_arguments():
         ((), 'data/shapes'),
         (('--layout', 'semantic'), 'data/shapes-semantic'),
         (('--layout', 'classes', '--hard'), 'data/shapes-classes-hard'),
+        (('--relation',), 'data/shapes-relation'),
     ],
 )
 def test_default_folders(tmp_path, args, folder):
@@ -344,6 +451,7 @@ def test_default_folders(tmp_path, args, folder):
     [
         (('--num-train', '0'), 'num_train must be at least 1, got 0'),
         (('--out', 'taken'), 'is not a toy set'),
+        (('--relation', '--hard'), 'relation does not go with hard'),
         (('--out', 'file/set'), 'file'),
     ],
 )

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from hat_mm.toy import LAYOUTS, make_dataset
+from hat_mm.toy import LAYOUTS, RELATION_SET, make_dataset
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -22,14 +22,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     folders = ', '.join(layout.folder for layout in LAYOUTS.values())
     parser.add_argument(
         '--out',
-        help=f'folder of the set (default, by layout: {folders}; -hard is added with --hard)',
+        help=f'folder of the set (default, by layout: {folders}; -hard is added with --hard; '
+        f'{RELATION_SET.folder} with --relation)',
     )
     for option, name, what in (
         ('--num-train', 'num_train', 'training'),
         ('--num-val', 'num_val', 'validation'),
     ):
         counts = ', '.join(str(getattr(layout, name)) for layout in LAYOUTS.values())
-        parser.add_argument(option, type=int, help=f'{what} images (default, by layout: {counts})')
+        parser.add_argument(
+            option,
+            type=int,
+            help=f'{what} images (default, by layout: {counts}; '
+            f'{getattr(RELATION_SET, name)} with --relation)',
+        )
     parser.add_argument(
         '--seed', type=int, default=0, help='seed; the same one gives the same bytes'
     )
@@ -37,6 +43,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--hard',
         action='store_true',
         help='six rotated classes in heavy clutter instead of three in light',
+    )
+    parser.add_argument(
+        '--relation',
+        action='store_true',
+        help='small shapes whose class depends on a marker far away in the image, too; instances '
+        'only, and not with --hard',
     )
     parser.add_argument(
         '--force', action='store_true', help='replace a toy set drawn with other options'
@@ -55,7 +67,7 @@ def show_progress(split: str, done: int, total: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Draws the set; returns the exit status."""
     args = parse_args(argv)
-    layout = LAYOUTS[args.layout]
+    layout = RELATION_SET if args.relation else LAYOUTS[args.layout]
     out = args.out or layout.folder + ('-hard' if args.hard else '')
     num_train = layout.num_train if args.num_train is None else args.num_train
     num_val = layout.num_val if args.num_val is None else args.num_val
@@ -68,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             num_val=num_val,
             seed=args.seed,
             hard=args.hard,
+            relation=args.relation,
             force=args.force,
             progress=show_progress,
         )

@@ -67,6 +67,28 @@ def check_ints(name: str, values: Sequence[int], length: int) -> None:
         raise ValueError(f'{name} must be {wanted}, not {shown!r}')
 
 
+def check_stages(name: str, stages: Sequence[int], num_stages: int) -> tuple[int, ...]:
+    """Returns ``stages``, shown as ``name``; raises ValueError unless they are different ones."""
+    if (
+        not isinstance(stages, Sequence)
+        or not stages
+        or any(_not_int(i) or i not in range(num_stages) for i in stages)
+        or len(set(stages)) != len(stages)
+    ):
+        raise ValueError(
+            f'{name} must be different stages out of 0 to {num_stages - 1}, not {stages!r}'
+        )
+    return tuple(stages)
+
+
+def check_ratio(name: str, value: float, dim: int) -> None:
+    """Raises ValueError unless ``value`` times ``dim`` channels, rounded down, are some."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value * dim < 1e9:
+        raise ValueError(
+            f'{name} must be a positive number that leaves channels of {dim}, not {value!r}'
+        )
+
+
 def per_stage(values: int | Sequence[int], num_stages: int) -> Sequence[int]:
     """One number for each stage, from one for all or one for each."""
     return (values,) * num_stages if isinstance(values, int) else values
@@ -162,7 +184,8 @@ class HierarchicalBackbone(BaseModule):
         dims, self.depths = self.spec.dims, self.spec.depths
         num_stages = len(self.depths)
         check_ints('in_channels', (in_channels,), length=1)
-        self.out_indices = _check_out_indices(out_indices, num_stages)
+        indices = (out_indices,) if isinstance(out_indices, int) else out_indices
+        self.out_indices = check_stages('out_indices', indices, num_stages)
         if _not_int(frozen_stages) or frozen_stages not in range(-1, num_stages + 1):
             raise ValueError(
                 f'frozen_stages must be -1 (none), 0 (the stem) or 1 to {num_stages} (the stem and '
@@ -359,23 +382,14 @@ def _build_norm(name: str, cfg: Mapping[str, Any], dim: int) -> nn.Module:
     except (KeyError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(
             f'{name} = {dict(cfg)!r} makes no norm of {dim} channels ({error or "missing field"}); '
-            "examples are dict(type='BN'), dict(type='SyncBN') and dict(type='GN', num_groups=1)"
+            "examples are dict(type='BN'), dict(type='SyncBN'), dict(type='GN', num_groups=1) and "
+            "dict(type='hat_mm.LayerNorm2d')"
         ) from error
+    if type(norm) is nn.LayerNorm:
+        raise ValueError(
+            f'{name} = {dict(cfg)!r} normalises the last axis, of a map its width; for the '
+            "channels of each pixel take dict(type='hat_mm.LayerNorm2d')"
+        )
     if isinstance(norm, nn.GroupNorm) and not isinstance(norm, MapNorm):
         norm.register_forward_pre_hook(guard_group_norm)
     return norm
-
-
-def _check_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
-    indices = (out_indices,) if isinstance(out_indices, int) else out_indices
-    if (
-        not isinstance(indices, Sequence)
-        or not indices
-        or any(_not_int(i) or i not in range(num_stages) for i in indices)
-        or len(set(indices)) != len(indices)
-    ):
-        raise ValueError(
-            f'out_indices must be different stages out of 0 to {num_stages - 1}, '
-            f'not {out_indices!r}'
-        )
-    return tuple(indices)

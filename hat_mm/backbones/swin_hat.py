@@ -37,7 +37,14 @@ from hat_mm.layers import (
 )
 from hat_mm.registry import MODELS
 
-from .base import HierarchicalBackbone, check_ints, drop_path_rates, per_stage
+from .base import (
+    HierarchicalBackbone,
+    check_ints,
+    check_ratio,
+    check_stages,
+    drop_path_rates,
+    per_stage,
+)
 
 MODELS.register_module(module=LayerNorm2d)
 
@@ -82,15 +89,11 @@ class SwinHATArch:
             check_ints(name, values, _NUM_STAGES)
             object.__setattr__(self, name, tuple(values))
         check_ints('embed_dims', (self.embed_dims,), length=1)
-        stages = self.hat_stages
-        if not isinstance(stages, Sequence) or not set(stages) <= set(range(_NUM_STAGES)):
-            raise ValueError(
-                f'hat_stages must be stages out of 0 to {_NUM_STAGES - 1}, such as (0, 1, 2), or '
-                f'() for none, not {stages!r}'
+        if self.hat_stages != ():
+            object.__setattr__(
+                self, 'hat_stages', check_stages('hat_stages', self.hat_stages, _NUM_STAGES)
             )
-        object.__setattr__(self, 'hat_stages', tuple(stages))
-        if not isinstance(self.mlp_ratio, int | float) or self.mlp_ratio <= 0:
-            raise ValueError(f'mlp_ratio must be a positive number, not {self.mlp_ratio!r}')
+        check_ratio('mlp_ratio', self.mlp_ratio, self.embed_dims)
         for i in range(_NUM_STAGES):
             if self.dims[i] % self.num_heads[i]:
                 raise ValueError(
@@ -165,7 +168,7 @@ class SwinBlock(nn.Module):
     """Attention inside windows and an MLP; what lies in other windows comes in by one of two ways.
 
     Either the windows are shifted, or carrier tokens that have attended to each other join them.
-    Where a map ends inside its last windows zeros fill them after the norm, as in Swin.
+    Incomplete windows at the border are filled with zeros after the norm, as in Swin.
 
     Args:
         dim: Channels C.

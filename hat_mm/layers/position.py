@@ -107,8 +107,12 @@ class RelativePositionBias(_PositionMlp):
 
     Args:
         num_heads: Heads G.
-        num_prefix: Tokens p in front of the grid; pairs with them have bias 0.
+        num_prefix: Tokens p in front of the grid.
         cache: Cache shared with other modules. Defaults to one of its own.
+
+    Attributes:
+        prefix_bias: Bias of pairs with prefix tokens; 0 as published. Those of the grid are between
+            0 and 16 and start at about 8, so with 0 the prefix is hardly seen at first.
 
     Shape:
         Called with ``(a, b)``, returns (G, p + a * b, p + a * b) in float32: head, query, key.
@@ -116,6 +120,7 @@ class RelativePositionBias(_PositionMlp):
 
     def __init__(self, num_heads: int, num_prefix: int = 0, cache: EvalCache | None = None) -> None:
         super().__init__(num_heads, num_prefix, cache)
+        self.prefix_bias = 0.0
 
     def _compute(self, a: int, b: int) -> Tensor:
         device = self.fc1.weight.device
@@ -128,7 +133,8 @@ class RelativePositionBias(_PositionMlp):
         # The bias depends on the offset only: the MLP sees (2a - 1)(2b - 1) offsets, not N * N
         # pairs, which on a large map would take gigabytes.
         table = self._mlp(log_offsets(a), log_offsets(b)).flatten(0, 1)
-        return _of_pairs(16 * torch.sigmoid(table.t()), a, b, self.num_prefix)
+        table = 16 * torch.sigmoid(table.t())
+        return _of_pairs(table, a, b, self.num_prefix, self.prefix_bias)
 
 
 class RelativePositionTable(_Positions):
@@ -157,7 +163,7 @@ class RelativePositionTable(_Positions):
         return _of_pairs(table.flatten().view_as(table).t(), a, b, self.num_prefix)
 
 
-def _of_pairs(table: Tensor, a: int, b: int, num_prefix: int) -> Tensor:
+def _of_pairs(table: Tensor, a: int, b: int, num_prefix: int, prefix_bias: float = 0.0) -> Tensor:
     """Numbers by offset, (G, (2a - 1)(2b - 1)), to those by pair, (G, p + a * b, p + a * b)."""
 
     def differences(side: int) -> Tensor:
@@ -168,4 +174,4 @@ def _of_pairs(table: Tensor, a: int, b: int, num_prefix: int) -> Tensor:
     index = differences(a)[:, None, :, None] * (2 * b - 1) + differences(b)[None, :, None, :]
     bias = table.index_select(1, index.flatten()).view(-1, a * b, a * b)
     p = num_prefix
-    return F.pad(bias, (p, 0, p, 0)) if p else bias
+    return F.pad(bias, (p, 0, p, 0), value=prefix_bias) if p else bias

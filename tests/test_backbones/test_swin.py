@@ -186,6 +186,29 @@ def test_tables_of_another_window_are_interpolated(log):
     assert native.stages[3].blocks[0].attn.bias.relative_position_bias_table.shape == (81, 4)
 
 
+def test_swin_trained_here_starts_a_network_with_carriers(log):
+    plain, hat = hat_mm.SwinHAT(ARCH, hat_stages=()), hat_mm.SwinHAT(ARCH)
+    randomise(plain)
+    hat.load_state_dict(plain.state_dict())
+    new = [k for k in hat.state_dict() if '.tokenizer.' in k or '.carrier.' in k]
+    assert f'{len(new)} new (' in log.getvalue()
+    state = hat.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in plain.state_dict().items())
+    # Carriers in part are no such start, and none may be lost without a word.
+    with pytest.raises(ValueError, match='missing'):
+        hat_mm.SwinHAT(ARCH).load_state_dict(hat_mm.SwinHAT(ARCH, hat_stages=(0,)).state_dict())
+    with pytest.raises(ValueError, match='unexpected'):
+        plain.load_state_dict(hat.state_dict())
+
+
+def test_mlp_ratio_is_that_of_all_mlps():
+    stages = hat_mm.SwinHAT(dict(ARCH, mlp_ratio=2)).stages
+    for stage, dim in zip(stages, (8, 16, 32, 64), strict=True):
+        for block in stage.blocks:
+            layers = [block] if block.carrier is None else [block, block.carrier]
+            assert all(layer.mlp.fc1.out_features == 2 * dim for layer in layers)
+
+
 def far_pixel_moves(backbone, stage):
     """Whether the last pixel of a wide image changes the first token of a stage."""
     backbone = backbone.eval().double()

@@ -177,6 +177,7 @@ class SwinBlock(nn.Module):
         shift: Tokens by which windows are shifted, 0 for none.
         carrier_size: Carrier side c; 0 for no carriers.
         exchange: Whether the carriers attend to each other first.
+        keep_carriers: Whether another block needs the carriers.
         mlp_ratio: Hidden width of the MLPs as a multiple of C.
         drop_path_rate: Probability that an image skips a branch while training.
         cache: Where position tensors and masks are kept in eval mode.
@@ -190,6 +191,7 @@ class SwinBlock(nn.Module):
         shift: int,
         carrier_size: int,
         exchange: bool,
+        keep_carriers: bool,
         mlp_ratio: float,
         drop_path_rate: float,
         cache: EvalCache,
@@ -198,6 +200,7 @@ class SwinBlock(nn.Module):
         self.window_size = window
         self.shift = shift
         self.carrier_size = carrier_size
+        self.keep_carriers = keep_carriers
         self.mask = ShiftMask(window, shift, cache) if shift else None
         self.carrier = None
         if exchange:
@@ -219,7 +222,7 @@ class SwinBlock(nn.Module):
             carriers: Carriers in raster order, (B, nh * c, nw * c, C), if the block has some.
 
         Returns:
-            Tensors of the shapes of ``x`` and ``carriers``.
+            Tensors of the shapes of ``x`` and ``carriers``; None for carriers that nobody needs.
         """
         if self.carrier is not None:
             sides = carriers.shape[1:3]
@@ -228,7 +231,7 @@ class SwinBlock(nn.Module):
             carriers = self.carrier(tokens, sides).unflatten(1, sides)
         change, carrier_change = self._attend(x, carriers)
         x = self._add(x, change)
-        return x, None if carriers is None else self._add(carriers, carrier_change)
+        return x, self._add(carriers, carrier_change) if self.keep_carriers else None
 
     def _add(self, x: Tensor, change: Tensor) -> Tensor:
         """Adds what attention made, then runs the MLP."""
@@ -393,14 +396,15 @@ class SwinHAT(HierarchicalBackbone):
                     dim,
                     spec.num_heads[i],
                     window,
-                    shift=window // 2 if odd and not carrier_size else 0,
+                    shift=window // 2 if j % 2 and not carrier_size else 0,
                     carrier_size=carrier_size,
-                    exchange=odd and carrier_size > 0,
+                    exchange=carrier_size > 0 and j % 2 == 1,
+                    keep_carriers=carrier_size > 0 and j < spec.depths[i] - 1,
                     mlp_ratio=spec.mlp_ratio,
                     drop_path_rate=rate,
                     cache=cache,
                 )
-                for odd, rate in ((bool(j % 2), rate) for j, rate in enumerate(rates[i]))
+                for j, rate in enumerate(rates[i])
             ]
             self.stages.append(SwinStage(downsample, tokenizer, blocks, self.with_cp))
 

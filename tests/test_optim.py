@@ -16,14 +16,29 @@ from test_backbones.archs import FAMILIES
 from torch import nn
 
 import hat_mm
-from hat_mm.layers.position import AbsolutePositionEmbedding, RelativePositionBias
+from hat_mm.layers import (
+    AbsolutePositionEmbedding,
+    RelativePositionBias,
+    RelativePositionTable,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY_CONFIG = str(ROOT / 'configs/toy/mask-rcnn_fastervit-tiny_fpn_shapes.py')
 CONSTRUCTOR = 'hat_mm.LayerDecayOptimWrapperConstructor'
 LR, DECAY = 0.8, 0.05
-RECOMMENDED = {'pos_embed.fc': dict(decay_mult=0.0), 'attn.bias.fc': dict(decay_mult=0.0)}
+RECOMMENDED = {
+    'pos_embed.fc': dict(decay_mult=0.0),
+    'attn.bias.fc': dict(decay_mult=0.0),
+    'relative_position_bias_table': dict(decay_mult=0.0),
+}
 
+ARCHS = {name: family.arch for name, family in FAMILIES.items()}
+ARCHS['SwinHAT'] = FAMILIES['SwinHAT'].tiny(depths=(1, 1, 2, 1))
+STEMS = {
+    'FasterViT': 'stem.conv1.weight',
+    'HATNet': 'stem.conv1.weight',
+    'SwinHAT': 'stem.conv.weight',
+}
 # The tiny archs have 1, 1, 2 and 1 blocks: depth 0 is the stem, 1 to 5 the blocks, 6 the norms.
 DEPTHS = {
     'FasterViT': {
@@ -54,6 +69,19 @@ DEPTHS = {
         'norm0.weight': 6,
         'norm3.bias': 6,
     },
+    'SwinHAT': {
+        'stem.conv.weight': 0,
+        'stem.norm.bias': 0,
+        'stages.0.tokenizer.conv.weight': 1,
+        'stages.0.blocks.0.attn.qkv.weight': 1,
+        'stages.1.downsample.reduction.weight': 2,
+        'stages.2.downsample.norm.weight': 3,
+        'stages.2.blocks.0.attn.bias.relative_position_bias_table': 3,
+        'stages.2.blocks.1.carrier.attn.qkv.weight': 4,
+        'stages.3.blocks.0.mlp.fc2.bias': 5,
+        'norm0.weight': 6,
+        'norm3.bias': 6,
+    },
 }
 
 
@@ -64,7 +92,7 @@ def family(request):
 
 def backbone_cfg(name, **arguments):
     arguments = {'out_norm_cfg': dict(type='BN'), **arguments}
-    return dict(type=f'hat_mm.{name}', arch=FAMILIES[name].arch, **arguments)
+    return dict(type=f'hat_mm.{name}', arch=ARCHS[name], **arguments)
 
 
 def bare(name, **arguments):
@@ -169,7 +197,7 @@ def test_every_depth_of_a_bare_backbone(family):
     assert set(lr) == {name for name, _ in model.named_parameters()}
     for name, depth in DEPTHS[family].items():
         assert lr[name] == LR * 0.5 ** (6 - depth), name
-    assert min(lr.values()) == lr['stem.conv1.weight']
+    assert min(lr.values()) == lr[STEMS[family]]
 
 
 @pytest.mark.parametrize('make', [detector, segmentor, classifier])
@@ -287,13 +315,13 @@ def test_same_as_mmpretrains_constructor(name):
 
 @pytest.mark.parametrize('norm_cfg', [None, dict(type='GN', num_groups=1)])
 def test_no_weight_decay_on_norms_biases_scales_and_positions(family, norm_cfg):
-    arch = FAMILIES[family].arch
+    arch = ARCHS[family]
     if family == 'FasterViT':
         arch = {**arch, 'layer_scale': 1e-5}
     model = getattr(hat_mm, family)(arch, norm_cfg=norm_cfg, out_norm_cfg=dict(type='BN'))
     kinds = {
         'norm': (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm),
-        'position': (AbsolutePositionEmbedding, RelativePositionBias),
+        'position': (AbsolutePositionEmbedding, RelativePositionBias, RelativePositionTable),
     }
     exempt = {kind: set() for kind in ('norm', 'position', 'bias', 'scale')}
     for name, module in model.named_modules():
@@ -308,7 +336,8 @@ def test_no_weight_decay_on_norms_biases_scales_and_positions(family, norm_cfg):
             exempt['scale'].add(name)
     assert exempt['norm']
     assert exempt['bias']
-    assert bool(exempt['position']) == bool(exempt['scale']) == (family == 'FasterViT')
+    assert bool(exempt['position']) is (family != 'HATNet')
+    assert bool(exempt['scale']) is (family == 'FasterViT')
     exempt = set().union(*exempt.values())
 
     full = dict(norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0)
@@ -332,13 +361,12 @@ def test_custom_keys_multiply_with_the_layer(family):
             },
         ),
     )
-    stem = found['backbone.stem.conv1.weight']  # the longest key counts, as in mmengine
+    stem = found[f'backbone.{STEMS[family]}']  # the longest key counts, as in mmengine
     assert stem['lr'] == LR * 0.5**6
     assert stem['weight_decay'] == 0
     assert stem['betas'] == [0.8, 0.9]
-    stage = found[
-        'backbone.stages.0.blocks.0.' + ('conv1', 'attn.qkv')[family == 'HATNet'] + '.weight'
-    ]
+    layer = 'conv1' if family == 'FasterViT' else 'attn.qkv'
+    stage = found[f'backbone.stages.0.blocks.0.{layer}.weight']
     assert stage['lr'] == pytest.approx(LR * 0.1 * 0.5**5)
     assert stage['weight_decay'] == DECAY * 0.5
     assert stage['betas'] == (0.9, 0.999)
@@ -369,7 +397,7 @@ def test_frozen_stages_are_left_out(family):
     model = bare(family, frozen_stages=2)
     lr = rates(model, wrap(model))
     assert not [k for k in lr if k.startswith(('stem', 'stages.0', 'stages.1', 'norm0', 'norm1'))]
-    assert lr['stages.2.downsample.conv.weight'] == LR * 0.5**3
+    assert lr['stages.2.downsample.norm.weight'] == LR * 0.5**3
 
 
 def test_weights_shared_by_two_modules():

@@ -12,7 +12,8 @@ PY := $(VENV)/bin/python
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hat-net demo-seg demo-cls demo-cascade test test-slow lint format clean
+.PHONY: help setup demo demo-hat-net demo-seg demo-cls demo-cascade study test test-slow lint \
+  format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +48,9 @@ demo-cls: setup ## classification with a tiny FasterViT, shows a confusion matri
 demo-cascade: setup ## instance segmentation: Cascade Mask R-CNN with a tiny FasterViT
 	@$(IN_VENV) $(PY) tools/demo.py configs/toy/cascade-mask-rcnn_fastervit-tiny_fpn_shapes.py \
 	  --work-dir work_dirs/demo-cascade-$(STACK) $(ARGS)
+
+study: setup ## train networks with and without global attention, 21 runs, an hour on two cores
+	@$(IN_VENV) $(PY) tools/plugin_study.py $(ARGS)
 
 # A file's tests stay in one process, whose fixtures they share.
 test: setup ## run the tests; ARGS='-k word' passes options to pytest

@@ -132,7 +132,7 @@ class HATPlugin(_Plugin):
             with_cp=False,
             mlp_ratio=mlp_ratio,
         )
-        # Level with the tokens of the window, which is as published where they start.
+        # So carriers start level with the window's tokens, whose biases start at about 8.
         self.attn.blocks[0].window.attn.bias.prefix_bias = 8.0
         _start(self)
 

@@ -323,7 +323,8 @@ def plot(results: dict, out: Path) -> None:
         left.plot([index] * len(values), values, '.', color='grey', alpha=0.6, zorder=1)
         left.errorbar(index, mean, deviation, fmt='o', color=colour, capsize=4)
         right.errorbar(row['seconds'], mean, deviation, fmt='o', color=colour, capsize=4)
-        right.annotate(name, (row['seconds'], mean), (5, 4), textcoords='offset points', fontsize=7)
+        offset = (5, -10 if index % 2 else 4)  # neighbours of like scores stand apart
+        right.annotate(name, (row['seconds'], mean), offset, textcoords='offset points', fontsize=7)
     names = [name.replace(' without ', '\nwithout ') for name in results['backbones']]
     left.set_xticks(range(len(names)), names, rotation=30, ha='right', fontsize=8)
     left.set_ylim(bottom=0)

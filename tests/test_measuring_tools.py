@@ -8,6 +8,7 @@ import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from repo_tools import tool
 
 ROOT = Path(__file__).resolve().parents[1]
 TOYS = {
@@ -68,6 +69,12 @@ def test_bad_backbones_are_one_line(run_python, argument, message):
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]
     assert 'Traceback' not in done.stderr
+
+
+def test_arguments_may_hold_commas_in_nested_brackets():
+    text = "depth=50,plugins=[{'cfg': {'type': 'A'}, 'stages': (False, True)}],arch=tiny"
+    split = tool('benchmark').split_arguments(text)
+    assert split == ['depth=50', text[len('depth=50,') : -len(',arch=tiny')], 'arch=tiny']
 
 
 @pytest.mark.parametrize('family', TOYS)

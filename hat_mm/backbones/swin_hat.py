@@ -89,10 +89,9 @@ class SwinHATArch:
             check_ints(name, values, _NUM_STAGES)
             object.__setattr__(self, name, tuple(values))
         check_ints('embed_dims', (self.embed_dims,), length=1)
-        if self.hat_stages != ():
-            object.__setattr__(
-                self, 'hat_stages', check_stages('hat_stages', self.hat_stages, _NUM_STAGES)
-            )
+        stages = self.hat_stages
+        stages = () if stages in ((), []) else check_stages('hat_stages', stages, _NUM_STAGES)
+        object.__setattr__(self, 'hat_stages', stages)
         check_ratio('mlp_ratio', self.mlp_ratio, self.embed_dims)
         for i in range(_NUM_STAGES):
             if self.dims[i] % self.num_heads[i]:

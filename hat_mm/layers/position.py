@@ -55,21 +55,27 @@ class _PositionMlp(_Positions):
         self.fc1 = nn.Linear(2, _HIDDEN)
         self.fc2 = nn.Linear(_HIDDEN, out_dim, bias=False)
 
+    def _precise(self) -> dict[str, Any]:
+        """Type and device of coordinates: float32 or the model's finer type."""
+        weight = self.fc1.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return {'dtype': dtype, 'device': weight.device}
+
     def _mlp(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """Maps coordinates (a,) and (b,) to (a, b, out_dim), in float32 whatever the model's type.
+        """Maps coordinates (a,) and (b,) to (a, b, out_dim), in the type of the coordinates.
 
         The results steer a softmax or are added to every token: a half-precision rounding here
         would show in every output, and the sums are too small to be worth it.
         """
         with torch.autocast(rows.device.type, enabled=False):
             # First layer by axis: the coordinates of a grid are a sum of a row and a column part.
-            weight = self.fc1.weight.float()
+            weight = self.fc1.weight.to(rows.dtype)
             hidden = (
                 (rows[:, None] * weight[:, 0])[:, None]
                 + (cols[:, None] * weight[:, 1])
-                + self.fc1.bias.float()
+                + self.fc1.bias.to(rows.dtype)
             )
-            return F.linear(F.relu(hidden), self.fc2.weight.float())
+            return F.linear(F.relu(hidden), self.fc2.weight.to(rows.dtype))
 
 
 def _to_unit(offset: Tensor) -> Tensor:
@@ -95,7 +101,7 @@ class AbsolutePositionEmbedding(_PositionMlp):
 
     def _compute(self, a: int, b: int) -> Tensor:
         def centred(side: int) -> Tensor:
-            index = torch.arange(side, dtype=torch.float32, device=self.fc1.weight.device)
+            index = torch.arange(side, **self._precise())
             return _to_unit(index - side // 2)
 
         vectors = self._mlp(centred(a), centred(b)).flatten(0, 1)
@@ -123,10 +129,8 @@ class RelativePositionBias(_PositionMlp):
         self.prefix_bias = 0.0
 
     def _compute(self, a: int, b: int) -> Tensor:
-        device = self.fc1.weight.device
-
         def log_offsets(side: int) -> Tensor:
-            offset = torch.arange(1 - side, side, dtype=torch.float32, device=device)
+            offset = torch.arange(1 - side, side, **self._precise())
             offset = 8 * _to_unit(offset)
             return offset.sign() * torch.log2(offset.abs() + 1) / math.log2(8)
 

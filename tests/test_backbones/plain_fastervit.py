@@ -78,7 +78,7 @@ class PlainFasterViT:
         channels, height, width = x.shape
         w = self.windows[stage]
         nh, nw = math.ceil(height / w), math.ceil(width / w)
-        padded = torch.zeros(channels, nh * w, nw * w)
+        padded = x.new_zeros(channels, nh * w, nw * w)
         padded[:, :height, :width] = x
         windows = {}
         for i in range(nh):
@@ -94,7 +94,7 @@ class PlainFasterViT:
             last = k == self.depths[stage] - 1
             name = f'levels.{stage}.blocks.{k}'
             windows, carriers = self._block(windows, carriers, name, stage, nh, nw, w, last)
-        out = torch.zeros(channels, nh * w, nw * w)
+        out = x.new_zeros(channels, nh * w, nw * w)
         for (i, j), tokens in windows.items():
             out[:, i * w : (i + 1) * w, j * w : (j + 1) * w] = tokens.T.reshape(channels, w, w)
         return out[:, :height, :width]
@@ -109,7 +109,7 @@ class PlainFasterViT:
             size = length - (cells - 1) * stride
             return [(t * stride, t * stride + size) for t in range(cells)]
 
-        grid = torch.zeros(c * nh, c * nw, len(weight))
+        grid = x.new_zeros(c * nh, c * nw, len(weight))
         for r, (top, bottom) in enumerate(spans(nh)):
             for q, (left, right) in enumerate(spans(nw)):
                 grid[r, q] = x[:, top:bottom, left:right].mean((1, 2))
@@ -173,8 +173,9 @@ class PlainFasterViT:
 
     def _mlp(self, coordinates, name):
         s = self.state
-        x = torch.as_tensor(np.array(coordinates, dtype=np.float32))
-        x = x @ s[f'{name}.cpb_mlp.0.weight'].T + s[f'{name}.cpb_mlp.0.bias']
+        weight = s[f'{name}.cpb_mlp.0.weight']
+        x = torch.as_tensor(np.array(coordinates)).to(weight)
+        x = x @ weight.T + s[f'{name}.cpb_mlp.0.bias']
         return F.relu(x) @ s[f'{name}.cpb_mlp.2.weight'].T
 
     def _absolute(self, a, b, name):

@@ -79,7 +79,7 @@ class PlainHATNet:
                 local[window] = self._attend(q[window], k[window], v[window])
         y = self._norm(x + local, f'{name}.grid_norm')
         r = self.ds_ratios[stage]
-        pooled = torch.zeros(channels, math.ceil(height / r), math.ceil(width / r))
+        pooled = x.new_zeros(channels, math.ceil(height / r), math.ceil(width / r))
         for i in range(pooled.shape[1]):
             for j in range(pooled.shape[2]):
                 cell = y[:, i * r : (i + 1) * r, j * r : (j + 1) * r]

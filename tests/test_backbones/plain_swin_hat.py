@@ -55,7 +55,7 @@ class PlainSwinHAT(PlainFasterViT):
 
     def _padded(self, x, side):
         *first, height, width = x.shape
-        out = torch.zeros(*first, math.ceil(height / side) * side, math.ceil(width / side) * side)
+        out = x.new_zeros(*first, math.ceil(height / side) * side, math.ceil(width / side) * side)
         out[..., :height, :width] = x
         return out
 
@@ -91,7 +91,7 @@ class PlainSwinHAT(PlainFasterViT):
         normed = self._ln(x, f'{name}.norm1', 1e-5).permute(2, 0, 1)
         normed = self._padded(normed, w).permute(1, 2, 0)
         rows, cols = normed.shape[:2]
-        change = torch.zeros(rows, cols, channels)
+        change = x.new_zeros(rows, cols, channels)
         bias = self._table(w, f'{name}.attn.relative_position_bias_table')
         if carriers is not None:
             normed_carriers = self._ln(carriers, f'{name}.norm1', 1e-5)

@@ -37,11 +37,18 @@ VARIANTS = {
 
 
 def pair(name, fields):
-    """Our backbone and the plain one with the same weights, under official names."""
+    """Our backbone and the plain one with the same weights, under official names.
+
+    In float64: a norm over a map of a few pixels enlarges the rounding of float32 tenfold and more.
+    """
     family = FAMILIES[name]
     state = family.state(family.tiny(**fields))
     ours = family.backbone(family.tiny(**fields), out_norm_cfg=None).eval()
     ours.load_state_dict(state)
+    ours.double()
+    state = {
+        key: value.double() if value.is_floating_point() else value for key, value in state.items()
+    }
     return ours, family.plain(state, ours)
 
 
@@ -53,11 +60,12 @@ PAIRS = {variant: pair(*what) for variant, what in VARIANTS.items()}
 @given(batch=st.integers(1, 3), height=SIDES, width=SIDES, seed=st.integers(0, 1000))
 def test_equals_the_plain_implementation(variant, batch, height, width, seed):
     ours, plain = PAIRS[variant]
-    image = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(batch, 3, height, width, generator=generator, dtype=torch.float64)
     with torch.inference_mode():
         for mine, theirs in zip(ours(image), plain(image), strict=True):
             assert mine.shape == theirs.shape
-            assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+            assert (mine - theirs).norm() <= 1e-9 * theirs.norm()
 
 
 @pytest.fixture(params=FAMILIES)
@@ -105,11 +113,13 @@ def test_window_averages_keep_double_precision():
 
 
 def far_pixel_moves_stage_2(arch):
-    """Whether the last pixel of a wide image changes the first token of stage 2, and the grid."""
+    """Whether the right end of a wide image changes the first token of stage 2."""
+    torch.manual_seed(0)
     backbone = hat_mm.FasterViT(arch, out_norm_cfg=None).eval().double()
     image = torch.randn(1, 3, 64, 512, dtype=torch.float64)
     other = image.clone()
-    other[..., -1, -1] += 1
+    # A single pixel would be lost where the few channels of the stem's ReLU are all off.
+    other[..., -32:] = torch.randn(1, 3, 64, 32, dtype=torch.float64)
     with torch.inference_mode():
         a, b = backbone(image)[2], backbone(other)[2]
     return not torch.equal(a[..., 0, 0], b[..., 0, 0])

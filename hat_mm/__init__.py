@@ -25,6 +25,7 @@ _PUBLIC = {
     'get_model': 'hat_mm.zoo',
     'list_models': 'hat_mm.zoo',
     'register_model_index': 'hat_mm.zoo',
+    'switch_to_deploy': 'hat_mm.layers',
 }
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     'get_model',
     'list_models',
     'register_model_index',
+    'switch_to_deploy',
 ]
 
 compat.apply()

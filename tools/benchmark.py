@@ -1,220 +1,282 @@
-"""Times backbones against each other, or measures the memory that one forward pass takes.
+"""Measures models beside each other: time of a forward pass or a training step, and memory.
 
-The last backbone is the peer of the others. All run in turns, so that whatever slows the machine
-slows them alike. Memory is measured in a fresh process for each backbone and size.
+A candidate is NAME[:KEY=VALUE,...][@FLAG+FLAG...]; NAME is a registered type such as
+hat_mm.FasterViT, a config (KEYs are settings of its model), timm/MODEL,
+authors/faster_vit_0_any_res (the authors' FasterViT), or one of
+  {peers}.
+FLAGs:
+{flags}
+All candidates run in turns, so that whatever slows the machine slows them alike. Memory is measured
+in fresh processes for each candidate. Weights are random, images are on the device already. Without
+candidates a set of them is measured that tells how FasterViT compares.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import datetime
+import gc
+import importlib.util
+import itertools
 import logging
-import os
-import platform
-import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import hat_mm
-from hat_mm import compat
 from hat_mm.runtime import UserError, run_tool
 
+sys.path.insert(0, str(Path(__file__).parent))
+import benchmark_report as report
+import measuring
+from candidates import FLAGS, PEERS, Candidate, Size, complexity, parse, prepare
 
-def parse_args() -> argparse.Namespace:
+MODES = ('forward', 'train', 'memory', 'train-memory')
+AUTHORS = 'authors/faster_vit_0_any_res'
+# What is measured without candidates: by mode, the authors' model being last where it is there.
+PLAN = {
+    'forward': [
+        *('hat_mm.FasterViT:arch=0', 'hat_mm.FasterViT:arch=0@deploy'),
+        *('hat_mm.FasterViT:arch=0@deploy+compile', 'hat_mm.FasterViT:arch=2'),
+        *('hat_mm.FasterViT:arch=2@deploy', 'hat_mm.FasterViT:arch=2@deploy+compile'),
+        *('hat_mm.HATNet:arch=small', 'resnet50', 'convnext-t', 'swin-t'),
+    ],
+    'train': ['hat_mm.FasterViT:arch=0', 'hat_mm.FasterViT:arch=0@cp', 'swin-t'],
+    'memory': [
+        *('hat_mm.FasterViT:arch=0', 'hat_mm.FasterViT:arch=0@deploy', 'hat_mm.HATNet:arch=small'),
+        *('convnext-t', 'swin-t'),
+    ],
+    'train-memory': ['hat_mm.FasterViT:arch=0', 'hat_mm.FasterViT:arch=0@cp', 'swin-t'],
+}
+PLAN_PEERS = ['convnext-t', 'swin-t']
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def size(text: str) -> Size:
+    """Reads ``HEIGHTxWIDTH``."""
+    sides = text.split('x')
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f'{text!r} is not HEIGHTxWIDTH, such as 800x1280')
+    return int(sides[0]), int(sides[1])
+
+
+def positive(text: str) -> int:
+    """Reads a positive number."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive integer')
+    return int(text)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
+    flags = '\n'.join(f'  {name:14}{meaning}' for name, meaning in FLAGS.items())
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__.format(peers=', '.join(PEERS), flags=flags),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        'backbones',
-        nargs='+',
-        metavar='TYPE[:KEY=VALUE,...]',
-        help='registered name and arguments, such as hat_mm.HATNet:arch=small',
-    )
-    parser.add_argument(
-        '--size',
-        nargs=2,
-        type=int,
-        action='append',
-        metavar=('HEIGHT', 'WIDTH'),
-        help='pixels of the image (default: 800 1280); may be given several times',
-    )
-    parser.add_argument('--batch-size', type=int, default=1)
-    parser.add_argument('--rounds', type=int, default=7, help='timed forward passes of each')
-    parser.add_argument('--memory', action='store_true', help='measure memory, not time')
-    args = parser.parse_args()
-    args.size = args.size or [[800, 1280]]
-    for name in ('batch_size', 'rounds'):
-        if getattr(args, name) < 1:
-            parser.error(f'--{name.replace("_", "-")} must be at least 1')
-    if min(side for size in args.size for side in size) < 1:
-        parser.error('--size must be at least 1 1')
+    add = parser.add_argument
+    add('candidates', nargs='*', metavar='CANDIDATE', help='such as hat_mm.FasterViT:arch=0@deploy')
+    add('--size', nargs='+', type=size, default=[(800, 1280)], metavar='HxW',
+        help='pixels of the images (default: 800x1280)')  # fmt: skip
+    add('--batch-size', nargs='+', type=positive, default=[1], metavar='N')
+    add('--mode', nargs='+', choices=MODES,
+        help='time of a forward pass (default) or of a training step, that is forward and '
+        'backward, or the memory of either')  # fmt: skip
+    add('--rounds', type=positive, default=7, help='timed runs of each candidate (default: 7)')
+    add('--processes', type=positive,
+        help='fresh processes whose median is the memory (default: 3; 1 on a GPU, which counts '
+        'exactly)')  # fmt: skip
+    add('--peer', nargs='+', metavar='CANDIDATE',
+        help='what the others are compared with, or its index (default: the last)')  # fmt: skip
+    add('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--out', type=Path, metavar='DIR',
+        help='folder for benchmark.json, benchmark.md and plots')  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda: torch sees no GPU')
+    if args.processes is None:
+        args.processes = 1 if args.device == 'cuda' else 3
     return args
 
 
-def split_arguments(arguments: str) -> list[str]:
-    """Splits ``KEY=VALUE,...`` at commas that are in no brackets."""
-    parts, depth = [''], 0
-    for char in arguments:
-        depth += (char in '([{') - (char in ')]}')
-        if char == ',' and depth == 0:
-            parts.append('')
+def applies(candidate: Candidate, mode: str) -> bool:
+    """Whether a mode makes sense: the deploy form is not trained, with_cp matters for training."""
+    training = mode.startswith('train')
+    return not ({'deploy'} if training else {'cp'}) & set(candidate.flags)
+
+
+def make_plan(args: argparse.Namespace) -> dict[str, list[Candidate]]:
+    """The candidates of each mode."""
+    if args.candidates:
+        plan = dict.fromkeys(args.mode or ['forward'], args.candidates)
+    else:
+        found = all(importlib.util.find_spec(name) for name in ('fastervit', 'timm'))
+        plan = {mode: PLAN[mode] + [AUTHORS] * found for mode in args.mode or MODES}
+    for mode, texts in plan.items():
+        twice = {text for text in texts if texts.count(text) > 1}
+        if twice:
+            raise UserError(f'given twice: {", ".join(sorted(twice))}')
+        plan[mode] = [c for c in map(parse, texts) if applies(c, mode)]
+        if not plan[mode]:
+            raise UserError(
+                f'no candidate for --mode {mode}: deploy is for forward and memory, cp for train '
+                'and train-memory'
+            )
+    return plan
+
+
+def find_peers(args: argparse.Namespace, plan: dict[str, list[Candidate]]) -> list[str]:
+    """The candidates that ratios are made with.
+
+    Raises:
+        UserError: ``--peer`` names none of the candidates.
+    """
+    texts = list(dict.fromkeys(c.text for candidates in plan.values() for c in candidates))
+    if args.peer is None:
+        return [texts[-1]] if args.candidates else [t for t in texts if t in (*PLAN_PEERS, AUTHORS)]
+    peers = []
+    for peer in args.peer:
+        if peer.removeprefix('-').isdecimal() and -len(texts) <= int(peer) < len(texts):
+            peer = texts[int(peer)]
+        if peer not in texts:
+            raise UserError(
+                f'--peer {peer!r} is no candidate and no index of one; choices: {", ".join(texts)}'
+            )
+        peers.append(peer)
+    return peers
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def one_line(error: BaseException) -> str:
+    """An error as a cell of a table."""
+    text = ' '.join(str(error).split()) or 'no message'
+    return f'{type(error).__name__}: {text}'[:200]
+
+
+def time_rows(
+    candidates: Sequence[Candidate], mode: str, size: Size, batch: int, rounds: int, device: str
+) -> list[dict[str, Any]]:
+    """Times candidates in turns, at one size.
+
+    Beside them the matrix product is timed that tells what the machine can do.
+
+    Returns:
+        For each candidate its ``seconds`` and what belongs to them, or its ``error``.
+    """
+    torch._dynamo.reset()  # what is compiled is compiled for this size
+    torch.backends.cudnn.benchmark = True
+    rows, works = [], {}
+    for candidate in candidates:
+        row: dict[str, Any] = {'candidate': candidate.text}
+        rows.append(row)
+        try:
+            row['parameters'], row['macs'] = complexity(candidate.base, size)
+            work = prepare(candidate, size, batch, mode == 'train', device)
+            row['first_seconds'] = measuring.seconds_of(work, device)
+        except Exception as error:  # the others can still be measured
+            row['error'] = one_line(error)
         else:
-            parts[-1] += char
-    return parts
-
-
-def build(spec: str) -> torch.nn.Module:
-    """Builds a backbone from ``TYPE:KEY=VALUE,...`` with random weights, in eval mode."""
-    registry = compat.require('mmengine.registry')
-    kind, _, arguments = spec.partition(':')
-    scope = kind.partition('.')[0]
-    if '.' not in kind:
-        raise UserError(f'{kind!r} has no scope; write for example hat_mm.{kind} or mmdet.{kind}')
-    if scope in ('mmdet', 'mmseg', 'mmpretrain'):
-        compat.require(f'{scope}.models')
-    cfg: dict[str, Any] = {'type': kind}
-    for argument in filter(None, split_arguments(arguments)):
-        key, equals, value = argument.partition('=')
-        if not equals:
-            raise UserError(f'{argument!r} in {spec!r} is not KEY=VALUE')
-        try:
-            cfg[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            cfg[key] = value
-    backbone = registry.MODELS.build(cfg)
-    backbone.eval()
-    with torch.inference_mode():
-        try:
-            backbone(torch.zeros(1, 3, 32, 32))  # also what libraries allocate once
-        except Exception as error:
-            raise UserError(f'{spec} takes no image of 3 channels: {error}') from error
-    return backbone
-
-
-def image(args: argparse.Namespace, size: list[int]) -> torch.Tensor:
-    """A random batch of images."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(args.batch_size, 3, *size, generator=generator)
-
-
-# --- time -----------------------------------------------------------------------------------------
-
-
-def time_in_turns(args: argparse.Namespace) -> list[list[str]]:
-    """Rows of a table: size, backbone, median and fastest seconds, ratio to the peer's median."""
-    backbones = [build(spec) for spec in args.backbones]
-    rows = []
-    for size in args.size:
-        x = image(args, size)
-        seconds: list[list[float]] = [[] for _ in backbones]
-        with torch.inference_mode():
-            for round_ in range(args.rounds + 1):  # the first is a warm-up
-                for backbone, times in zip(backbones, seconds, strict=True):
-                    start = time.perf_counter()
-                    backbone(x)
-                    if round_:
-                        times.append(time.perf_counter() - start)
-        medians = [statistics.median(times) for times in seconds]
-        for spec, times, median in zip(args.backbones, seconds, medians, strict=True):
-            ratio = f'{median / medians[-1]:.2f}'
-            rows.append(
-                [f'{size[0]}×{size[1]}', f'`{spec}`', f'{median:.3f}', f'{min(times):.3f}', ratio]
-            )
+            works[candidate.text] = work
+    macs = {}
+    for precision in dict.fromkeys(c.precision for c in candidates if c.text in works):
+        works[f'product {precision}'], macs[precision] = measuring.product(precision, device)
+    warm_up = 3 if device == 'cuda' else 1
+    seconds = measuring.time_in_turns(works, rounds, device, warm_up)
+    for candidate, row in zip(candidates, rows, strict=True):
+        if candidate.text in works:
+            row['seconds'] = seconds[candidate.text]
+            row['product_macs'] = macs[candidate.precision]
+            row['product_seconds'] = seconds[f'product {candidate.precision}']
     return rows
 
 
-# --- memory ---------------------------------------------------------------------------------------
+def memory_rows(
+    candidates: Sequence[Candidate], mode: str, size: Size, batch: int, processes: int, device: str
+) -> list[dict[str, Any]]:
+    """Measures the memory of candidates, at one size.
 
-
-def status(field: str) -> int:
-    """A size in bytes from ``/proc/self/status``."""
-    for line in Path('/proc/self/status').read_text().splitlines():
-        if line.startswith(f'{field}:'):
-            return int(line.split()[1]) * 1024
-    raise UserError(f'/proc/self/status has no {field}: memory can be measured on Linux only')
-
-
-def forward_memory(args: argparse.Namespace) -> int:
-    """Bytes that the one backbone's forward pass takes at its peak, beyond weights and image."""
-    [spec], [size] = args.backbones, args.size
-    backbone = build(spec)
-    with torch.inference_mode():
-        x = image(args, size)
-        before = status('VmRSS')
-        Path('/proc/self/clear_refs').write_text('5')  # resets the peak
-        backbone(x)
-        return status('VmHWM') - before
-
-
-def memory_of_each(args: argparse.Namespace) -> list[list[str]]:
-    """Rows of a table: size, megapixels, backbone, peak and peak for a megapixel."""
+    Returns:
+        For each candidate ``peak``, ``peaks`` and ``held`` in bytes, or its ``error``.
+    """
     rows = []
-    for size in args.size:
-        pixels = args.batch_size * size[0] * size[1] / 1e6
-        for spec in args.backbones:
-            command = [sys.executable, __file__, spec, '--memory', '--size', *map(str, size)]
-            command += ['--batch-size', str(args.batch_size)]
-            done = subprocess.run(
-                command,
-                env={**os.environ, 'HAT_MM_BENCHMARK_CHILD': '1'},
-                stdout=subprocess.PIPE,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise UserError(f'measuring {spec} at {size[0]}×{size[1]} failed; see above')
-            peak = int(done.stdout.split()[-1]) / 2**20
-            rows.append(
-                [f'{size[0]}×{size[1]}', f'{pixels:.2f}', f'`{spec}`', f'{peak:.0f}']
-                + [f'{peak / pixels:.0f}']
-            )
+    for candidate in candidates:
+        job = dict(candidate=candidate.text, mode=mode, size=size, batch=batch, device=device)
+        try:
+            found = measuring.memory_of(__file__, job, processes)
+        except UserError as error:
+            found = {'error': one_line(error)}
+        rows.append({'candidate': candidate.text, **found})
     return rows
 
 
-# --- output ---------------------------------------------------------------------------------------
+def memory_of_job(job: dict[str, Any]) -> dict[str, int | None]:
+    """What a fresh process measures: the memory of one candidate."""
+    candidate, training = parse(job['candidate']), job['mode'] == 'train-memory'
+    measuring.warm_libraries(training)
+    work = prepare(candidate, tuple(job['size']), job['batch'], training, job['device'])
+    if job['device'] == 'cuda' or 'compile' in candidate.flags:
+        # A GPU's memory is counted exactly; compiling takes memory of its own.
+        work.reset()
+        work.run()
+    return measuring.peak_memory(work, job['device'])
 
 
-def processor() -> str:
-    """Model of the processor, as the system calls it."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(':')[1].strip() for line in lines if 'model name' in line), 'unknown')
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures what the command line asks for.
 
-
-def show(head: list[str], rows: list[list[str]], args: argparse.Namespace) -> None:
-    """Prints a Markdown table and what it was measured on."""
-    print('| ' + ' | '.join(head) + ' |')
-    print('|' + '---|' * len(head))
-    for row in rows:
-        print('| ' + ' | '.join(row) + ' |')
-    print(
-        f'\nfloat32, inference_mode, batch {args.batch_size}; {torch.get_num_threads()} threads of '
-        f'{processor()}; torch {torch.__version__}, hat_mm {hat_mm.__version__}; '
-        f'{datetime.date.today()}'
-    )
+    Returns:
+        What benchmark.json holds; it is written after each size as well.
+    """
+    plan = make_plan(args)
+    peers = find_peers(args, plan)
+    for mode, candidates in plan.items():
+        for candidate in candidates:  # a wrong name is better known now than in ten minutes
+            prepare(candidate, args.size[0], 1, mode.startswith('train'), args.device)
+    rows: list[dict[str, Any]] = []
+    settings = [
+        (mode, *setting)
+        for mode in plan
+        for setting in itertools.product(args.size, args.batch_size)
+    ]
+    for mode, size, batch in settings:
+        print(f'{mode}, {size[0]}x{size[1]}, batch {batch}', file=sys.stderr, flush=True)
+        where = (plan[mode], mode, size, batch)
+        if mode.endswith('memory'):
+            found = memory_rows(*where, args.processes, args.device)
+        else:
+            found = time_rows(*where, args.rounds, args.device)
+        rows += [{'mode': mode, 'size': list(size), 'batch': batch, **row} for row in found]
+        results = {**measuring.circumstances(args.device), 'peers': peers, 'rows': rows}
+        results |= {'rounds': args.rounds, 'processes': args.processes}
+        if args.out is not None:
+            report.save(results, args.out)
+        gc.collect()
+        if args.device == 'cuda':
+            torch.cuda.empty_cache()
+    return results
 
 
 def main() -> None:
     """Runs the benchmark."""
-    args = parse_args()
     logging.disable(logging.WARNING)
-    if os.environ.get('HAT_MM_BENCHMARK_CHILD'):
-        print(forward_memory(args))
-    elif args.memory:
-        head = ['image', 'megapixels', 'backbone', 'peak MiB', 'MiB a megapixel']
-        show(head, memory_of_each(args), args)
-    else:
-        head = ['image', 'backbone', 'median s', 'fastest s', 'ratio to the last']
-        show(head, time_in_turns(args), args)
+    job = measuring.job()
+    if job is not None:
+        measuring.answer(memory_of_job(job))
+        return
+    args = parse_args()
+    results = measure(args)
+    print(report.markdown(results))
+    if args.out is not None:
+        for path in report.plot(results, args.out):
+            print(path, file=sys.stderr)
+    failed = [row for row in results['rows'] if 'error' in row]
+    if failed:
+        raise UserError(f'{len(failed)} of {len(results["rows"])} measurements failed; see above')
 
 
 if __name__ == '__main__':

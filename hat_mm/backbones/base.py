@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hat_mm.checkpoints import NameMap, adapt, unwrap
-from hat_mm.layers import MapNorm, NormFactory, checkpoint_block, guard_group_norm
+from hat_mm.layers import Deployable, MapNorm, NormFactory, checkpoint_block, guard_group_norm
 
 
 def resolve_arch(arch: Any, table: Mapping[str, Any], row: type) -> tuple[str, Any]:
@@ -129,7 +129,7 @@ class Stage(nn.Module):
         return x
 
 
-class HierarchicalBackbone(BaseModule):
+class HierarchicalBackbone(Deployable, BaseModule):
     """A stem and stages, each stage at half the resolution of the one before.
 
     A subclass makes ``stem`` and ``stages`` in :meth:`_build` from ``spec``, lists its variants in
@@ -347,6 +347,11 @@ class HierarchicalBackbone(BaseModule):
 
     def _adapt(self, state: dict[str, Any], prefix: str) -> dict[str, Any]:
         family = type(self).__name__
+        if self.deploy:
+            raise ValueError(
+                f'{family} is in deploy form, which takes no checkpoint: load it before '
+                'switch_to_deploy()'
+            )
         if prefix and not state:
             raise ValueError(
                 f'the checkpoint holds no tensor for {prefix[:-1]!r}, a {family}. A file of a '

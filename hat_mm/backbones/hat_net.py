@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from hat_mm.checkpoints import HAT_NET_NAMES
 from hat_mm.layers import (
+    Deployable,
     DropPath,
     EvalCache,
     HierarchicalSelfAttention,
     InvertedResidual,
     MapNorm,
     NormFactory,
+    folded_norm,
 )
 from hat_mm.registry import MODELS
 
@@ -94,7 +96,7 @@ HAT_NET_ARCHS = MappingProxyType(
 )
 
 
-class Stem(nn.Module):
+class Stem(Deployable):
     """Two 3x3 convolutions of stride 2: an image to a map of a quarter of its size, rounded up.
 
     Args:
@@ -110,6 +112,9 @@ class Stem(nn.Module):
         self.act = nn.SiLU(inplace=True)
         self.conv2 = nn.Conv2d(_STEM_DIMS, embed_dims, 3, stride=2, padding=1)
 
+    def _fold(self) -> None:
+        self.conv1, self.norm = folded_norm(self.conv1, self.norm)
+
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, in_channels, H, W) to (B, C, ceil(H / 4), ceil(W / 4)), channels last."""
         x = self.conv2(self.act(self.norm(self.conv1(x))))
@@ -117,7 +122,7 @@ class Stem(nn.Module):
         return x.contiguous(memory_format=torch.channels_last)
 
 
-class Downsample(nn.Module):
+class Downsample(Deployable):
     """A 3x3 convolution of stride 2 and a norm.
 
     Args:
@@ -130,6 +135,9 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_dim, out_dim, 3, stride=2, padding=1)
         self.norm = norm_layer(out_dim, 1e-6)
+
+    def _fold(self) -> None:
+        self.conv, self.norm = folded_norm(self.conv, self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""

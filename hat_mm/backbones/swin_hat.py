@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from hat_mm.checkpoints import SWIN_NAMES, unwrap
 from hat_mm.layers import (
     CarrierTokenizer,
+    Deployable,
     DropPath,
     EvalCache,
+    FixedPositions,
     LayerNorm2d,
+    Linear,
     Mlp,
     NormFactory,
     RelativePositionTable,
@@ -154,7 +157,7 @@ class PatchMerging(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, norm_layer: NormFactory) -> None:
         super().__init__()
         self.norm = norm_layer(4 * in_dim, 1e-5)
-        self.reduction = nn.Linear(4 * in_dim, out_dim, bias=False)
+        self.reduction = Linear(4 * in_dim, out_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
@@ -163,7 +166,7 @@ class PatchMerging(nn.Module):
         return self.reduction(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class SwinBlock(nn.Module):
+class SwinBlock(Deployable):
     """Attention inside windows and an MLP; what lies in other windows comes in by one of two ways.
 
     Either the windows are shifted, or carrier tokens that have attended to each other join them.
@@ -212,6 +215,9 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path_rate)
+
+    def _fold(self) -> None:
+        self.attn.bias = FixedPositions(self.attn.bias((self.window_size, self.window_size)))
 
     def forward(self, x: Tensor, carriers: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Runs the block.

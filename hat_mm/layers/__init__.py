@@ -12,11 +12,13 @@ from .cache import EvalCache
 from .common import (
     DropPath,
     LayerNorm2d,
+    Linear,
     MapNorm,
     Mlp,
     NormFactory,
     checkpoint_block,
     guard_group_norm,
+    linear,
 )
 from .convs import (
     Conv2d,
@@ -27,6 +29,7 @@ from .convs import (
     PointwiseConv,
     ZeroPointwiseConv,
 )
+from .deploy import Deployable, FixedPositions, folded_norm, switch_to_deploy
 from .position import AbsolutePositionEmbedding, RelativePositionBias, RelativePositionTable
 from .windows import (
     BorderMask,
@@ -47,13 +50,16 @@ __all__ = [
     'Conv2d',
     'ConvBlock',
     'ConvStem',
+    'Deployable',
     'Downsample',
     'DropPath',
     'EvalCache',
+    'FixedPositions',
     'HierarchicalBlock',
     'HierarchicalSelfAttention',
     'InvertedResidual',
     'LayerNorm2d',
+    'Linear',
     'MapNorm',
     'Mlp',
     'NormFactory',
@@ -67,9 +73,12 @@ __all__ = [
     'average_windows',
     'checkpoint_block',
     'crop',
+    'folded_norm',
     'guard_group_norm',
+    'linear',
     'merge_windows',
     'pad_to_windows',
     'split_windows',
+    'switch_to_deploy',
     'window_grid',
 ]

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import EvalCache
-from .common import DropPath, Mlp, NormFactory, checkpoint_block
+from .common import DropPath, Linear, Mlp, NormFactory, checkpoint_block
 from .convs import Conv2d, PointwiseConv
+from .deploy import Deployable, FixedPositions, fold_scale
 from .position import AbsolutePositionEmbedding, RelativePositionBias, RelativePositionTable
 from .windows import (
     BorderMask,
@@ -43,9 +44,9 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.bias = bias
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, sides: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         """Attends to the tokens of each entry of the first axis.
@@ -69,7 +70,7 @@ class SelfAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(Deployable):
     """Pre-norm attention and MLP on a grid of tokens, with the grid's absolute positions.
 
     The positions are separate (``pos_embed``), because prefix tokens join after they are added.
@@ -106,6 +107,12 @@ class TransformerLayer(nn.Module):
         for name in ('gamma1', 'gamma2'):
             gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
             self.register_parameter(name, gamma)
+
+    def _fold(self) -> None:
+        if self.gamma1 is not None:
+            fold_scale(self.attn.proj, self.gamma1)
+            fold_scale(self.mlp.fc2, self.gamma2)
+            self.gamma1 = self.gamma2 = None
 
     def forward(self, x: Tensor, sides: tuple[int, int]) -> Tensor:
         """Maps (B, N, C) to (B, N, C), the tokens being a grid of ``sides`` behind the prefix."""
@@ -156,7 +163,7 @@ class CarrierTokenizer(nn.Module):
         return inside / inside.sum(1, keepdim=True)
 
 
-class HierarchicalBlock(nn.Module):
+class HierarchicalBlock(Deployable):
     """Attention inside windows, after the windows' carrier tokens attended to each other.
 
     Works on window tokens alone as well (``carrier_size=0``).
@@ -192,6 +199,15 @@ class HierarchicalBlock(nn.Module):
         options = (drop_path_rate, layer_scale, mlp_ratio, cache)
         self.carrier = TransformerLayer(dim, num_heads, 0, *options) if carrier_size else None
         self.window = TransformerLayer(dim, num_heads, carrier_size**2, *options)
+        self.register_buffer('carrier_scale', None)
+
+    def _fold(self) -> None:
+        if self.propagate and self.carrier.gamma1 is not None:
+            # The layer's own goes into its weights.
+            self.carrier_scale = self.carrier.gamma1.detach().clone()
+        sides = (self.window_size, self.window_size)
+        self.window.pos_embed = FixedPositions(self.window.pos_embed(sides))
+        self.window.attn.bias = FixedPositions(self.window.attn.bias(sides))
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Runs the block.
@@ -223,7 +239,8 @@ class HierarchicalBlock(nn.Module):
         w, c = self.window_size, self.carrier_size
         cell = torch.arange(w, device=x.device) * c // w
         upsampled = x[:, (cell[:, None] * c + cell).flatten()]
-        tokens = x[:, c * c :] + _scaled(upsampled, self.carrier.gamma1)
+        scale = self.carrier_scale if self.deploy else self.carrier.gamma1
+        tokens = x[:, c * c :] + _scaled(upsampled, scale)
         return torch.cat([x[:, : c * c], tokens], 1)
 
 

@@ -5,10 +5,10 @@ Sources: https://arxiv.org/abs/2306.06189 and https://arxiv.org/abs/2106.03180. 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import DropPath, LayerNorm2d, NormFactory
+from .common import DropPath, LayerNorm2d, NormFactory, linear
+from .deploy import Deployable, folded_norm
 
 
 class Conv2d(nn.Conv2d):
@@ -38,7 +38,7 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', H, W)."""
-        x = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        x = linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
         return x.permute(0, 3, 1, 2)
 
 
@@ -59,11 +59,11 @@ class ZeroPointwiseConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', H, W)."""
-        x = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias)
+        x = linear(x.permute(0, 2, 3, 1), self.weight, self.bias)
         return x.permute(0, 3, 1, 2)
 
 
-class ConvStem(nn.Sequential):
+class ConvStem(Deployable, nn.Sequential):
     """Two 3x3 convolutions of stride 2: an image to a map of a quarter of its size, rounded up.
 
     Args:
@@ -84,8 +84,17 @@ class ConvStem(nn.Sequential):
         self.norm2 = norm_layer(embed_dims, 1e-4)
         self.act2 = nn.ReLU(inplace=True)
 
+    def _fold(self) -> None:
+        self.conv1, self.norm1 = folded_norm(self.conv1, self.norm1)
+        self.conv2, self.norm2 = folded_norm(self.conv2, self.norm2)
 
-class ConvBlock(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, in_channels, H, W) to (B, C, ceil(H / 4), ceil(W / 4)), channels last."""
+        # All that follows keeps the layout: convolutions are faster in it, tokens need it.
+        return super().forward(x.contiguous(memory_format=torch.channels_last))
+
+
+class ConvBlock(Deployable):
     """Residual block of two 3x3 convolutions.
 
     Args:
@@ -102,6 +111,10 @@ class ConvBlock(nn.Module):
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
         self.norm2 = norm_layer(dim, 1e-5)
         self.drop_path = DropPath(drop_path_rate)
+
+    def _fold(self) -> None:
+        self.conv1, self.norm1 = folded_norm(self.conv1, self.norm1)
+        self.conv2, self.norm2 = folded_norm(self.conv2, self.norm2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""
@@ -132,7 +145,7 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
-class InvertedResidual(nn.Module):
+class InvertedResidual(Deployable):
     """Norm, pointwise expansion, depthwise convolution, pointwise projection, norm; no skip.
 
     Args:
@@ -151,6 +164,9 @@ class InvertedResidual(nn.Module):
         self.conv2 = Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
         self.conv3 = Conv2d(hidden, dim, 1, bias=False)
         self.norm2 = norm_layer(dim, 1e-6)
+
+    def _fold(self) -> None:
+        self.conv3, self.norm2 = folded_norm(self.conv3, self.norm2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""

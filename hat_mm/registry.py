@@ -9,6 +9,7 @@ paths in ``init_cfg``, ``load_from`` and ``load_checkpoint``.
 
 import re
 
+from mmengine.registry import HOOKS as _HOOKS
 from mmengine.registry import MODELS as _MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as _OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import Registry
@@ -23,6 +24,7 @@ MODELS = Registry(
     scope='hat_mm',
     locations=['hat_mm.backbones', 'hat_mm.necks', 'hat_mm.plugins'],
 )
+HOOKS = Registry('hook', parent=_HOOKS, scope='hat_mm', locations=['hat_mm.hooks'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optim_wrapper_constructor',
     parent=_OPTIM_WRAPPER_CONSTRUCTORS,

@@ -192,6 +192,11 @@ def test_parser() -> argparse.ArgumentParser:
         '--wait-time', type=float, default=2, help='seconds that --show shows an image'
     )
     parser.add_argument('--tta', action='store_true', help='test time augmentation')
+    parser.add_argument(
+        '--deploy',
+        action='store_true',
+        help='fold what the backbone needs for training alone: faster, the same predictions',
+    )
     return parser
 
 
@@ -296,8 +301,14 @@ def _set_tta(cfg: Any, host: Host) -> None:
         cfg.tta_pipeline = pipeline
     dataset.pipeline = cfg.tta_pipeline
     cfg.model = dict(cfg.tta_model, module=cfg.model)
-    # A checkpoint holds the averaged weights as the model's own; the hook would look for them under
-    # the names of the wrapped model.
+    _drop_averaging(cfg)
+
+
+def _drop_averaging(cfg: Any) -> None:
+    """Do without EMAHook where the model is not the one that it averaged.
+
+    A checkpoint holds the averaged weights as the model's own anyway.
+    """
     cfg.custom_hooks = [
         hook
         for hook in cfg.get('custom_hooks') or []
@@ -336,6 +347,13 @@ def _build_runner(cfg: Any) -> Any:
     if 'runner_type' in cfg:
         return importlib.import_module('mmengine.registry').RUNNERS.build(cfg)
     return importlib.import_module('mmengine.runner').Runner.from_cfg(cfg)
+
+
+def _set_deploy(runner: Any) -> None:
+    layers = importlib.import_module('hat_mm.layers')
+    if not any(isinstance(module, layers.Deployable) for module in runner.model.modules()):
+        raise UserError('--deploy: the model has no backbone or plugin of hat_mm')
+    runner.register_hook(importlib.import_module('hat_mm.hooks').SwitchToDeployHook())
 
 
 def _accumulated(cfg: Any) -> int:
@@ -445,7 +463,11 @@ def test(argv: Sequence[str] | None = None) -> dict:
         _set_out(cfg, host, args)
     if args.tta:
         _set_tta(cfg, host)
+    if args.deploy:
+        _drop_averaging(cfg)
     runner = _build_runner(cfg)
+    if args.deploy:
+        _set_deploy(runner)
     if args.out is not None and host.dump is not None and args.out_item != 'metrics':
         metrics = importlib.import_module('mmengine.registry').METRICS
         dump = metrics.build(dict(type=host.dump, out_file_path=args.out))

@@ -19,6 +19,7 @@ import importlib.util
 import itertools
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ PLAN_PEERS = ['convnext-t', 'swin-t']
 # --- command line ---------------------------------------------------------------------------------
 
 
-def size(text: str) -> Size:
+def read_size(text: str) -> Size:
     """Reads ``HEIGHTxWIDTH``."""
     sides = text.split('x')
     if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
@@ -63,7 +64,7 @@ def size(text: str) -> Size:
     return int(sides[0]), int(sides[1])
 
 
-def positive(text: str) -> int:
+def read_positive(text: str) -> int:
     """Reads a positive number."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f'{text!r} is not a positive integer')
@@ -79,14 +80,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add('candidates', nargs='*', metavar='CANDIDATE', help='such as hat_mm.FasterViT:arch=0@deploy')
-    add('--size', nargs='+', type=size, default=[(800, 1280)], metavar='HxW',
+    add('--size', nargs='+', type=read_size, default=[(800, 1280)], metavar='HxW',
         help='pixels of the images (default: 800x1280)')  # fmt: skip
-    add('--batch-size', nargs='+', type=positive, default=[1], metavar='N')
+    add('--batch-size', nargs='+', type=read_positive, default=[1], metavar='N')
     add('--mode', nargs='+', choices=MODES,
         help='time of a forward pass (default) or of a training step, that is forward and '
         'backward, or the memory of either')  # fmt: skip
-    add('--rounds', type=positive, default=7, help='timed runs of each candidate (default: 7)')
-    add('--processes', type=positive,
+    add('--rounds', type=read_positive, default=7, help='timed runs of each candidate (default: 7)')
+    add('--processes', type=read_positive,
         help='fresh processes whose median is the memory (default: 3; 1 on a GPU, which counts '
         'exactly)')  # fmt: skip
     add('--peer', nargs='+', metavar='CANDIDATE',
@@ -264,6 +265,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Runs the benchmark."""
     logging.disable(logging.WARNING)
+    warnings.simplefilter('ignore')  # of the toolboxes
     job = measuring.job()
     if job is not None:
         measuring.answer(memory_of_job(job))

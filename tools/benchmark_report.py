@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -54,8 +55,11 @@ def cost(row: dict[str, Any]) -> float | None:
 
 
 def share_of_products(row: dict[str, Any]) -> float | None:
-    """Multiply-adds a second, as a share of those of the matrix product in the same turns."""
-    if not row.get('macs'):
+    """Multiply-adds a second, as a share of those of the matrix product in the same turns.
+
+    None where it is not known what was computed: in configs it depends on the boxes found.
+    """
+    if not row.get('macs') or parse(row['candidate']).is_config:
         return None
     passes = 3 if row['mode'] == 'train' else 1
     rate = row['product_macs'] / statistics.median(row['product_seconds'])
@@ -75,6 +79,13 @@ def against(row: dict[str, Any], peer: str, rows: Sequence[dict[str, Any]]) -> f
         return None
     ratio = costs[0] / cost(row)
     return 1 / ratio if row['mode'].endswith('memory') else ratio
+
+
+def labels(texts: Iterable[str]) -> dict[str, str]:
+    """Short names of candidates by text; the text where two would have the same."""
+    short = {text: parse(text).label for text in texts}
+    taken = list(short.values())
+    return {text: name if taken.count(name) == 1 else text for text, name in short.items()}
 
 
 def exponents(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, int, float]]:
@@ -153,6 +164,14 @@ def cell(value: float | None, form: str) -> str:
     return '' if value is None else format(value, form)
 
 
+def significant(value: float | None, digits: int) -> str:
+    """A number with so many digits that tell something, never with an exponent, or nothing."""
+    if not value:
+        return '' if value is None else '0'
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    return f'{value:.{max(decimals, 0)}f}'
+
+
 def _of_peers(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
     return [cell(against(row, peer, results['rows']), '.2f') for peer in results['peers']]
 
@@ -165,21 +184,22 @@ def _first_cells(row: dict[str, Any]) -> list[str]:
 def _time_cells(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
     seconds, median = row['seconds'], cost(row)
     compiled = 'compile' in parse(row['candidate']).flags
-    macs, share = row['macs'], share_of_products(row)
+    macs = None if row['macs'] is None else row['macs'] / 1e9
     return [
-        f'{median:#.4g}',
-        f'{min(seconds):#.3g}–{max(seconds):#.3g}',
-        f'{row["batch"] / median:#.3g}',
+        significant(median, 4),
+        f'{significant(min(seconds), 3)}–{significant(max(seconds), 3)}',
+        significant(row['batch'] / median, 3),
         *_of_peers(row, results),
         f'{row["parameters"] / 1e6:.1f}',
-        '' if macs is None else f'{macs / 1e9:.1f}',
-        cell(share, '.0%'),
+        significant(macs, 3),
+        cell(share_of_products(row), '.0%'),
         cell(row['first_seconds'] - median if compiled else None, '.0f'),
     ]
 
 
 def _memory_cells(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
-    cells = [f'{row["peak"] / MIB:.0f}', f'{row["peak"] / MIB / megapixels(row):.0f}']
+    peak = row['peak'] / MIB
+    cells = [f'{peak:.0f}', f'{peak / megapixels(row) / row["batch"]:.0f}']
     cells += _of_peers(row, results)
     return cells + ([f'{row["held"] / MIB:.0f}'] if row['held'] is not None else [])
 
@@ -187,13 +207,15 @@ def _memory_cells(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
 def _mode_table(mode: str, results: dict[str, Any]) -> str:
     rows = [row for row in results['rows'] if row['mode'] == mode]
     head, cells_of = ['image', 'batch', 'candidate'], _time_cells
+    names = labels({*results['peers'], *(row['candidate'] for row in results['rows'])})
+    peers = [names[peer] for peer in results['peers']]
     if mode.endswith('memory'):
-        head += ['peak MiB', 'MiB a megapixel', *(f'of `{peer}`' for peer in results['peers'])]
+        head += ['peak MiB', 'MiB a megapixel', *(f'of {peer}' for peer in peers)]
         head += ['held MiB'] * (mode == 'train-memory')
         cells_of = _memory_cells
     else:
         head += ['median s', 'min–max s', 'images/s']
-        head += [f'speed-up over `{peer}`' for peer in results['peers']]
+        head += [f'speed-up over {peer}' for peer in peers]
         head += ['params M', 'FLOPs G', 'of products', 'compiling s']
     lines = []
     for row in rows:
@@ -216,7 +238,7 @@ def markdown(results: dict[str, Any]) -> str:
             table(['of', 'batch', 'candidate', 'exponent'], lines),
             'Time or memory grow with the pixels to the power of the exponent (least squares).',
         ]
-    how = f'{results["rounds"]} rounds, medians; memory: median of {results["processes"]} processes'
+    how = f'{results["rounds"]} rounds; memory: {results["processes"]} processes each'
     parts += [f'```bash\n{results["command"]}\n```', f'({how}; {describe(results)}.)']
     return '\n\n'.join(parts) + '\n'
 
@@ -263,6 +285,9 @@ def plot_growth(
             exponent = fit_exponent(xs, ys)
             shown = '' if exponent is None else f': exponent {exponent:.2f}'
             axes.loglog(xs, ys, 'o-', label=label + shown, markersize=4)
+        ticks = sorted({x for points in curves.values() for x, _ in points})
+        axes.set_xticks(ticks, [significant(x, 3) for x in ticks])
+        axes.set_xticks([], minor=True)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.3, which='both')
@@ -281,8 +306,8 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
     """
     panels = {}
     for key, label in (
-        ('top1', 'ImageNet-1K top-1, %, reported by the authors'),
-        ('box_ap', 'COCO box AP, Cascade Mask R-CNN 3x, reported by the authors'),
+        ('top1', 'ImageNet-1K top-1, %'),
+        ('box_ap', 'COCO box AP, Cascade Mask R-CNN 3x'),
     ):
         found = [(row, published(parse(row['candidate']))[key]) for row in rows]
         points = [(row['batch'] / cost(row), y, row) for row, y in found if y is not None]
@@ -291,22 +316,32 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
     if not panels:
         return None
     plt = pyplot()
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=(3 + 5 * len(panels), 4.5), squeeze=False, layout='constrained'
+    )
     height, width = rows[0]['size']
+    candidates = [parse(row['candidate']) for row in rows]
+    names = labels(row['candidate'] for row in rows)
+    models = list(dict.fromkeys(candidate.base for candidate in candidates))
+    forms = list(dict.fromkeys(candidate.flags for candidate in candidates))
+    drawn = {}
     for axes, (label, points) in zip(all_axes[0], panels.items(), strict=True):
         for x, y, row in points:
             candidate = parse(row['candidate'])
-            colour = 'tab:gray' if candidate.name in PEERS else 'tab:blue'
-            colour = 'tab:red' if candidate.name.startswith(('hat_mm.', 'configs/')) else colour
-            axes.plot(x, y, 'o', color=colour)
-            axes.annotate(
-                candidate.label, (x, y), (4, 4), textcoords='offset points', fontsize=7, rotation=20
+            [drawn[names[row['candidate']]]] = axes.plot(
+                x,
+                y,
+                'os^DvPX<>'[forms.index(candidate.flags) % 9],  # one marker for each set of flags
+                color=plt.get_cmap('tab10')(models.index(candidate.base) % 10),
+                linestyle='none',
+                alpha=0.8,
             )
         axes.set_xlabel(f'images/s at {height}×{width}, batch {rows[0]["batch"]}, measured')
-        axes.set_ylabel(label, fontsize=8)
-        axes.margins(x=0.25, y=0.2)
+        axes.set_ylabel(f'{label}, reported by the authors', fontsize=8)
+        axes.set_xlim(0, 1.1 * max(x for x, _, _ in points))
+        axes.margins(y=0.2)
         axes.grid(alpha=0.3)
-    figure.tight_layout()
+    figure.legend(drawn.values(), drawn.keys(), loc='outside right center', fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -324,13 +359,14 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
         for mode in TITLES
     }
     done = [row for row in results['rows'] if 'error' not in row]
+    names = labels({row['candidate'] for row in done})
     grown, paths = exponents(done), []
     for batch in dict.fromkeys(row['batch'] for row in done):
         panels: dict[str, dict] = {}
         for text, mode, _, _ in (entry for entry in grown if entry[2] == batch):
             unit, value = units[mode]
             key = (text, mode, batch)
-            panels.setdefault(f'{TITLES[mode]}, {unit}', {})[parse(text).label] = [
+            panels.setdefault(f'{TITLES[mode]}, {unit}', {})[names[text]] = [
                 (megapixels(row), value(row))
                 for row in done
                 if (row['candidate'], row['mode'], row['batch']) == key

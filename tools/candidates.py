@@ -117,14 +117,16 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """A short name for plots."""
-        arch = self.arguments.get('arch')
+        """A shorter name, for plots and heads of tables."""
+        arguments = dict(self.arguments)
         short = re.sub(r'^(hat_mm|mmdet|mmpretrain)\.', '', self.name)
         if self.is_config:
             short = Path(self.name).stem
-        elif arch is not None and not isinstance(arch, dict):
-            short += f'-{arch}'
-        return ' '.join([short, *self.flags])
+        elif isinstance(arguments.get('arch'), str | int):
+            short += f'-{arguments.pop("arch")}'
+        words = [f'{key}={value}' for key, value in arguments.items()]
+        words = [word if len(word) < 25 else f'{word[:22]}...' for word in words]
+        return ' '.join([short, *words, *self.flags])
 
 
 def split_arguments(arguments: str) -> list[str]:

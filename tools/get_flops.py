@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from benchmark import build as build_backbone
-from benchmark import processor
+from candidates import build as build_backbone
+from measuring import processor
 from torch import nn
 
 import hat_mm

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from hat_mm.runtime import UserError
 
@@ -115,15 +116,22 @@ def product(precision: str, device: str) -> tuple[Work, int]:
     Returns:
         The work and its multiply-adds.
     """
+    dtype = PRECISIONS[precision]
     side = 8192 if device == 'cuda' else 2048
-    generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(side, side, generator=generator).to(device, PRECISIONS[precision])
+    if device == 'cpu' and dtype != torch.float32:
+        side = 512  # processors without such units take minutes for more
+    matrix = torch.randn(side, side, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
     def forward() -> torch.Tensor:
         with torch.inference_mode():
             return matrix @ matrix
 
     return Work(forward, reset=lambda: set_tf32(precision == 'tf32')), side**3
+
+
+def median(values: Sequence[float] | None) -> float | None:
+    """The median; None of nothing."""
+    return statistics.median(values) if values else None
 
 
 def fit_exponent(xs: Sequence[float], ys: Sequence[float]) -> float | None:
@@ -171,6 +179,8 @@ def warm_libraries(training: bool) -> None:
     loss = torch.nn.functional.scaled_dot_product_attention(x, x, x).softmax(-1).sum()
     if training:
         loss.backward()
+        # Its first call imports modules.
+        checkpoint(torch.nn.Identity(), x.detach().requires_grad_(), use_reentrant=False)
 
 
 def peak_memory(work: Work, device: str) -> dict[str, int | None]:
@@ -233,22 +243,20 @@ def in_fresh_process(script: str, job: dict) -> Any:
         What the program answered.
 
     Raises:
-        UserError: It did not; what it wrote to stderr is shown.
+        UserError: It did not; the message is its last line on stderr.
     """
     done = subprocess.run(
         [sys.executable, script],
         env={**os.environ, JOB: json.dumps(job)},
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
     )
     answers = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
     if done.returncode or not answers:
-        what = ', '.join(f'{key} {value}' for key, value in job.items())
-        raise UserError(
-            f'the process that measures {what} failed with status {done.returncode}'
-            f'{" (out of memory?)" * (done.returncode < 0)}'
-        )
+        lines = done.stderr.strip().splitlines() or ['no message']
+        killed = ', killed: out of memory?' if done.returncode < 0 else ''
+        raise UserError(f'{lines[-1]} (status {done.returncode}{killed})')
     return json.loads(answers[-1][len(_RESULT) :])
 
 
@@ -307,7 +315,8 @@ def circumstances(device: str) -> dict[str, Any]:
 
 def describe(found: dict[str, Any]) -> str:
     """:func:`circumstances` as a sentence, without the command."""
-    where = f'{found["threads"]} threads on {found["cores"]} cores of {found["processor"]}'
+    threads = f'{found["threads"]} thread{"s" * (found["threads"] != 1)}'
+    where = f'{threads} on {found["cores"]} cores of {found["processor"]}'
     if found['gpu']:
         where = f'{found["gpu"]}; {where}'
     names = ', '.join(f'{name} {version}' for name, version in found['versions'].items())

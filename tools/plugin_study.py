@@ -346,8 +346,8 @@ def measured_on(cfg: Any, args: argparse.Namespace) -> str:
     """Steps, hardware, versions and date, in a line."""
     import torch
 
-    sys.path.insert(0, str(ROOT / 'tools'))  # benchmark.py is there
-    from benchmark import processor
+    sys.path.insert(0, str(ROOT / 'tools'))  # measuring.py is there
+    from measuring import processor
 
     modules = [compat.require(name) for name in ('mmcv', 'mmdet')]
     versions = ', '.join(f'{m.__name__} {m.__version__}' for m in (torch, *modules, hat_mm))

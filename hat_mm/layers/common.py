@@ -14,6 +14,10 @@ NormFactory = Callable[[int, float], nn.Module]
 """Makes the norm of a convolution from its channels and its eps."""
 
 
+# torch.compile cannot trace the question.
+_ONEDNN = torch.backends.mkldnn.is_available()
+
+
 class DropPath(nn.Module):
     """Stochastic depth: zeroes a residual branch for random samples while training.
 
@@ -108,12 +112,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., C').
     """
-    if (
-        x.device.type != 'cpu'
-        or x.dtype != torch.float32
-        or torch.jit.is_tracing()
-        or not torch.backends.mkldnn.is_available()
-    ):
+    if x.device.type != 'cpu' or x.dtype != torch.float32 or torch.jit.is_tracing() or not _ONEDNN:
         return F.linear(x, weight, bias)
     rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     y = F.conv2d(rows, weight[:, :, None, None], bias)

@@ -7,7 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
+import hat_mm.backbones
 from hat_mm import runtime
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,6 +179,50 @@ def test_tta_of_averaged_weights(classifier, images, tmp_path):
     runtime.train([str(path), *work_dir])
     checkpoint = str(tmp_path / 'epoch_1.pth')
     assert 'accuracy/top1' in runtime.test([str(path), checkpoint, *work_dir, '--tta'])
+
+
+def test_deploy_predicts_the_same(classifier, tmp_path):
+    """Also the averaged weights of a config that has an average."""
+    config, checkpoint, *rest = classifier
+    path = tmp_path / 'averaged.py'
+    path.write_text(Path(config).read_text() + "custom_hooks = [dict(type='EMAHook')]\n")
+    scores = []
+    for arguments in ([config], [config, '--deploy'], [str(path), '--deploy']):
+        out = tmp_path / 'out.pkl'
+        config, *flags = arguments
+        runtime.test(
+            [config, checkpoint, *rest, '--work-dir', str(tmp_path), '--out', str(out), *flags]
+        )
+        predictions = pickle.loads(out.read_bytes())
+        scores.append(np.stack([prediction['pred_score'] for prediction in predictions]))
+    for deployed in scores[1:]:
+        assert np.abs(deployed - scores[0]).max() <= 1e-5
+
+
+def test_deploy_folds_the_loaded_weights(classifier, tmp_path, monkeypatch):
+    switched = []
+    switch = hat_mm.backbones.FasterViT.switch_to_deploy
+
+    def spy(backbone):
+        switched.append(next(iter(backbone.state_dict().values())).clone())
+        switch(backbone)
+
+    monkeypatch.setattr(hat_mm.backbones.FasterViT, 'switch_to_deploy', spy)
+    runtime.test([*classifier, '--work-dir', str(tmp_path), '--deploy'])
+    saved = torch.load(classifier[1], weights_only=True)['state_dict']
+    assert len(switched) == 1
+    assert torch.equal(switched[0], next(v for k, v in saved.items() if k.startswith('backbone.')))
+
+
+def test_deploy_needs_something_of_ours(classifier, tmp_path):
+    config, checkpoint, *rest = classifier
+    path = tmp_path / 'resnet.py'
+    path.write_text(
+        Path(config).read_text()
+        + "model['backbone'] = dict(type='ResNet', depth=18)\nmodel['head']['in_channels'] = 512\n"
+    )
+    with pytest.raises(runtime.UserError, match='--deploy: the model has no backbone'):
+        runtime.test([str(path), checkpoint, *rest, '--work-dir', str(tmp_path), '--deploy'])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,23 @@
+"""Hooks of mmengine's runner."""
+
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from .layers import switch_to_deploy
+from .registry import HOOKS
+
+
+@HOOKS.register_module()
+class SwitchToDeployHook(Hook):
+    """Brings backbones and plugins of hat_mm into deploy form before a test.
+
+    ``tools/test.py --deploy`` adds it. It is for a runner that tests and nothing else: the model
+    cannot train afterwards, nor have its weights averaged by ``EMAHook``.
+    """
+
+    priority = 'LOWEST'  # the last to change the weights
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Switches the runner's model, which has its weights by then."""
+        runner.model.eval()  # the test loop does so only after this
+        switch_to_deploy(runner.model)

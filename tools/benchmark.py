@@ -169,7 +169,8 @@ def time_rows(
     Returns:
         For each candidate its ``seconds`` and what belongs to them, or its ``error``.
     """
-    torch._dynamo.reset()  # what is compiled is compiled for this size
+    if any('compile' in candidate.flags for candidate in candidates):
+        torch._dynamo.reset()  # what is compiled is compiled for this size
     torch.backends.cudnn.benchmark = True
     rows, works = [], {}
     for candidate in candidates:
@@ -235,9 +236,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """
     plan = make_plan(args)
     peers = find_peers(args, plan)
-    for mode, candidates in plan.items():
-        for candidate in candidates:  # a wrong name is better known now than in ten minutes
-            prepare(candidate, args.size[0], 1, mode.startswith('train'), args.device)
+    wanted = [(c.text, m.startswith('train')) for m, candidates in plan.items() for c in candidates]
+    for text, training in dict.fromkeys(wanted):  # a wrong name is better known now than later
+        prepare(parse(text), args.size[0], 1, training, args.device)
     rows: list[dict[str, Any]] = []
     settings = [
         (mode, *setting)

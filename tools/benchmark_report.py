@@ -31,8 +31,9 @@ TITLES = {
 }
 NOTES = {
     'forward': 'Speed-up: median of the other divided by the median of this one. Parameters, and '
-    'multiply-adds for one image. Of products: 2 FLOP for each multiply-add in the median time, as '
-    "a share of what this machine's products of large square matrices reached in the same turns.",
+    "multiply-adds for one image (1000 proposals in a detector's second stage). Of products: 2 "
+    "FLOP for each multiply-add in the median time, as a share of what this machine's products of "
+    'large square matrices reached in the same turns.',
     'train': 'Speed-up and shares as above, with three times the multiply-adds of a forward pass.',
     'memory': 'Peak beyond weights and images.',
     'train-memory': 'Peak beyond weights and images, with the gradients of the weights; held is '
@@ -172,16 +173,12 @@ def significant(value: float | None, digits: int) -> str:
     return f'{value:.{max(decimals, 0)}f}'
 
 
-def _of_peers(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
-    return [cell(against(row, peer, results['rows']), '.2f') for peer in results['peers']]
-
-
 def _first_cells(row: dict[str, Any]) -> list[str]:
     height, width = row['size']
     return [f'{height}×{width}', str(row['batch']), f'`{row["candidate"]}`']
 
 
-def _time_cells(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
+def _time_cells(row: dict[str, Any], ratios: list[str]) -> list[str]:
     seconds, median = row['seconds'], cost(row)
     compiled = 'compile' in parse(row['candidate']).flags
     macs = None if row['macs'] is None else row['macs'] / 1e9
@@ -189,7 +186,7 @@ def _time_cells(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
         significant(median, 4),
         f'{significant(min(seconds), 3)}–{significant(max(seconds), 3)}',
         significant(row['batch'] / median, 3),
-        *_of_peers(row, results),
+        *ratios,
         f'{row["parameters"] / 1e6:.1f}',
         significant(macs, 3),
         cell(share_of_products(row), '.0%'),
@@ -197,29 +194,30 @@ def _time_cells(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _memory_cells(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
+def _memory_cells(row: dict[str, Any], ratios: list[str]) -> list[str]:
     peak = row['peak'] / MIB
     cells = [f'{peak:.0f}', f'{peak / megapixels(row) / row["batch"]:.0f}']
-    cells += _of_peers(row, results)
+    cells += ratios
     return cells + ([f'{row["held"] / MIB:.0f}'] if row['held'] is not None else [])
 
 
 def _mode_table(mode: str, results: dict[str, Any]) -> str:
     rows = [row for row in results['rows'] if row['mode'] == mode]
     head, cells_of = ['image', 'batch', 'candidate'], _time_cells
-    names = labels({*results['peers'], *(row['candidate'] for row in results['rows'])})
-    peers = [names[peer] for peer in results['peers']]
+    names = labels({row['candidate'] for row in results['rows']} | {*results['peers']})
+    peers = [p for p in results['peers'] if any(row['candidate'] == p for row in rows)]
     if mode.endswith('memory'):
-        head += ['peak MiB', 'MiB a megapixel', *(f'of {peer}' for peer in peers)]
+        head += ['peak MiB', 'MiB a megapixel', *(f'of {names[peer]}' for peer in peers)]
         head += ['held MiB'] * (mode == 'train-memory')
         cells_of = _memory_cells
     else:
         head += ['median s', 'min–max s', 'images/s']
-        head += [f'speed-up over {peer}' for peer in peers]
+        head += [f'speed-up over {names[peer]}' for peer in peers]
         head += ['params M', 'FLOPs G', 'of products', 'compiling s']
     lines = []
     for row in rows:
-        cells = ['failed'] if 'error' in row else cells_of(row, results)
+        ratios = [cell(against(row, peer, results['rows']), '.2f') for peer in peers]
+        cells = ['failed'] if 'error' in row else cells_of(row, ratios)
         lines.append([*_first_cells(row), *cells, *[''] * (len(head) - 3 - len(cells))])
     errors = [f'- `{r["candidate"]}`, {r["size"]}: {r["error"]}' for r in rows if 'error' in r]
     return '\n\n'.join([table(head, lines), NOTES[mode], *['\n'.join(errors)] * bool(errors)])

@@ -7,8 +7,8 @@ scope, a config, one of PEERS, timm/MODEL, or authors/MODEL for the authors' own
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
-import importlib.util
 import re
 import sys
 from contextlib import nullcontext
@@ -200,7 +200,8 @@ def _registered(candidate: Candidate) -> torch.nn.Module:
         compat.require(f'{scope}.models')
     if 'cp' in candidate.flags:
         cfg['with_cp'] = True
-    backbone = compat.require('mmengine.registry').MODELS.build({'type': kind, **cfg})
+    cfg = copy.deepcopy({'type': kind, **cfg})  # some backbones change their arguments
+    backbone = compat.require('mmengine.registry').MODELS.build(cfg)
     backbone.eval()
     with torch.inference_mode():
         try:

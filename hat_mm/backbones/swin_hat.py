@@ -24,7 +24,6 @@ from hat_mm.layers import (
     EvalCache,
     FixedPositions,
     LayerNorm2d,
-    Linear,
     Mlp,
     NormFactory,
     RelativePositionTable,
@@ -157,7 +156,7 @@ class PatchMerging(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, norm_layer: NormFactory) -> None:
         super().__init__()
         self.norm = norm_layer(4 * in_dim, 1e-5)
-        self.reduction = Linear(4 * in_dim, out_dim, bias=False)
+        self.reduction = nn.Linear(4 * in_dim, out_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""

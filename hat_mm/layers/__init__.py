@@ -12,13 +12,11 @@ from .cache import EvalCache
 from .common import (
     DropPath,
     LayerNorm2d,
-    Linear,
     MapNorm,
     Mlp,
     NormFactory,
     checkpoint_block,
     guard_group_norm,
-    linear,
 )
 from .convs import (
     Conv2d,
@@ -59,7 +57,6 @@ __all__ = [
     'HierarchicalSelfAttention',
     'InvertedResidual',
     'LayerNorm2d',
-    'Linear',
     'MapNorm',
     'Mlp',
     'NormFactory',
@@ -75,7 +72,6 @@ __all__ = [
     'crop',
     'folded_norm',
     'guard_group_norm',
-    'linear',
     'merge_windows',
     'pad_to_windows',
     'split_windows',

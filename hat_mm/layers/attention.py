@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import EvalCache
-from .common import DropPath, Linear, Mlp, NormFactory, checkpoint_block
+from .common import DropPath, Mlp, NormFactory, checkpoint_block
 from .convs import Conv2d, PointwiseConv
 from .deploy import Deployable, FixedPositions, fold_scale
 from .position import AbsolutePositionEmbedding, RelativePositionBias, RelativePositionTable
@@ -44,9 +44,9 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.bias = bias
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, sides: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         """Attends to the tokens of each entry of the first axis.
@@ -147,10 +147,11 @@ class CarrierTokenizer(nn.Module):
         """Maps (B, C, nh * w, nw * w) to carriers in window order, (B * nh * nw, c * c, C)."""
         # As matrix products by axis: pooling kernels computed from the size make torch.compile
         # recompile for every size, and torch 2.13 then returns wrong values without a word.
-        x = self.conv(x)
+        x = self.conv(x).permute(0, 2, 3, 1)
         rows, cols = (self._pooling(windows, x) for windows in grid)
-        x = rows @ (x @ cols.t())
-        return split_windows(x.permute(0, 2, 3, 1), grid, self.carrier_size)
+        # The axis of the rows first, as one product for an image.
+        x = cols @ (rows @ x.flatten(2)).unflatten(2, x.shape[2:])
+        return split_windows(x, grid, self.carrier_size)
 
     def _pooling(self, windows: int, like: Tensor) -> Tensor:
         """The (c * n, n * w) matrix that averages an axis of n ``windows`` to its carriers."""

@@ -5,17 +5,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 NormFactory = Callable[[int, float], nn.Module]
 """Makes the norm of a convolution from its channels and its eps."""
-
-
-# torch.compile cannot trace the question.
-_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class DropPath(nn.Module):
@@ -98,35 +93,6 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Linear layer on the last axis, by the faster library of the CPU.
-
-    Torch gives matrix products in float32 to MKL, which two cores share badly where the matrix is
-    tall and narrow, as tokens are. A 1x1 convolution is the same product by oneDNN.
-
-    Args:
-        x: (..., C).
-        weight: (C', C).
-        bias: (C',) or None.
-
-    Returns:
-        (..., C').
-    """
-    if x.device.type != 'cpu' or x.dtype != torch.float32 or torch.jit.is_tracing() or not _ONEDNN:
-        return F.linear(x, weight, bias)
-    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    y = F.conv2d(rows, weight[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).view(*x.shape[:-1], weight.shape[0])
-
-
-class Linear(nn.Linear):
-    """``nn.Linear`` through :func:`linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., C) to (..., C')."""
-        return linear(x, self.weight, self.bias)
-
-
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them, applied to the last axis.
 
@@ -138,9 +104,9 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, ratio: float = 4) -> None:
         super().__init__()
         hidden = int(dim * ratio)
-        self.fc1 = Linear(dim, hidden)
+        self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
-        self.fc2 = Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., C) to (..., C)."""

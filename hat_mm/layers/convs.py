@@ -5,9 +5,10 @@ Sources: https://arxiv.org/abs/2306.06189 and https://arxiv.org/abs/2106.03180. 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import DropPath, LayerNorm2d, NormFactory, linear
+from .common import DropPath, LayerNorm2d, NormFactory
 from .deploy import Deployable, folded_norm
 
 
@@ -38,7 +39,7 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', H, W)."""
-        x = linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        x = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
         return x.permute(0, 3, 1, 2)
 
 
@@ -59,7 +60,7 @@ class ZeroPointwiseConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', H, W)."""
-        x = linear(x.permute(0, 2, 3, 1), self.weight, self.bias)
+        x = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias)
         return x.permute(0, 3, 1, 2)
 
 

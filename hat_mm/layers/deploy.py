@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .common import DropPath, Linear
+from .common import DropPath
 
 
 class Deployable(nn.Module):
@@ -97,7 +97,7 @@ def folded_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Conv2d, nn.Module]
     return fuse_conv_bn_eval(conv, norm), nn.Identity().eval()
 
 
-def fold_scale(layer: Linear, scale: Tensor) -> None:
+def fold_scale(layer: nn.Linear, scale: Tensor) -> None:
     """Multiplies the results of ``layer`` by ``scale`` (C',), in place."""
     layer.weight.mul_(scale[:, None])
     layer.bias.mul_(scale)

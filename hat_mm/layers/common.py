@@ -13,6 +13,36 @@ NormFactory = Callable[[int, float], nn.Module]
 """Makes the norm of a convolution from its channels and its eps."""
 
 
+# Elements of a tensor that a processor's cache holds (8 MiB in float32).
+_CACHED = 2**21
+
+
+def worth_splitting(x: Tensor) -> bool:
+    """Whether to compute in parts, none larger than a cache, rather than at once.
+
+    On a CPU a large new tensor costs more than what is computed in it: the system hands its pages
+    out one by one. A GPU has an allocator for that, and gradients need all parts at once.
+    """
+    return not (
+        x.device.type != 'cpu'
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    )
+
+
+def num_parts(elements: int) -> int:
+    """Parts of so many elements that a cache holds each."""
+    return -(-elements // _CACHED)
+
+
+def add(x: Tensor, branch: Tensor) -> Tensor:
+    """The sum of a map and a new tensor that nothing else uses, in its memory if possible."""
+    if torch.is_grad_enabled() or branch.dtype != x.dtype:
+        return x + branch
+    return branch.add_(x)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: zeroes a residual branch for random samples while training.
 
@@ -110,7 +140,11 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., C) to (..., C)."""
-        return self.fc2(self.act(self.fc1(x)))
+        if not worth_splitting(x):
+            return self.fc2(self.act(self.fc1(x)))
+        tokens = x.flatten(0, -2)
+        parts = tokens.chunk(num_parts(len(tokens) * self.fc1.out_features))
+        return torch.cat([self.fc2(self.act(self.fc1(part))) for part in parts]).view(x.shape)
 
 
 @contextmanager

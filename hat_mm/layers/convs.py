@@ -7,8 +7,9 @@ Sources: https://arxiv.org/abs/2306.06189 and https://arxiv.org/abs/2106.03180. 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .common import DropPath, LayerNorm2d, NormFactory
+from .common import DropPath, LayerNorm2d, NormFactory, add, num_parts, worth_splitting
 from .deploy import Deployable, folded_norm
 
 
@@ -92,7 +93,43 @@ class ConvStem(Deployable, nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, in_channels, H, W) to (B, C, ceil(H / 4), ceil(W / 4)), channels last."""
         # All that follows keeps the layout: convolutions are faster in it, tokens need it.
-        return super().forward(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not worth_splitting(x) or not all(map(_by_pixel, (self.norm1, self.norm2))):
+            return super().forward(x)
+        # The map between the convolutions would be the largest of the network.
+        height = (x.shape[2] + 1) // 2
+        inner = height * ((x.shape[3] + 1) // 2) * x.shape[0] * self.conv1.out_channels
+        strips = torch.arange((height + 1) // 2).chunk(num_parts(inner))
+        return torch.cat([self._rows(x, height, int(s[0]), int(s[-1]) + 1) for s in strips], 2)
+
+    def _rows(self, x: Tensor, height: int, first: int, last: int) -> Tensor:
+        """Rows of the result; ``height`` is that of the map between the convolutions."""
+        top, bottom = max(2 * first - 1, 0), min(2 * last, height)
+        y = self.act1(self.norm1(_conv_rows(self.conv1, x, 0, top, bottom)))
+        return self.act2(self.norm2(_conv_rows(self.conv2, y, top, first, last)))
+
+
+def _by_pixel(norm: nn.Module) -> bool:
+    """Whether a norm in eval mode treats each pixel by itself."""
+    return isinstance(norm, nn.Identity) or (
+        isinstance(norm, _BatchNorm) and not norm.training and norm.running_mean is not None
+    )
+
+
+def _conv_rows(conv: nn.Conv2d, x: Tensor, start: int, first: int, last: int) -> Tensor:
+    """Rows ``first`` to ``last`` of what a 3x3 convolution of stride 2 and padding 1 gives.
+
+    Args:
+        conv: The convolution.
+        x: The map from its row ``start`` on, (B, C, H - start, W), to where ``last`` needs it or
+            to its end.
+        start: Where ``x`` begins.
+        first: First row of the result.
+        last: Row behind the last one of the result.
+    """
+    top, bottom = 2 * first - 1 - start, 2 * last - start
+    rows = F.pad(x[:, :, max(top, 0) : bottom], (0, 0, max(-top, 0), max(bottom - x.shape[2], 0)))
+    return F.conv2d(rows, conv.weight, conv.bias, stride=2, padding=(0, 1))
 
 
 class ConvBlock(Deployable):
@@ -120,7 +157,7 @@ class ConvBlock(Deployable):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""
         y = self.act(self.norm1(self.conv1(x)))
-        return x + self.drop_path(self.norm2(self.conv2(y)))
+        return add(x, self.drop_path(self.norm2(self.conv2(y))))
 
 
 class Downsample(nn.Module):

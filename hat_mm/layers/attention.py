@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import EvalCache
-from .common import DropPath, Mlp, NormFactory, checkpoint_block
+from .common import DropPath, Mlp, NormFactory, checkpoint_block, in_parts
 from .convs import Conv2d, PointwiseConv
 from .deploy import Deployable, FixedPositions, fold_scale
 from .position import AbsolutePositionEmbedding, RelativePositionBias, RelativePositionTable
@@ -225,7 +225,8 @@ class HierarchicalBlock(Deployable):
         if self.carrier is not None:
             # Into the sum just made: putting the two together anew would be one more full copy.
             tokens[:, : self.carrier_size**2] = self._attend_carriers(x, grid)
-        x = self.window(tokens, sides)
+        hidden = tokens[..., 0].numel() * self.window.mlp.fc1.out_features
+        x = in_parts(lambda windows: self.window(windows, sides), tokens, hidden)
         return self._propagate(x) if self.propagate else x
 
     def _attend_carriers(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

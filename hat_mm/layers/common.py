@@ -17,11 +17,11 @@ NormFactory = Callable[[int, float], nn.Module]
 _CACHED = 3 * 2**19
 
 
-def worth_splitting(x: Tensor) -> bool:
-    """Whether to compute in parts, none larger than a cache, rather than at once.
+def predicts_on_cpu(x: Tensor) -> bool:
+    """Whether ``x`` is computed with on a CPU at once, rather than traced, and for no gradient.
 
-    On a CPU a large new tensor costs more than what is computed in it: the system hands its pages
-    out one by one. A GPU has an allocator for that, and gradients need all parts at once.
+    There memory decides: a large new tensor costs more than what is computed in it, because the
+    system hands its pages out one by one.
     """
     return not (
         x.device.type != 'cpu'
@@ -37,14 +37,14 @@ def num_parts(elements: int) -> int:
 
 
 def in_parts(function: Callable[[Tensor], Tensor], x: Tensor, elements: int) -> Tensor:
-    """``function(x)``, in parts of the first axis where :func:`worth_splitting` says so.
+    """``function(x)``, in parts of the first axis if :func:`predicts_on_cpu`.
 
     Args:
         function: Treats each entry of the first axis by itself.
         x: Tensor with an axis to split.
         elements: Elements of the largest tensor that ``function`` makes of the whole.
     """
-    parts = x.chunk(num_parts(elements)) if worth_splitting(x) else (x,)
+    parts = x.chunk(num_parts(elements)) if predicts_on_cpu(x) else (x,)
     return torch.cat([function(part) for part in parts]) if len(parts) > 1 else function(x)
 
 

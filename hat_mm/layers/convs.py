@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .common import DropPath, LayerNorm2d, NormFactory, add, num_parts, worth_splitting
+from .common import DropPath, LayerNorm2d, NormFactory, add, num_parts, predicts_on_cpu
 from .deploy import Deployable, folded_norm
 
 
@@ -91,10 +91,13 @@ class ConvStem(Deployable, nn.Sequential):
         self.conv2, self.norm2 = folded_norm(self.conv2, self.norm2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, in_channels, H, W) to (B, C, ceil(H / 4), ceil(W / 4)), channels last."""
-        # All that follows keeps the layout: convolutions are faster in it, tokens need it.
+        """Maps (B, in_channels, H, W) to (B, C, ceil(H / 4), ceil(W / 4))."""
+        if not predicts_on_cpu(x):
+            return super().forward(x)
+        # All that follows keeps the layout, in which oneDNN convolves half as fast again (and
+        # differentiates half as fast).
         x = x.contiguous(memory_format=torch.channels_last)
-        if not worth_splitting(x) or not all(map(_by_pixel, (self.norm1, self.norm2))):
+        if not all(map(_by_pixel, (self.norm1, self.norm2))):
             return super().forward(x)
         # The map between the convolutions would be the largest of the network.
         height = (x.shape[2] + 1) // 2
@@ -117,19 +120,23 @@ def _by_pixel(norm: nn.Module) -> bool:
 
 
 def _conv_rows(conv: nn.Conv2d, x: Tensor, start: int, first: int, last: int) -> Tensor:
-    """Rows ``first`` to ``last`` of what a 3x3 convolution of stride 2 and padding 1 gives.
+    """Rows ``first`` to ``last`` of what a convolution gives, padded by half its odd kernel.
 
     Args:
         conv: The convolution.
-        x: The map from its row ``start`` on, (B, C, H - start, W), to where ``last`` needs it or
-            to its end.
+        x: The map from its row ``start`` on, (B, C, rows, W), to where ``last`` needs it or to its
+            end.
         start: Where ``x`` begins.
         first: First row of the result.
         last: Row behind the last one of the result.
     """
-    top, bottom = 2 * first - 1 - start, 2 * last - start
-    rows = F.pad(x[:, :, max(top, 0) : bottom], (0, 0, max(-top, 0), max(bottom - x.shape[2], 0)))
-    return F.conv2d(rows, conv.weight, conv.bias, stride=2, padding=(0, 1))
+    [stride, _], [kernel, _], [pad, _] = conv.stride, conv.kernel_size, conv.padding
+    top = stride * first - pad - start
+    bottom = stride * (last - 1) - pad + kernel - start
+    rows = x[:, :, max(top, 0) : bottom]
+    rows = F.pad(rows, (0, 0, max(-top, 0), max(bottom - x.shape[2], 0)))
+    padding = (0, conv.padding[1])
+    return F.conv2d(rows, conv.weight, conv.bias, conv.stride, padding, groups=conv.groups)
 
 
 class ConvBlock(Deployable):
@@ -208,6 +215,18 @@ class InvertedResidual(Deployable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""
-        x = self.act(self.conv1(self.norm1(x)))
-        x = self.act(self.conv2(x))
-        return self.norm2(self.conv3(x))
+        x = self.norm1(x)
+        rows, hidden = x.shape[2], x[:, 0].numel() * self.conv1.out_channels
+        if predicts_on_cpu(x) and num_parts(hidden) > 1:
+            strips = torch.arange(rows).chunk(num_parts(hidden))
+            return self.norm2(
+                torch.cat([self._rows(x, int(s[0]), int(s[-1]) + 1) for s in strips], 2)
+            )
+        return self.norm2(self.conv3(self.act(self.conv2(self.act(self.conv1(x))))))
+
+    def _rows(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Rows of what the second norm gets, from the result of the first."""
+        reach = self.conv2.padding[0]
+        start = max(first - reach, 0)
+        y = self.act(self.conv1(x[:, :, start : last + reach]))
+        return self.conv3(self.act(_conv_rows(self.conv2, y, start, first, last)))

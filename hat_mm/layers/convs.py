@@ -4,12 +4,14 @@ Sources: https://arxiv.org/abs/2306.06189 and https://arxiv.org/abs/2106.03180. 
 (B, C, H, W).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .common import DropPath, LayerNorm2d, NormFactory, add, num_parts, predicts_on_cpu
+from .common import DropPath, LayerNorm2d, NormFactory, num_parts, predicts_on_cpu
 from .deploy import Deployable, folded_norm
 
 
@@ -99,17 +101,13 @@ class ConvStem(Deployable, nn.Sequential):
         x = x.contiguous(memory_format=torch.channels_last)
         if not all(map(_by_pixel, (self.norm1, self.norm2))):
             return super().forward(x)
-        # The map between the convolutions would be the largest of the network.
-        height = (x.shape[2] + 1) // 2
-        inner = height * ((x.shape[3] + 1) // 2) * x.shape[0] * self.conv1.out_channels
-        strips = torch.arange((height + 1) // 2).chunk(num_parts(inner))
-        return torch.cat([self._rows(x, height, int(s[0]), int(s[-1]) + 1) for s in strips], 2)
-
-    def _rows(self, x: Tensor, height: int, first: int, last: int) -> Tensor:
-        """Rows of the result; ``height`` is that of the map between the convolutions."""
-        top, bottom = max(2 * first - 1, 0), min(2 * last, height)
-        y = self.act1(self.norm1(_conv_rows(self.conv1, x, 0, top, bottom)))
-        return self.act2(self.norm2(_conv_rows(self.conv2, y, top, first, last)))
+        return _by_strips(
+            x,
+            self.conv1,
+            lambda rows: self.act1(self.norm1(rows)),
+            self.conv2,
+            lambda rows: self.act2(self.norm2(rows)),
+        )
 
 
 def _by_pixel(norm: nn.Module) -> bool:
@@ -119,22 +117,69 @@ def _by_pixel(norm: nn.Module) -> bool:
     )
 
 
-def _conv_rows(conv: nn.Conv2d, x: Tensor, start: int, first: int, last: int) -> Tensor:
-    """Rows ``first`` to ``last`` of what a convolution gives, padded by half its odd kernel.
+def _by_strips(
+    x: Tensor,
+    conv1: nn.Conv2d,
+    between: Callable[[Tensor], Tensor],
+    conv2: nn.Conv2d,
+    behind: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """``behind(conv2(between(conv1(x))))``, strip by strip of rows, so that no inner map is large.
+
+    The rows of the inner map that two strips need are computed for both.
+
+    Args:
+        x: Map, (B, C, H, W), whose channels are last in memory, as those of the result.
+        conv1: Convolution padded by half its odd kernel.
+        between: Function of each pixel.
+        conv2: Convolution padded by half its odd kernel.
+        behind: Function of each pixel.
+    """
+    height, width = (_length(conv1, side) for side in x.shape[2:])
+    rows = _length(conv2, height)
+    parts = num_parts(x.shape[0] * conv1.out_channels * height * width)
+    result = None
+    for strip in torch.arange(rows).chunk(parts):
+        first, last = int(strip[0]), int(strip[-1]) + 1
+        start, end = _rows_needed(conv2, first, last)
+        start, end = max(start, 0), min(end, height)
+        inner = between(_rows(conv1, x, 0, start, end))
+        part = behind(_rows(conv2, inner, start, first, last))
+        if parts == 1:
+            return part
+        if result is None:
+            shape = (*part.shape[:2], rows, part.shape[3])
+            like = {'dtype': part.dtype, 'device': part.device}
+            result = torch.empty(shape, memory_format=torch.channels_last, **like)
+        result[:, :, first:last] = part
+    return result
+
+
+def _length(conv: nn.Conv2d, side: int) -> int:
+    """Side of what a convolution makes of a side."""
+    return (side - 1) // conv.stride[0] + 1
+
+
+def _rows_needed(conv: nn.Conv2d, first: int, last: int) -> tuple[int, int]:
+    """Rows from which a convolution makes its rows ``first`` to ``last``, beyond the map, too."""
+    top = conv.stride[0] * first - conv.padding[0]
+    return top, top + conv.stride[0] * (last - 1 - first) + conv.kernel_size[0]
+
+
+def _rows(conv: nn.Conv2d, x: Tensor, start: int, first: int, last: int) -> Tensor:
+    """Rows ``first`` to ``last`` of what a convolution makes of a map.
 
     Args:
         conv: The convolution.
-        x: The map from its row ``start`` on, (B, C, rows, W), to where ``last`` needs it or to its
-            end.
-        start: Where ``x`` begins.
+        x: Rows of the map, (B, C, rows, W), to where ``last`` needs them or to its end.
+        start: Row of the map with which ``x`` begins.
         first: First row of the result.
         last: Row behind the last one of the result.
     """
-    [stride, _], [kernel, _], [pad, _] = conv.stride, conv.kernel_size, conv.padding
-    top = stride * first - pad - start
-    bottom = stride * (last - 1) - pad + kernel - start
+    top, bottom = (row - start for row in _rows_needed(conv, first, last))
     rows = x[:, :, max(top, 0) : bottom]
-    rows = F.pad(rows, (0, 0, max(-top, 0), max(bottom - x.shape[2], 0)))
+    if top < 0 or bottom > x.shape[2]:
+        rows = F.pad(rows, (0, 0, max(-top, 0), max(bottom - x.shape[2], 0)))
     padding = (0, conv.padding[1])
     return F.conv2d(rows, conv.weight, conv.bias, conv.stride, padding, groups=conv.groups)
 
@@ -163,8 +208,14 @@ class ConvBlock(Deployable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""
-        y = self.act(self.norm1(self.conv1(x)))
-        return add(x, self.drop_path(self.norm2(self.conv2(y))))
+        if predicts_on_cpu(x) and all(map(_by_pixel, (self.norm1, self.norm2))):
+            y = _by_strips(
+                x, self.conv1, lambda rows: self.act(self.norm1(rows)), self.conv2, self.norm2
+            )
+        else:
+            y = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+        y = self.drop_path(y)
+        return x + y if torch.is_grad_enabled() or y.dtype != x.dtype else y.add_(x)
 
 
 class Downsample(nn.Module):
@@ -216,17 +267,8 @@ class InvertedResidual(Deployable):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""
         x = self.norm1(x)
-        rows, hidden = x.shape[2], x[:, 0].numel() * self.conv1.out_channels
-        if predicts_on_cpu(x) and num_parts(hidden) > 1:
-            strips = torch.arange(rows).chunk(num_parts(hidden))
-            return self.norm2(
-                torch.cat([self._rows(x, int(s[0]), int(s[-1]) + 1) for s in strips], 2)
-            )
-        return self.norm2(self.conv3(self.act(self.conv2(self.act(self.conv1(x))))))
-
-    def _rows(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Rows of what the second norm gets, from the result of the first."""
-        reach = self.conv2.padding[0]
-        start = max(first - reach, 0)
-        y = self.act(self.conv1(x[:, :, start : last + reach]))
-        return self.conv3(self.act(_conv_rows(self.conv2, y, start, first, last)))
+        if predicts_on_cpu(x):
+            x = _by_strips(x, self.conv1, self.act, self.conv2, lambda y: self.conv3(self.act(y)))
+        else:
+            x = self.conv3(self.act(self.conv2(self.act(self.conv1(x)))))
+        return self.norm2(x)

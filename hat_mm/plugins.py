@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hat_mm.backbones.base import check_ints, check_ratio
 from hat_mm.layers import (
     AttentionStage,
+    Deployable,
     EvalCache,
     HierarchicalSelfAttention,
     MapNorm,
@@ -22,7 +23,7 @@ _MAX_DIMS = 256
 _HEAD_DIM = 32
 
 
-class _Plugin(nn.Module):
+class _Plugin(Deployable):
     """``x + expand(attn(reduce(x)))``, where ``expand`` is zero until it is trained."""
 
     def __init__(self, in_channels: int, embed_dims: int | None) -> None:

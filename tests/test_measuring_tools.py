@@ -624,3 +624,16 @@ def test_padding_effect_of_no_detector_is_one_line(run_python, tmp_path):
     done = run_python('tools/padding_effect.py', str(config), 'none.pth')
     assert done.returncode == 1
     assert re.search('has no model.backbone', done.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize('name', ['benchmark', 'attention_scaling'])
+def test_a_folder_that_cannot_be_written_is_known_before_measuring(
+    name, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / 'file').write_text('')
+    argv = [name, '--out', str(tmp_path / 'file' / 'folder')]
+    monkeypatch.setattr(sys, 'argv', argv)
+    module = tool(name)
+    monkeypatch.setattr(module, 'measure', lambda args: pytest.fail('measured'))
+    assert run_tool(module.main, name) == 1
+    assert 'cannot write to --out' in capsys.readouterr().err

@@ -27,7 +27,7 @@ from hat_mm.runtime import UserError, run_tool
 
 sys.path.insert(0, str(Path(__file__).parent))
 import measuring
-from benchmark import one_line, read_positive, read_size
+from benchmark import make_folder, one_line, read_positive, read_size
 from benchmark_report import MIB, cell, plot_growth, significant, table
 
 SIZES = [(14, 14), (28, 28), (56, 56), (80, 112), (112, 160), (160, 224)]
@@ -206,8 +206,8 @@ def markdown(results: dict[str, Any]) -> str:
     parts.append(
         f'{results["dim"]} channels, {results["heads"]} heads, {results["dtype"]}, one map. Memory '
         'is the peak beyond weights and map. The bias of full attention, 4 bytes for each head and '
-        f'pair of tokens, was allowed {results["max_bias"]:g} GiB; it is kept between calls, so '
-        'that it costs time once. The exponent is that of the tokens, by least squares.'
+        f'pair of tokens, was allowed {results["max_bias"]:g} GiB. A bias beyond 32 MiB, '
+        'that of carriers too, is computed anew in each call. The exponent is that of the tokens, by least squares.'
     )
     parts.append(f'```bash\n{results["command"]}\n```')
     how = f'{results["rounds"]} rounds; memory: {results["processes"]} processes each'
@@ -267,6 +267,7 @@ def main() -> None:
         measuring.answer(memory_of_job(job))
         return
     args = parse_args()
+    make_folder(args.out)
     results = measure(args)
     save(results, args.out)
     print(markdown(results))

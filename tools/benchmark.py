@@ -19,6 +19,7 @@ import importlib.util
 import itertools
 import logging
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,6 +154,20 @@ def find_peers(args: argparse.Namespace, plan: dict[str, list[Candidate]]) -> li
 # --- measuring ------------------------------------------------------------------------------------
 
 
+def make_folder(path: Path) -> None:
+    """Makes the folder of results before anything is measured.
+
+    Raises:
+        UserError: It cannot be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f'cannot write to --out {str(path)!r}: {error.strerror}') from error
+
+
 def one_line(error: BaseException) -> str:
     """An error as a cell of a table."""
     text = ' '.join(str(error).split()) or 'no message'
@@ -272,6 +287,8 @@ def main() -> None:
         measuring.answer(memory_of_job(job))
         return
     args = parse_args()
+    if args.out is not None:
+        make_folder(args.out)
     results = measure(args)
     print(report.markdown(results))
     if args.out is not None:

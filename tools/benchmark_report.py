@@ -76,7 +76,7 @@ def same_setting(row: dict[str, Any], rows: Iterable[dict[str, Any]]) -> list[di
 def against(row: dict[str, Any], peer: str, rows: Sequence[dict[str, Any]]) -> float | None:
     """Cost of the peer divided by that of ``row``, for memory the other way round."""
     costs = [cost(other) for other in same_setting(row, rows) if other['candidate'] == peer]
-    if not costs or costs[0] is None or cost(row) is None:
+    if not costs or not costs[0] or not cost(row):  # a peak can be 0
         return None
     ratio = costs[0] / cost(row)
     return 1 / ratio if row['mode'].endswith('memory') else ratio

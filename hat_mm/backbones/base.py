@@ -347,11 +347,7 @@ class HierarchicalBackbone(Deployable, BaseModule):
 
     def _adapt(self, state: dict[str, Any], prefix: str) -> dict[str, Any]:
         family = type(self).__name__
-        if self.deploy:
-            raise ValueError(
-                f'{family} is in deploy form, which takes no checkpoint: load it before '
-                'switch_to_deploy()'
-            )
+        self.refuse_loading()
         if prefix and not state:
             raise ValueError(
                 f'the checkpoint holds no tensor for {prefix[:-1]!r}, a {family}. A file of a '

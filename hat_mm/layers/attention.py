@@ -107,11 +107,14 @@ class TransformerLayer(Deployable):
         for name in ('gamma1', 'gamma2'):
             gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
             self.register_parameter(name, gamma)
+        # The first factor after it has gone into the weights.
+        self.register_buffer('folded_scale', None)
 
     def _fold(self) -> None:
         if self.gamma1 is not None:
             fold_scale(self.attn.proj, self.gamma1)
             fold_scale(self.mlp.fc2, self.gamma2)
+            self.folded_scale = self.gamma1.detach().clone()
             self.gamma1 = self.gamma2 = None
 
     def forward(self, x: Tensor, sides: tuple[int, int]) -> Tensor:
@@ -200,12 +203,8 @@ class HierarchicalBlock(Deployable):
         options = (drop_path_rate, layer_scale, mlp_ratio, cache)
         self.carrier = TransformerLayer(dim, num_heads, 0, *options) if carrier_size else None
         self.window = TransformerLayer(dim, num_heads, carrier_size**2, *options)
-        self.register_buffer('carrier_scale', None)
 
     def _fold(self) -> None:
-        if self.propagate and self.carrier.gamma1 is not None:
-            # The layer's own goes into its weights.
-            self.carrier_scale = self.carrier.gamma1.detach().clone()
         sides = (self.window_size, self.window_size)
         self.window.pos_embed = FixedPositions(self.window.pos_embed(sides))
         self.window.attn.bias = FixedPositions(self.window.attn.bias(sides))
@@ -225,7 +224,7 @@ class HierarchicalBlock(Deployable):
         if self.carrier is not None:
             # Into the sum just made: putting the two together anew would be one more full copy.
             tokens[:, : self.carrier_size**2] = self._attend_carriers(x, grid)
-        hidden = tokens[..., 0].numel() * self.window.mlp.fc1.out_features
+        hidden = tokens.shape[0] * tokens.shape[1] * self.window.mlp.fc1.out_features
         x = in_parts(lambda windows: self.window(windows, sides), tokens, hidden)
         return self._propagate(x) if self.propagate else x
 
@@ -241,7 +240,7 @@ class HierarchicalBlock(Deployable):
         w, c = self.window_size, self.carrier_size
         cell = torch.arange(w, device=x.device) * c // w
         upsampled = x[:, (cell[:, None] * c + cell).flatten()]
-        scale = self.carrier_scale if self.deploy else self.carrier.gamma1
+        scale = self.carrier.folded_scale if self.carrier.deploy else self.carrier.gamma1
         tokens = x[:, c * c :] + _scaled(upsampled, scale)
         return torch.cat([x[:, : c * c], tokens], 1)
 

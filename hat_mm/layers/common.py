@@ -151,8 +151,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., C) to (..., C)."""
-        tokens = x.flatten(0, -2)
-        hidden = len(tokens) * self.fc1.out_features
+        tokens = x.reshape(-1, x.shape[-1])
+        hidden = tokens.shape[0] * self.fc1.out_features  # len() would be a constant for export
         return in_parts(lambda part: self.fc2(self.act(self.fc1(part))), tokens, hidden).view(
             x.shape
         )

@@ -99,7 +99,7 @@ class ConvStem(Deployable, nn.Sequential):
         # All that follows keeps the layout, in which oneDNN convolves half as fast again (and
         # differentiates half as fast).
         x = x.contiguous(memory_format=torch.channels_last)
-        if not all(map(_by_pixel, (self.norm1, self.norm2))):
+        if not _divisible(*self.children()):
             return super().forward(x)
         return _by_strips(
             x,
@@ -110,10 +110,22 @@ class ConvStem(Deployable, nn.Sequential):
         )
 
 
-def _by_pixel(norm: nn.Module) -> bool:
-    """Whether a norm in eval mode treats each pixel by itself."""
-    return isinstance(norm, nn.Identity) or (
-        isinstance(norm, _BatchNorm) and not norm.training and norm.running_mean is not None
+def _divisible(*modules: nn.Module) -> bool:
+    """Whether nobody can tell if these are run at once or by strips of rows.
+
+    Norms have to treat each pixel by itself, and nothing may hang on a module: a hook would see
+    strips, or is how pruning and weight norm make the weights.
+    """
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks for module in modules
+    ) and all(
+        type(module) in (Conv2d, nn.Conv2d, nn.Identity, nn.ReLU, nn.GELU, nn.SiLU)
+        or (
+            isinstance(module, _BatchNorm)
+            and not module.training
+            and module.running_mean is not None
+        )
+        for module in modules
     )
 
 
@@ -139,8 +151,9 @@ def _by_strips(
     rows = _length(conv2, height)
     parts = num_parts(x.shape[0] * conv1.out_channels * height * width)
     result = None
-    for strip in torch.arange(rows).chunk(parts):
-        first, last = int(strip[0]), int(strip[-1]) + 1
+    step = -(-rows // parts)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
         start, end = _rows_needed(conv2, first, last)
         start, end = max(start, 0), min(end, height)
         inner = between(_rows(conv1, x, 0, start, end))
@@ -208,7 +221,9 @@ class ConvBlock(Deployable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""
-        if predicts_on_cpu(x) and all(map(_by_pixel, (self.norm1, self.norm2))):
+        if predicts_on_cpu(x) and _divisible(
+            self.conv1, self.norm1, self.act, self.conv2, self.norm2
+        ):
             y = _by_strips(
                 x, self.conv1, lambda rows: self.act(self.norm1(rows)), self.conv2, self.norm2
             )
@@ -267,7 +282,7 @@ class InvertedResidual(Deployable):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""
         x = self.norm1(x)
-        if predicts_on_cpu(x):
+        if predicts_on_cpu(x) and _divisible(self.conv1, self.act, self.conv2, self.conv3):
             x = _by_strips(x, self.conv1, self.act, self.conv2, lambda y: self.conv3(self.act(y)))
         else:
             x = self.conv3(self.act(self.conv2(self.act(self.conv1(x)))))

@@ -1,6 +1,6 @@
 """The form of a network that only predicts: less to compute, the same results."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ class Deployable(nn.Module):
             RuntimeError: The module, or a part of it, is in training mode.
         """
         _refuse_training(self)
-        with torch.no_grad():
+        # Also in inference mode, whose tensors can do less.
+        with torch.inference_mode(False), torch.no_grad():
             for module in [*self.modules()]:
                 if isinstance(module, Deployable) and not module.deploy:
                     module._fold()
@@ -42,6 +43,18 @@ class Deployable(nn.Module):
 
     def _fold(self) -> None:
         """Folds what this very module computes, in place; a subclass says what."""
+
+    def refuse_loading(self) -> None:
+        """Raises ValueError in deploy form, in which the weights have another meaning."""
+        if self.deploy:
+            raise ValueError(
+                f'{type(self).__name__} is in deploy form, which takes no checkpoint: load it '
+                'before switch_to_deploy()'
+            )
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.refuse_loading()
+        super()._load_from_state_dict(*args)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode.

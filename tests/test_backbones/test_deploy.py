@@ -105,6 +105,23 @@ def test_a_second_call_changes_nothing(variant):
     assert all(torch.equal(state[name], value) for name, value in backbone.state_dict().items())
 
 
+@pytest.mark.parametrize('variant', ['propagate', 'hat-net-bn', 'swin-hat'])
+def test_parts_may_be_switched_first(variant):
+    backbone = trained(variant)
+    expected = maps(backbone)
+    backbone.apply(lambda m: m.switch_to_deploy() if isinstance(m, Deployable) else None)
+    assert_near(maps(backbone), expected, 1e-9)
+
+
+def test_switched_in_inference_mode():
+    backbone = trained('propagate')
+    with torch.inference_mode():
+        backbone.switch_to_deploy()
+    image = torch.rand(1, 3, 40, 40, dtype=torch.float64, requires_grad=True)
+    backbone(image)[3].sum().backward()
+    assert image.grad.isfinite().all()
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_refuses_while_training(family):
     family = FAMILIES[family]
@@ -162,17 +179,19 @@ def test_norms_without_statistics_stay():
     assert_near(maps(deployed), maps(backbone), 1e-5)
 
 
-def test_a_model_with_plugins_around():
-    plugins = nn.Sequential(
-        nn.Conv2d(3, 8, 1), hat_mm.HATPlugin(8, window_size=3), hat_mm.HMHSAPlugin(8)
-    ).eval()
+@pytest.mark.parametrize('plugin', [hat_mm.HATPlugin, hat_mm.HMHSAPlugin])
+def test_a_model_with_plugins_around(plugin):
+    plugins = nn.Sequential(nn.Conv2d(3, 8, 1), plugin(8)).eval()
     for parameter in plugins.parameters():
         nn.init.normal_(parameter, std=0.3)
     expected = maps(plugins, (20, 31))
     hat_mm.switch_to_deploy(plugins)
     assert_near([maps(plugins, (20, 31))], [expected], 1e-5)
-    assert isinstance(plugins[1].attn.blocks[0].window.attn.bias, FixedPositions)
     assert plugins[0].weight.requires_grad  # not ours
+    assert not any(p.requires_grad for p in plugins[1].parameters())
+    plugins[1].switch_to_deploy()  # by itself, and again
+    with pytest.raises(ValueError, match='takes no checkpoint'):
+        plugins.load_state_dict(plugins.state_dict(), strict=False)
 
 
 def test_a_model_without_anything_of_ours():

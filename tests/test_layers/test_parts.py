@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_backbones.archs import FAMILIES
 from torch import nn
+from torch.nn.utils import prune
 
 from hat_mm.layers import ConvStem, InvertedResidual, common, convs
 
@@ -91,3 +92,33 @@ def test_gradients_and_traces_get_the_whole(parts):
     with torch.no_grad():
         torch.jit.trace(residual, torch.randn(1, 4, 40, 40, dtype=torch.float64), check_trace=False)
     assert not parts
+
+
+def test_hooks_see_whole_maps(parts):
+    residual = InvertedResidual(4, 3, 3, batch_norm).eval().double()
+    seen = []
+    residual.conv2.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    with torch.no_grad():
+        residual(torch.randn(1, 4, 40, 30, dtype=torch.float64))
+    assert seen == [(1, 12, 40, 30)]
+    assert not parts
+
+
+def test_weights_that_a_hook_makes():
+    residual = InvertedResidual(4, 3, 3, batch_norm).eval().double()
+    prune.identity(residual.conv1, 'weight')
+    with torch.no_grad():
+        residual.conv1.weight_orig.mul_(3)
+    assert_parts_equal_the_whole(residual, torch.randn(1, 4, 40, 30, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_export_with_a_dynamic_batch(name):
+    backbone = FAMILIES[name].backbone(FAMILIES[name].tiny()).eval()
+    batch = torch.export.Dim('batch', min=2, max=64)
+    image = torch.randn(3, 3, 64, 64)
+    exported = torch.export.export(
+        backbone, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: batch},), strict=False
+    )
+    for a, b in zip(exported.module()(image), backbone(image), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()

@@ -207,7 +207,8 @@ def markdown(results: dict[str, Any]) -> str:
         f'{results["dim"]} channels, {results["heads"]} heads, {results["dtype"]}, one map. Memory '
         'is the peak beyond weights and map. The bias of full attention, 4 bytes for each head and '
         f'pair of tokens, was allowed {results["max_bias"]:g} GiB. A bias beyond 32 MiB, '
-        'that of carriers too, is computed anew in each call. The exponent is that of the tokens, by least squares.'
+        'that of carriers too, is computed anew in each call. The exponent is that of the '
+        'tokens, by least squares.'
     )
     parts.append(f'```bash\n{results["command"]}\n```')
     how = f'{results["rounds"]} rounds; memory: {results["processes"]} processes each'

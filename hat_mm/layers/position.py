@@ -93,7 +93,8 @@ class AbsolutePositionEmbedding(_PositionMlp):
         cache: Cache shared with other modules. Defaults to one of its own.
 
     Shape:
-        Called with ``(a, b)``, returns (p + a * b, C) in float32 (float64 if the model is), row-major.
+        Called with ``(a, b)``, returns (p + a * b, C), row-major, in float32 or the model's
+        finer type.
     """
 
     def __init__(self, dim: int, num_prefix: int = 0, cache: EvalCache | None = None) -> None:
@@ -121,8 +122,8 @@ class RelativePositionBias(_PositionMlp):
             0 and 16 and start at about 8, so with 0 the prefix is hardly seen at first.
 
     Shape:
-        Called with ``(a, b)``, returns (G, p + a * b, p + a * b) in float32 (float64 if the model is): head,
-        query, key.
+        Called with ``(a, b)``, returns (G, p + a * b, p + a * b): head, query, key, in float32
+        or the model's finer type.
     """
 
     def __init__(self, num_heads: int, num_prefix: int = 0, cache: EvalCache | None = None) -> None:

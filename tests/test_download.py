@@ -719,7 +719,7 @@ def test_other_paths_keep_the_loaders_of_mmengine(path, loader):
 
 def test_a_second_import_registers_again(monkeypatch):
     saved = dict(vars(registry))
-    for child in (registry.MODELS, registry.OPTIM_WRAPPER_CONSTRUCTORS):
+    for child in (registry.MODELS, registry.HOOKS, registry.OPTIM_WRAPPER_CONSTRUCTORS):
         monkeypatch.delitem(child.parent.children, 'hat_mm')  # mmengine takes a scope once
     try:
         importlib.reload(registry)

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hat_mm.checkpoints import NameMap, adapt, unwrap
-from hat_mm.layers import Deployable, MapNorm, NormFactory, checkpoint_block, guard_group_norm
+from hat_mm.layers import (
+    Deployable,
+    MapNorm,
+    NormFactory,
+    checkpoint_block,
+    contiguous_norm,
+    guard_group_norm,
+)
 
 
 def resolve_arch(arch: Any, table: Mapping[str, Any], row: type) -> tuple[str, Any]:
@@ -248,9 +255,8 @@ class HierarchicalBackbone(Deployable, BaseModule):
         for i, stage in enumerate(self.stages):
             x = stage(x)
             if i in self.out_indices:
-                norm = getattr(self, f'norm{i}')
                 # RoI operators of mmcv read the memory as contiguous whatever the strides say.
-                maps[i] = (x if norm is None else norm(x)).contiguous()
+                maps[i] = contiguous_norm(getattr(self, f'norm{i}'), x)
         return tuple(maps[i] for i in self.out_indices)
 
     def train(self, mode: bool = True) -> 'HierarchicalBackbone':

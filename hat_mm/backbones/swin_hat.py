@@ -22,7 +22,6 @@ from hat_mm.layers import (
     Deployable,
     DropPath,
     EvalCache,
-    FixedPositions,
     LayerNorm2d,
     Mlp,
     NormFactory,
@@ -216,7 +215,7 @@ class SwinBlock(Deployable):
         self.drop_path = DropPath(drop_path_rate)
 
     def _fold(self) -> None:
-        self.attn.bias = FixedPositions(self.attn.bias((self.window_size, self.window_size)))
+        self.attn.fix_bias((self.window_size, self.window_size))
 
     def forward(self, x: Tensor, carriers: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Runs the block.

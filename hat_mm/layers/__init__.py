@@ -26,6 +26,7 @@ from .convs import (
     InvertedResidual,
     PointwiseConv,
     ZeroPointwiseConv,
+    contiguous_norm,
 )
 from .deploy import Deployable, FixedPositions, folded_norm, switch_to_deploy
 from .position import AbsolutePositionEmbedding, RelativePositionBias, RelativePositionTable
@@ -69,6 +70,7 @@ __all__ = [
     'ZeroPointwiseConv',
     'average_windows',
     'checkpoint_block',
+    'contiguous_norm',
     'crop',
     'folded_norm',
     'guard_group_norm',

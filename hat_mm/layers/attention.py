@@ -15,10 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import EvalCache
-from .common import DropPath, Mlp, NormFactory, checkpoint_block, in_parts
+from .common import (
+    DropPath,
+    Mlp,
+    NormFactory,
+    checkpoint_block,
+    in_parts,
+    num_parts,
+    predicts_on_cpu,
+    residual,
+)
 from .convs import Conv2d, PointwiseConv
 from .deploy import Deployable, FixedPositions, fold_scale
-from .position import AbsolutePositionEmbedding, RelativePositionBias, RelativePositionTable
+from .position import AbsolutePositionEmbedding, RelativePositionBias, RelativePositions
 from .windows import (
     BorderMask,
     average_windows,
@@ -39,9 +48,7 @@ class SelfAttention(nn.Module):
         bias: Gives the bias (G, N, N) of a grid's sides.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, bias: RelativePositionBias | RelativePositionTable
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, bias: RelativePositions) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -62,12 +69,52 @@ class SelfAttention(nn.Module):
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        parts = self._bias_parts(sides) if predicts_on_cpu(x) and mask is None else 1
+        if parts > 1:
+            return self.proj(self._attend_by_rows(q, k, v, sides, parts).flatten(2))
         # Four axes: the fused kernels take no mask of three.
         bias = self.bias(sides).to(q.dtype)[None]
         if mask is not None:
             bias = bias.masked_fill(~mask, -torch.inf)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
+
+    def _bias_parts(self, sides: tuple[int, int]) -> int:
+        """Parts in which a cache holds the bias; only those of grids without a prefix can be."""
+        if not isinstance(self.bias, RelativePositions) or self.bias.num_prefix:
+            return 1
+        return num_parts(self.num_heads * (sides[0] * sides[1]) ** 2)
+
+    def fix_bias(self, sides: tuple[int, int]) -> None:
+        """Replaces the bias by its values for the one grid that the tokens ever have.
+
+        One that is used by rows stays, because it never is there as a whole.
+        """
+        if self._bias_parts(sides) == 1:
+            self.bias = FixedPositions(self.bias(sides))
+
+    def _attend_by_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, sides: tuple[int, int], parts: int
+    ) -> Tensor:
+        """Attention of (B, G, N, d), some rows of queries at a time, to (B, N, G, d).
+
+        So the bias, which has a number for each pair of tokens, never is there as a whole.
+        """
+        # The order of the keys makes no difference, and in this one no index is needed.
+        bias, k, v = self.bias.pairs(sides), k.flip(2), v.flip(2)
+        x = q.transpose(1, 2).new_empty(q.shape[0], q.shape[2], *q.shape[1::2])
+        queries, results = (t.unflatten(1, sides) for t in (q.transpose(1, 2), x))
+        rows = -(-sides[0] // parts)
+        for first in range(0, sides[0], rows):
+            part = slice(first, first + rows)
+            found = F.scaled_dot_product_attention(
+                queries[:, part].flatten(1, 2).transpose(1, 2),
+                k,
+                v,
+                attn_mask=bias[:, part].flatten(3).flatten(1, 2)[None].to(q.dtype),
+            )
+            results[:, part] = found.transpose(1, 2).unflatten(1, (-1, sides[1]))
+        return x
 
 
 class TransformerLayer(Deployable):
@@ -119,8 +166,8 @@ class TransformerLayer(Deployable):
 
     def forward(self, x: Tensor, sides: tuple[int, int]) -> Tensor:
         """Maps (B, N, C) to (B, N, C), the tokens being a grid of ``sides`` behind the prefix."""
-        x = x + self.drop_path(_scaled(self.attn(self.norm1(x), sides), self.gamma1))
-        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2))
+        x = residual(x, self.drop_path(_scaled(self.attn(self.norm1(x), sides), self.gamma1)))
+        return residual(x, self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2)))
 
 
 def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
@@ -207,7 +254,7 @@ class HierarchicalBlock(Deployable):
     def _fold(self) -> None:
         sides = (self.window_size, self.window_size)
         self.window.pos_embed = FixedPositions(self.window.pos_embed(sides))
-        self.window.attn.bias = FixedPositions(self.window.attn.bias(sides))
+        self.window.attn.fix_bias(sides)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Runs the block.
@@ -225,7 +272,7 @@ class HierarchicalBlock(Deployable):
             # Into the sum just made: putting the two together anew would be one more full copy.
             tokens[:, : self.carrier_size**2] = self._attend_carriers(x, grid)
         hidden = tokens.shape[0] * tokens.shape[1] * self.window.mlp.fc1.out_features
-        x = in_parts(lambda windows: self.window(windows, sides), tokens, hidden)
+        x = in_parts(lambda windows: self.window(windows, sides), tokens, hidden, tokens)
         return self._propagate(x) if self.propagate else x
 
     def _attend_carriers(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .common import DropPath, LayerNorm2d, NormFactory, num_parts, predicts_on_cpu
+from .common import DropPath, LayerNorm2d, NormFactory, num_parts, predicts_on_cpu, residual
 from .deploy import Deployable, folded_norm
 
 
@@ -119,7 +119,7 @@ def _divisible(*modules: nn.Module) -> bool:
     return not any(
         module._forward_hooks or module._forward_pre_hooks for module in modules
     ) and all(
-        type(module) in (Conv2d, nn.Conv2d, nn.Identity, nn.ReLU, nn.GELU, nn.SiLU)
+        type(module) in (Conv2d, nn.Conv2d, nn.Identity, nn.ReLU, nn.GELU, nn.SiLU, LayerNorm2d)
         or (
             isinstance(module, _BatchNorm)
             and not module.training
@@ -135,6 +135,7 @@ def _by_strips(
     between: Callable[[Tensor], Tensor],
     conv2: nn.Conv2d,
     behind: Callable[[Tensor], Tensor],
+    skip: Tensor | None = None,
 ) -> Tensor:
     """``behind(conv2(between(conv1(x))))``, strip by strip of rows, so that no inner map is large.
 
@@ -146,6 +147,7 @@ def _by_strips(
         between: Function of each pixel.
         conv2: Convolution padded by half its odd kernel.
         behind: Function of each pixel.
+        skip: What is added to the result, of its shape; None for nothing.
     """
     height, width = (_length(conv1, side) for side in x.shape[2:])
     rows = _length(conv2, height)
@@ -159,12 +161,33 @@ def _by_strips(
         inner = between(_rows(conv1, x, 0, start, end))
         part = behind(_rows(conv2, inner, start, first, last))
         if parts == 1:
-            return part
+            return part if skip is None else residual(skip, part)
         if result is None:
             shape = (*part.shape[:2], rows, part.shape[3])
-            like = {'dtype': part.dtype, 'device': part.device}
-            result = torch.empty(shape, memory_format=torch.channels_last, **like)
-        result[:, :, first:last] = part
+            dtype = part.dtype if skip is None else torch.result_type(skip, part)
+            result = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+        if skip is None:
+            result[:, :, first:last] = part
+        else:
+            torch.add(skip[:, :, first:last], part, out=result[:, :, first:last])
+    return result
+
+
+def contiguous_norm(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """``norm(x).contiguous()``, strip by strip of rows where that saves a large tensor between.
+
+    Args:
+        norm: Norm of maps; None for none.
+        x: Map, (B, C, H, W).
+    """
+    if norm is None:
+        norm = nn.Identity()
+    parts = num_parts(x.numel()) if predicts_on_cpu(x) else 1
+    if parts == 1 or x.is_contiguous() or not _divisible(norm):
+        return norm(x).contiguous()
+    result = torch.empty(x.shape, dtype=norm(x[:, :, :1]).dtype)
+    for rows, part in zip(result.tensor_split(parts, 2), x.tensor_split(parts, 2), strict=True):
+        rows.copy_(norm(part))
     return result
 
 
@@ -221,16 +244,16 @@ class ConvBlock(Deployable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""
-        if predicts_on_cpu(x) and _divisible(
-            self.conv1, self.norm1, self.act, self.conv2, self.norm2
+        if (
+            predicts_on_cpu(x)
+            and not self.training  # drop path would treat each strip by itself
+            and _divisible(self.conv1, self.norm1, self.act, self.conv2, self.norm2)
         ):
-            y = _by_strips(
-                x, self.conv1, lambda rows: self.act(self.norm1(rows)), self.conv2, self.norm2
+            return _by_strips(
+                x, self.conv1, lambda rows: self.act(self.norm1(rows)), self.conv2, self.norm2, x
             )
-        else:
-            y = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
-        y = self.drop_path(y)
-        return x + y if torch.is_grad_enabled() or y.dtype != x.dtype else y.add_(x)
+        y = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+        return residual(x, self.drop_path(y))
 
 
 class Downsample(nn.Module):

@@ -109,7 +109,43 @@ class AbsolutePositionEmbedding(_PositionMlp):
         return F.pad(vectors, (0, 0, self.num_prefix, 0)) if self.num_prefix else vectors
 
 
-class RelativePositionBias(_PositionMlp):
+class RelativePositions(_Positions):
+    """A number for each pair of tokens and each head, by the offset of the two."""
+
+    prefix_bias = 0.0
+
+    def pairs(self, sides: tuple[int, int]) -> Tensor:
+        """The numbers as a view of those by offset, which takes no memory of its own.
+
+        Args:
+            sides: Sides (a, b) of the grid.
+
+        Returns:
+            (G, a, b, a, b): head, row and column of the query, row and column of the key, the
+            rows and columns of keys counted from the last one. Without the prefix.
+        """
+        table = self._cache.get(self, ('table', sides), lambda: self._table(*sides))
+        return table.unfold(1, sides[0], 1).unfold(2, sides[1], 1)
+
+    def _table(self, a: int, b: int) -> Tensor:
+        """The numbers by offset, (G, 2a - 1, 2b - 1)."""
+        raise NotImplementedError
+
+    def _compute(self, a: int, b: int) -> Tensor:
+        table = self._table(a, b).flatten(1)
+
+        def differences(side: int) -> Tensor:
+            index = torch.arange(side, device=table.device)
+            return index[:, None] - index + side - 1
+
+        # (a, b, a, b): row and column of the query, row and column of the key.
+        index = differences(a)[:, None, :, None] * (2 * b - 1) + differences(b)[None, :, None, :]
+        bias = table.index_select(1, index.flatten()).view(-1, a * b, a * b)
+        p = self.num_prefix
+        return F.pad(bias, (p, 0, p, 0), value=self.prefix_bias) if p else bias
+
+
+class RelativePositionBias(RelativePositions, _PositionMlp):
     """A number for each pair of tokens and each head, added to the attention logits.
 
     Args:
@@ -130,7 +166,7 @@ class RelativePositionBias(_PositionMlp):
         super().__init__(num_heads, num_prefix, cache)
         self.prefix_bias = 0.0
 
-    def _compute(self, a: int, b: int) -> Tensor:
+    def _table(self, a: int, b: int) -> Tensor:
         def log_offsets(side: int) -> Tensor:
             offset = torch.arange(1 - side, side, **self._precise())
             offset = 8 * _to_unit(offset)
@@ -138,12 +174,11 @@ class RelativePositionBias(_PositionMlp):
 
         # The bias depends on the offset only: the MLP sees (2a - 1)(2b - 1) offsets, not N * N
         # pairs, which on a large map would take gigabytes.
-        table = self._mlp(log_offsets(a), log_offsets(b)).flatten(0, 1)
-        table = 16 * torch.sigmoid(table.t())
-        return _of_pairs(table, a, b, self.num_prefix, self.prefix_bias)
+        table = self._mlp(log_offsets(a), log_offsets(b))
+        return 16 * torch.sigmoid(table.permute(2, 0, 1))
 
 
-class RelativePositionTable(_Positions):
+class RelativePositionTable(RelativePositions):
     """Swin's bias: a learned number for each offset of two tokens in a window, and each head.
 
     Args:
@@ -163,21 +198,7 @@ class RelativePositionTable(_Positions):
         table = torch.empty((2 * window - 1) ** 2, num_heads)
         self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
 
-    def _compute(self, a: int, b: int) -> Tensor:
+    def _table(self, a: int, b: int) -> Tensor:
         table = self.relative_position_bias_table
         # Through a vector, so that the gradient gets the strides of the table.
-        return _of_pairs(table.flatten().view_as(table).t(), a, b, self.num_prefix)
-
-
-def _of_pairs(table: Tensor, a: int, b: int, num_prefix: int, prefix_bias: float = 0.0) -> Tensor:
-    """Numbers by offset, (G, (2a - 1)(2b - 1)), to those by pair, (G, p + a * b, p + a * b)."""
-
-    def differences(side: int) -> Tensor:
-        index = torch.arange(side, device=table.device)
-        return index[:, None] - index + side - 1
-
-    # (a, b, a, b): row and column of the query, row and column of the key.
-    index = differences(a)[:, None, :, None] * (2 * b - 1) + differences(b)[None, :, None, :]
-    bias = table.index_select(1, index.flatten()).view(-1, a * b, a * b)
-    p = num_prefix
-    return F.pad(bias, (p, 0, p, 0), value=prefix_bias) if p else bias
+        return table.flatten().view_as(table).t().unflatten(1, (2 * a - 1, 2 * b - 1))

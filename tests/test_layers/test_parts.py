@@ -8,7 +8,21 @@ from test_backbones.archs import FAMILIES
 from torch import nn
 from torch.nn.utils import prune
 
-from hat_mm.layers import ConvStem, InvertedResidual, common, convs
+from hat_mm.layers import (
+    ConvBlock,
+    ConvStem,
+    EvalCache,
+    FixedPositions,
+    InvertedResidual,
+    LayerNorm2d,
+    RelativePositionBias,
+    RelativePositionTable,
+    SelfAttention,
+    attention,
+    common,
+    contiguous_norm,
+    convs,
+)
 
 SIDES = st.integers(1, 70)
 
@@ -17,6 +31,7 @@ SIDES = st.integers(1, 70)
 def parts(request, monkeypatch):
     """Lets a cache hold next to nothing; the numbers of parts that were made since."""
     made = []
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
     monkeypatch.setattr(common, '_CACHED', request.param)
     num_parts = common.num_parts
 
@@ -24,8 +39,8 @@ def parts(request, monkeypatch):
         made.append(num_parts(elements))
         return made[-1]
 
-    monkeypatch.setattr(common, 'num_parts', count)
-    monkeypatch.setattr(convs, 'num_parts', count)
+    for module in (common, convs, attention):
+        monkeypatch.setattr(module, 'num_parts', count)
     return made
 
 
@@ -78,6 +93,115 @@ def test_inverted_residual_by_strips_of_rows(height, width, kernel, held):
         assert_parts_equal_the_whole(
             RESIDUALS[kernel], torch.randn(1, 4, height, width, dtype=torch.float64)
         )
+
+
+BLOCK = ConvBlock(4, 0.5, batch_norm).eval().double()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(height=SIDES, width=SIDES, batch=st.integers(1, 2), held=st.integers(1, 3000))
+def test_conv_block_by_strips_of_rows(height, width, batch, held):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, '_CACHED', held)
+        assert_parts_equal_the_whole(
+            BLOCK, torch.randn(batch, 4, height, width, dtype=torch.float64)
+        )
+
+
+def test_conv_block_in_training_mode_drops_whole_images(parts):
+    block = ConvBlock(4, 0.5, batch_norm).double().train()
+    block.norm1.eval()
+    block.norm2.eval()
+    x = torch.randn(16, 4, 40, 40, dtype=torch.float64)
+    with torch.no_grad():
+        dropped = (block(x) == x).flatten(1)
+    assert torch.equal(dropped.any(1), dropped.all(1))
+    assert dropped.any()
+    assert not dropped.all()
+
+
+def test_conv_block_under_autocast(parts):
+    block = ConvBlock(4, 0.0, batch_norm).eval()
+    x = torch.randn(1, 4, 40, 40)
+    with torch.autocast('cpu', torch.bfloat16):
+        whole = block(x)
+        with torch.no_grad():
+            split = block(x)
+    assert split.dtype == whole.dtype == torch.float32
+    torch.testing.assert_close(split, whole, rtol=0.02, atol=0.02)
+
+
+NORMS = [None, nn.Identity(), batch_norm(4, 1e-5).eval(), LayerNorm2d(4), nn.GroupNorm(2, 4)]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    norm=st.sampled_from(NORMS),
+    height=SIDES,
+    width=SIDES,
+    held=st.integers(1, 3000),
+    last=st.booleans(),
+)
+def test_norm_of_a_returned_map(norm, height, width, held, last):
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(2, 4, height, width).contiguous(memory_format=layout)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(common, '_CACHED', held)
+        y = contiguous_norm(norm, x)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, x if norm is None else norm(x))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(a=st.integers(1, 9), b=st.integers(1, 9), batch=st.integers(1, 2), held=st.integers(1, 500))
+def test_attention_by_rows_of_queries(a, b, batch, held):
+    torch.manual_seed(0)
+    layer = SelfAttention(8, 2, RelativePositionBias(2)).eval().double()
+    x = torch.randn(batch, a * b, 8, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, '_CACHED', held)
+        assert_parts_equal_the_whole(lambda x: layer(x, (a, b)), x)
+
+
+def attention_of_windows(cache, prefix=0):
+    """Attention in windows of 6x6 tokens behind a prefix, and tokens of three of them."""
+    torch.manual_seed(0)
+    table = RelativePositionTable(2, 6, prefix, cache)
+    layer = SelfAttention(8, 2, table).eval().double()
+    return layer, torch.randn(3, prefix + 36, 8, dtype=torch.float64)
+
+
+def test_attention_by_rows_keeps_no_number_for_each_pair(parts):
+    cache = EvalCache()
+    layer, x = attention_of_windows(cache)
+    assert_parts_equal_the_whole(lambda x: layer(x, (6, 6)), x)
+    assert max(parts) > 1
+    assert 0 < cache.nbytes <= 8 * 2 * 11 * 11
+
+
+def test_the_bias_of_tokens_behind_a_prefix_is_whole(parts):
+    cache = EvalCache()
+    layer, x = attention_of_windows(cache, prefix=4)
+    assert_parts_equal_the_whole(lambda x: layer(x, (6, 6)), x)
+    assert cache.nbytes == 8 * 2 * 40 * 40
+
+
+def test_a_mask_needs_the_whole_bias(parts):
+    layer, x = attention_of_windows(EvalCache())
+    mask = torch.rand(3, 1, 36, 36) < 0.5
+    mask |= torch.eye(36, dtype=torch.bool)
+    assert_parts_equal_the_whole(lambda x: layer(x, (6, 6), mask), x)
+
+
+@pytest.mark.parametrize(('held', 'kept'), [(1, RelativePositionTable), (10**6, FixedPositions)])
+def test_the_deploy_form_keeps_what_is_used_by_rows(held, kept, monkeypatch):
+    monkeypatch.setattr(common, '_CACHED', held)
+    layer, x = attention_of_windows(EvalCache())
+    with torch.no_grad():
+        before = layer(x, (6, 6))
+        layer.fix_bias((6, 6))
+        assert type(layer.bias) is kept
+        assert (layer(x, (6, 6)) - before).norm() <= 1e-9 * before.norm()
 
 
 def test_a_stem_whose_norm_sees_the_map_is_not_split(parts):

@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,18 +53,33 @@ def table(text):
 # --- measuring.py ---------------------------------------------------------------------------------
 
 
-def test_works_take_turns_and_the_warm_up_does_not_count():
+def test_turns_and_the_warm_up_that_does_not_count():
     calls = []
-    works = {
-        name: measuring.Work(
-            forward=lambda name=name: calls.append(name),
-            reset=lambda name=name: calls.append(f'reset {name}'),
-        )
-        for name in 'ab'
-    }
-    seconds = measuring.time_in_turns(works, rounds=2, device='cpu', warm_up=1)
-    assert calls == ['reset a', 'a', 'reset b', 'b'] * 3
-    assert {name: len(values) for name, values in seconds.items()} == {'a': 2, 'b': 2}
+
+    def timer(name):
+        calls.append(name)
+        return len(calls)
+
+    timers = {name: partial(timer, name) for name in 'ab'}
+    seconds, failed = measuring.time_in_turns(timers, rounds=2, warm_up=1)
+    assert calls == ['a', 'b'] * 3
+    assert seconds == {'a': [3, 5], 'b': [4, 6]}
+    assert not failed
+
+
+def test_what_fails_in_a_round_leaves_the_others():
+    seconds = iter([1.0, 2.0])
+    timers = {'a': seconds.__next__, 'b': lambda: 3.0}
+    seconds, failed = measuring.time_in_turns(timers, rounds=3, warm_up=1)
+    assert seconds == {'b': [3.0] * 3}
+    assert isinstance(failed['a'], StopIteration)
+
+
+def test_what_is_reset_comes_first():
+    calls = []
+    work = measuring.Work(lambda: calls.append('run'), reset=lambda: calls.append('reset'))
+    measuring.seconds_of(work, 'cpu')
+    assert calls == ['reset', 'run']
 
 
 def test_what_is_reset_is_not_timed(monkeypatch):
@@ -116,26 +133,52 @@ def test_memory_held_for_the_backward_pass():
 
 
 def test_product_of_matrices():
-    work, macs = measuring.product('bf16', 'cpu')
-    assert macs == 512**3
-    assert work.forward().shape == (512, 512)
-    assert work.forward().dtype == torch.bfloat16
+    product = measuring.product('bf16', 'cpu').forward()
+    assert product.shape == (measuring.product_side('bf16', 'cpu'),) * 2
+    assert product.dtype == torch.bfloat16
 
 
-def test_memory_of_fresh_processes(tmp_path):
+@pytest.fixture
+def child(tmp_path):
+    """A program that answers at once and to each request, and ends with a third one."""
     script = tmp_path / 'child.py'
     script.write_text(
         'import json, os, sys\n'
         f'job = json.loads(os.environ[{measuring.JOB!r}])\n'
         'print("a library talks", end="")\n'
-        f'print("\\n{measuring._RESULT}" + json.dumps(dict(peak=job["peak"], held=None)))\n'
-        'print("and talks")\n'
-        'sys.exit(job["status"])\n'
+        f'answer = "\\n{measuring._RESULT}" + json.dumps(job["answer"])\n'
+        'if job["status"]: sys.exit(job["status"])\n'
+        'print(answer, flush=True)\n'
+        'for _ in range(2):\n'
+        '    sys.stdin.readline()\n'
+        '    print("and talks", answer, flush=True)\n'
+        'sys.stderr.write("had enough\\n")\n'
     )
-    found = measuring.memory_of(str(script), dict(peak=7, status=0), processes=2)
+    return str(script)
+
+
+def test_memory_of_fresh_processes(child):
+    job = dict(answer=dict(peak=7, held=None), status=0)
+    found = measuring.memory_of(child, job, processes=2)
     assert found == {'peak': 7, 'held': None, 'peaks': [7, 7]}
     with pytest.raises(UserError, match=r'no message \(status 3\)'):
-        measuring.in_fresh_process(str(script), dict(peak=7, status=3))
+        measuring.in_fresh_process(child, job | dict(status=3))
+
+
+def test_a_worker_answers_as_long_as_it_lives(child):
+    with measuring.start(child, dict(answer=1.5, status=0)) as worker:
+        assert [worker.answer(), worker.ask(), worker.ask()] == [1.5] * 3
+        with pytest.raises(UserError, match=r'had enough \(status 0\)'):
+            worker.ask()
+        with pytest.raises(UserError, match=r'had enough \(status 0\)'):
+            worker.ask()  # its end of the pipe is closed by now
+    assert worker._process.returncode == 0
+
+
+def test_a_worker_ends_with_its_block(child):
+    with measuring.start(child, dict(answer=1.5, status=0)) as worker:
+        worker.answer()
+    assert worker._process.returncode == -9
 
 
 # --- candidates.py --------------------------------------------------------------------------------
@@ -433,7 +476,7 @@ def test_wrong_options(words, message, capsys):
     ('words', 'message'),
     [
         (['swin-t', 'swin-t'], 'given twice: swin-t'),
-        (['hat_mm.HATNet@deploy', '--mode', 'train'], 'no candidate for --mode train: deploy is'),
+        (['hat_mm.HATNet@deploy', '--mode', 'train'], 'no candidate for --mode train'),
         (['swin-t', '--peer', 'swin-s'], "--peer 'swin-s' is no candidate and no index of one"),
         (['swin-t', '--peer', '1'], "--peer '1' is no candidate and no index of one"),
         ([f'{HAT_NET}', 'hat_mm.HATNet:arch=tny'], "unknown arch 'tny'"),
@@ -459,6 +502,19 @@ def test_peers(words, peers):
     assert benchmark.find_peers(args, benchmark.make_plan(args)) == peers
 
 
+def test_what_a_mode_leaves_out_is_said(capsys):
+    words = ['swin-t', 'swin-t@deploy', 'swin-t@cp', '--mode', 'forward', 'train']
+    plan = benchmark.make_plan(benchmark.parse_args(words))
+    assert [[c.text for c in candidates] for candidates in plan.values()] == [
+        ['swin-t', 'swin-t@deploy'],
+        ['swin-t', 'swin-t@cp'],
+    ]
+    assert capsys.readouterr().err.splitlines() == [
+        'forward leaves out swin-t@cp (cp is for train and train-memory)',
+        'train leaves out swin-t@deploy (deploy is for forward and memory)',
+    ]
+
+
 def test_what_is_measured_without_candidates(monkeypatch):
     args = benchmark.parse_args([])
     for found in (None, 'spec'):
@@ -474,8 +530,13 @@ def test_what_is_measured_without_candidates(monkeypatch):
 
 
 def test_benchmark_from_end_to_end(tmp_path, monkeypatch):
-    small = measuring.Work(lambda: torch.ones(64, 64) @ torch.ones(64, 64))
-    monkeypatch.setattr(measuring, 'product', lambda precision, device: (small, 64**3))
+    monkeypatch.setattr(measuring, 'product_side', lambda precision, device: 64)
+
+    def here(script, job, work_of, stack):  # processes of their own have a test below
+        timer = partial(measuring.seconds_of, work_of(job), 'cpu')
+        return timer, timer()
+
+    monkeypatch.setattr(measuring, 'timer_of', here)
     words = [FASTERVIT, f'{FASTERVIT}@deploy', f'{FASTERVIT}@cp', HAT_NET]
     words += ['--size', '32x32', '48x32', '64x64', '--mode', 'forward', 'train']
     words += ['--rounds', '2', '--peer', '0', '--out', str(tmp_path)]
@@ -503,6 +564,18 @@ def test_benchmark_from_end_to_end(tmp_path, monkeypatch):
     assert f'torch {torch.__version__}' in text
     assert '## Growth' in text
     assert [path.name for path in sorted(tmp_path.glob('*.png'))] == ['growth_batch1.png']
+
+
+def test_benchmark_in_processes_of_their_own():
+    rows = benchmark.time_rows(
+        [candidates.parse(f'{FASTERVIT}@deploy'), candidates.parse('mmdet.ResNet:depth=7')],
+        *('forward', (64, 64), 1, 2, 'cpu'),
+    )
+    good, bad = rows
+    assert len(good['seconds']) == len(good['product_seconds']) == 2
+    assert good['product_macs'] == 2048**3
+    assert 'seconds' not in bad
+    assert 'depth' in bad['error']
 
 
 def test_memory_from_end_to_end(tmp_path):
@@ -568,31 +641,57 @@ def test_full_attention_without_bias():
 
 
 def test_attention_scaling(tmp_path, monkeypatch):
-    def here(script, job, processes):  # the process of its own has a test below
+    # Processes of their own have a test below.
+    def memory_here(script, job, processes):
         return scaling.memory_of_job(job) | {'peaks': []}
 
-    monkeypatch.setattr(scaling.measuring, 'memory_of', here)
+    def timer_here(script, job, work_of, stack):
+        timer = partial(measuring.seconds_of, work_of(job), 'cpu')
+        return timer, timer()
+
+    monkeypatch.setattr(scaling.measuring, 'memory_of', memory_here)
+    monkeypatch.setattr(scaling.measuring, 'timer_of', timer_here)
     words = ['--size', '7x7', '14x14', '15x28', '--dim', '16', '--heads', '2', '--rounds', '1']
-    limit = scaling.bias_bytes((14, 14), 2) / 2**30
-    words += ['--max-bias', str(limit), '--out', str(tmp_path)]
-    args = scaling.parse_args(words)
+    args = scaling.parse_args([*words, '--out', str(tmp_path)])
     results = scaling.measure(args)
     forms = [(r['form'], r['size'][0]) for r in results['rows']]
-    assert [side for form, side in forms if form == 'full'] == [7, 14]
-    assert [side for form, side in forms if form == 'carriers'] == [7, 14, 15]
+    for form in scaling.FORMS:
+        assert [side for found, side in forms if found == form] == [7, 14, 15]
     assert not [r for r in results['rows'] if 'error' in r]
     scaling.save(results, tmp_path)
     assert json.loads((tmp_path / 'attention_scaling.json').read_text()) == results
     rows = table((tmp_path / 'attention_scaling.md').read_text())
-    assert rows[2][4] == ''
     assert rows[3][0] == 'exponent'
     assert (tmp_path / 'attention_scaling.png').exists()
 
 
-def test_attention_scaling_in_a_process_of_its_own():
-    job = dict(form='full', size=(28, 28), dim=16, heads=2, device='cpu', dtype='float32')
-    found = measuring.in_fresh_process(scaling.__file__, job)
-    assert found['peak'] >= scaling.bias_bytes((28, 28), 2)
+def test_what_fails_is_named(tmp_path, monkeypatch):
+    def fail(script, job, *_):
+        raise UserError(f'no {job["form"]}')
+
+    monkeypatch.setattr(scaling.measuring, 'memory_of', fail)
+    results = scaling.measure(scaling.parse_args(['--size', '7x7', '--out', str(tmp_path)]))
+    assert [r['error'] for r in results['rows']] == [
+        f'UserError: no {form}' for form in scaling.FORMS
+    ]
+    assert '- full, [7, 7]: UserError: no full' in scaling.markdown(results)
+
+
+def test_attention_scaling_in_processes_of_their_own():
+    job = dict(form='full-no-bias', size=(28, 28), dim=16, heads=2, device='cpu', dtype='float32')
+    found = measuring.in_fresh_process(scaling.__file__, job | {'mode': 'memory'})
+    assert found['peak'] >= 4 * 28 * 28 * 16 * 4  # the hidden layer of the MLP
+    with ExitStack() as stack:
+        job['mode'] = 'forward'
+        timer, first = measuring.timer_of(scaling.__file__, job, scaling.work_of, stack)
+        assert 0 < timer() < first + 5
+
+
+@pytest.mark.parametrize('limit', ['nan', '0', '-1', 'inf', 'much'])
+def test_largest_bias_is_a_positive_number(limit, capsys):
+    with pytest.raises(SystemExit):
+        scaling.parse_args(['--max-bias', limit])
+    assert f'{limit!r} is not a positive number of GiB' in capsys.readouterr().err
 
 
 # --- padding_effect.py ----------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 The block is that of stage 2 of FasterViT-0 (256 channels, 8 heads, windows of 7x7 tokens, 2x2
 carriers each), in eval mode on one map. Beside it: the same without carriers, so that windows know
-nothing of each other, and the same layer with attention of all tokens to all. That one has two
-forms. With FasterViT's position bias it keeps a number for each head and pair of tokens, and is
-measured as far as --max-bias allows; without, the fused kernel never makes such a matrix.
+nothing of each other, and the same layer with attention of all tokens to all, with FasterViT's
+position bias and without. The bias is a number for each head and pair of tokens, which a GPU gets
+as a whole, as far as --max-bias allows, and a CPU by rows of queries.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,16 @@ def prepare(
     return measuring.Work(forward, reset=lambda: measuring.set_tf32(dtype == 'tf32'))
 
 
+def work_of(job: dict[str, Any]) -> measuring.Work:
+    """What a job measures."""
+    return prepare(**{key: value for key, value in job.items() if key != 'mode'})
+
+
 def memory_of_job(job: dict[str, Any]) -> dict[str, int | None]:
-    """What a fresh process measures."""
+    """The memory of a block, in a fresh process."""
     # What libraries allocate once; a GPU's depends on the size.
-    prepare(**job if job['device'] == 'cuda' else job | {'size': (WINDOW, WINDOW)}).run()
-    work = prepare(**job)
-    return measuring.peak_memory(work, job['device'])
+    work_of(job if job['device'] == 'cuda' else job | {'size': (WINDOW, WINDOW)}).run()
+    return measuring.peak_memory(work_of(job), job['device'])
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -139,24 +144,28 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for size in args.size:
         print(f'{size[0]}x{size[1]} tokens', file=sys.stderr, flush=True)
-        fits = bias_bytes(size, args.heads) <= args.max_bias * 2**30
-        works, found = {}, {}
-        for form in (form for form in FORMS if form != 'full' or fits):
-            job = dict(form=form, size=size, dim=args.dim, heads=args.heads)
-            job |= dict(device=args.device, dtype=args.dtype)
-            row = found[form] = {'form': form, 'size': list(size)}
-            try:
-                memory = measuring.memory_of(__file__, job, args.processes)
-                row['memory'], row['memories'] = memory['peak'], memory['peaks']
-                work = prepare(**job)
-                measuring.seconds_of(work, args.device)
-                works[form] = work
-            except Exception as error:  # the others can still be measured
-                row['error'] = one_line(error)
-        warm_up = 3 if args.device == 'cuda' else 1
-        seconds = measuring.time_in_turns(works, args.rounds, args.device, warm_up)
+        # On a CPU a bias is there by rows of queries only.
+        fits = args.device == 'cpu' or bias_bytes(size, args.heads) <= args.max_bias * 2**30
+        forms = [form for form in FORMS if form != 'full' or fits]
+        found = {form: {'form': form, 'size': list(size)} for form in forms}
+        timers = {}
+        with ExitStack() as stack:
+            for form, row in found.items():
+                job = dict(form=form, size=size, dim=args.dim, heads=args.heads)
+                job |= dict(device=args.device, dtype=args.dtype)
+                try:
+                    memory = measuring.memory_of(__file__, job | {'mode': 'memory'}, args.processes)
+                    row['memory'], row['memories'] = memory['peak'], memory['peaks']
+                    job['mode'] = 'forward'
+                    timers[form], _ = measuring.timer_of(__file__, job, work_of, stack)
+                except Exception as error:  # the others can still be measured
+                    row['error'] = one_line(error)
+            warm_up = 3 if args.device == 'cuda' else 1
+            seconds, failed = measuring.time_in_turns(timers, args.rounds, warm_up)
         for form, values in seconds.items():
             found[form]['seconds'] = values
+        for form, error in failed.items():
+            found[form]['error'] = one_line(error)
         rows += found.values()
     kept = ('dim', 'heads', 'dtype', 'rounds', 'processes', 'max_bias')
     options = {name: getattr(args, name) for name in kept}
@@ -203,12 +212,14 @@ def markdown(results: dict[str, Any]) -> str:
         parts.append(table(['map', 'tokens', *(f'{f}: {title}' for f in FORMS.values())], lines))
     errors = [f'- {r["form"]}, {r["size"]}: {r["error"]}' for r in results['rows'] if 'error' in r]
     parts += ['\n'.join(errors)] * bool(errors)
+    bias = 'On a CPU a position bias is there by rows of queries only'
+    if results['device'] == 'cuda':
+        limit = f'{results["max_bias"]:g} GiB'
+        bias = f'The bias of full attention, 4 bytes a head and pair of tokens, may take {limit}'
     parts.append(
         f'{results["dim"]} channels, {results["heads"]} heads, {results["dtype"]}, one map. Memory '
-        'is the peak beyond weights and map. The bias of full attention, 4 bytes for each head and '
-        f'pair of tokens, was allowed {results["max_bias"]:g} GiB. A bias beyond 32 MiB, '
-        'that of carriers too, is computed anew in each call. The exponent is that of the '
-        'tokens, by least squares.'
+        f'is the peak beyond weights and map. {bias}. The exponent is that of the tokens, by least '
+        'squares.'
     )
     parts.append(f'```bash\n{results["command"]}\n```')
     how = f'{results["rounds"]} rounds; memory: {results["processes"]} processes each'
@@ -229,6 +240,17 @@ def save(results: dict[str, Any], folder: Path) -> None:
     plot_growth(panels, 'tokens of the map', folder / 'attention_scaling.png')
 
 
+def read_gib(text: str) -> float:
+    """Reads a positive number of GiB."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float('inf'):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number of GiB')
+    return value
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(
@@ -239,8 +261,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f'tokens of the map (default: {" ".join(f"{h}x{w}" for h, w in SIZES)})')  # fmt: skip
     add('--dim', type=read_positive, default=256, help='channels (default: 256)')
     add('--heads', type=read_positive, default=8)
-    add('--max-bias', type=float, default=4, metavar='GIB',
-        help='largest position bias of full attention (default: 4)')  # fmt: skip
+    add('--max-bias', type=read_gib, default=4.0, metavar='GIB',
+        help='largest position bias of full attention on a GPU (default: 4)')  # fmt: skip
     add('--dtype', choices=list(measuring.PRECISIONS), default='float32')
     add('--rounds', type=read_positive, default=5)
     add(
@@ -265,7 +287,10 @@ def main() -> None:
     warnings.simplefilter('ignore')
     job = measuring.job()
     if job is not None:
-        measuring.answer(memory_of_job(job))
+        if job['mode'] == 'memory':
+            measuring.answer(memory_of_job(job))
+        else:
+            measuring.answer_times(work_of(job), job['device'])
         return
     args = parse_args()
     make_folder(args.out)

@@ -6,9 +6,10 @@ authors/faster_vit_0_any_res (the authors' FasterViT), or one of
   {peers}.
 FLAGs:
 {flags}
-All candidates run in turns, so that whatever slows the machine slows them alike. Memory is measured
-in fresh processes for each candidate. Weights are random, images are on the device already. Without
-candidates a set of them is measured that tells how FasterViT compares.
+All candidates run in turns, so that whatever slows the machine slows them alike; on a CPU each is
+in a process of its own. Memory is measured in fresh processes for each candidate. Weights are
+random, images are on the device already. Without candidates a set of them is measured that tells
+how FasterViT compares.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import benchmark_report as report
 import measuring
 from candidates import FLAGS, PEERS, Candidate, Size, complexity, parse, prepare
+from measuring import Work
 
 MODES = ('forward', 'train', 'memory', 'train-memory')
 AUTHORS = 'authors/faster_vit_0_any_res'
@@ -104,10 +107,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def applies(candidate: Candidate, mode: str) -> bool:
-    """Whether a mode makes sense: the deploy form is not trained, with_cp matters for training."""
-    training = mode.startswith('train')
-    return not ({'deploy'} if training else {'cp'}) & set(candidate.flags)
+def misplaced(candidate: Candidate, mode: str) -> str:
+    """The flag that makes no sense in a mode: what it is for; empty if there is none."""
+    if mode.startswith('train'):
+        return 'deploy is for forward and memory' * ('deploy' in candidate.flags)
+    return 'cp is for train and train-memory' * ('cp' in candidate.flags)
 
 
 def make_plan(args: argparse.Namespace) -> dict[str, list[Candidate]]:
@@ -121,12 +125,15 @@ def make_plan(args: argparse.Namespace) -> dict[str, list[Candidate]]:
         twice = {text for text in texts if texts.count(text) > 1}
         if twice:
             raise UserError(f'given twice: {", ".join(sorted(twice))}')
-        plan[mode] = [c for c in map(parse, texts) if applies(c, mode)]
+        plan[mode] = []
+        for candidate in map(parse, texts):
+            why = misplaced(candidate, mode)
+            if why:
+                print(f'{mode} leaves out {candidate.text} ({why})', file=sys.stderr)
+            else:
+                plan[mode].append(candidate)
         if not plan[mode]:
-            raise UserError(
-                f'no candidate for --mode {mode}: deploy is for forward and memory, cp for train '
-                'and train-memory'
-            )
+            raise UserError(f'no candidate for --mode {mode}')
     return plan
 
 
@@ -174,6 +181,15 @@ def one_line(error: BaseException) -> str:
     return f'{type(error).__name__}: {text}'[:200]
 
 
+def work_of(job: dict[str, Any]) -> Work:
+    """What a job measures: a candidate, or the product that tells what the machine can do."""
+    if 'product' in job:
+        return measuring.product(job['product'], job['device'])
+    training = job['mode'].startswith('train')
+    where = (tuple(job['size']), job['batch'], training, job['device'])
+    return prepare(parse(job['candidate']), *where)
+
+
 def time_rows(
     candidates: Sequence[Candidate], mode: str, size: Size, batch: int, rounds: int, device: str
 ) -> list[dict[str, Any]]:
@@ -187,29 +203,34 @@ def time_rows(
     if any('compile' in candidate.flags for candidate in candidates):
         torch._dynamo.reset()  # what is compiled is compiled for this size
     torch.backends.cudnn.benchmark = True
-    rows, works = [], {}
+    rows = {candidate.text: {'candidate': candidate.text} for candidate in candidates}
+    timers = {}
+    with ExitStack() as stack:
+        for candidate in candidates:
+            job = dict(candidate=candidate.text, mode=mode, size=size, batch=batch, device=device)
+            row: dict[str, Any] = rows[candidate.text]
+            try:
+                row['parameters'], row['macs'] = complexity(candidate.base, size)
+                timer, row['first_seconds'] = measuring.timer_of(__file__, job, work_of, stack)
+            except Exception as error:  # the others can still be measured
+                row['error'] = one_line(error)
+            else:
+                timers[candidate.text] = timer
+        for precision in {c.precision for c in candidates if c.text in timers}:
+            job = dict(product=precision, device=device)
+            timer, _ = measuring.timer_of(__file__, job, work_of, stack)
+            timers[f'product {precision}'] = timer
+        warm_up = 3 if device == 'cuda' else 1
+        seconds, failed = measuring.time_in_turns(timers, rounds, warm_up)
     for candidate in candidates:
-        row: dict[str, Any] = {'candidate': candidate.text}
-        rows.append(row)
-        try:
-            row['parameters'], row['macs'] = complexity(candidate.base, size)
-            work = prepare(candidate, size, batch, mode == 'train', device)
-            row['first_seconds'] = measuring.seconds_of(work, device)
-        except Exception as error:  # the others can still be measured
-            row['error'] = one_line(error)
-        else:
-            works[candidate.text] = work
-    macs = {}
-    for precision in dict.fromkeys(c.precision for c in candidates if c.text in works):
-        works[f'product {precision}'], macs[precision] = measuring.product(precision, device)
-    warm_up = 3 if device == 'cuda' else 1
-    seconds = measuring.time_in_turns(works, rounds, device, warm_up)
-    for candidate, row in zip(candidates, rows, strict=True):
-        if candidate.text in works:
+        row = rows[candidate.text]
+        if candidate.text in failed:
+            row['error'] = one_line(failed[candidate.text])
+        elif candidate.text in seconds:
             row['seconds'] = seconds[candidate.text]
-            row['product_macs'] = macs[candidate.precision]
-            row['product_seconds'] = seconds[f'product {candidate.precision}']
-    return rows
+            row['product_macs'] = measuring.product_side(candidate.precision, device) ** 3
+            row['product_seconds'] = seconds.get(f'product {candidate.precision}')
+    return list(rows.values())
 
 
 def memory_rows(
@@ -232,15 +253,22 @@ def memory_rows(
 
 
 def memory_of_job(job: dict[str, Any]) -> dict[str, int | None]:
-    """What a fresh process measures: the memory of one candidate."""
-    candidate, training = parse(job['candidate']), job['mode'] == 'train-memory'
-    measuring.warm_libraries(training)
-    work = prepare(candidate, tuple(job['size']), job['batch'], training, job['device'])
-    if job['device'] == 'cuda' or 'compile' in candidate.flags:
+    """The memory of a candidate, in a fresh process."""
+    measuring.warm_libraries(job['mode'] == 'train-memory')
+    work = work_of(job)
+    if job['device'] == 'cuda' or 'compile' in parse(job['candidate']).flags:
         # A GPU's memory is counted exactly; compiling takes memory of its own.
         work.reset()
         work.run()
     return measuring.peak_memory(work, job['device'])
+
+
+def answer_job(job: dict[str, Any]) -> None:
+    """Does what this process was started for."""
+    if 'product' not in job and job['mode'].endswith('memory'):
+        measuring.answer(memory_of_job(job))
+        return
+    measuring.answer_times(work_of(job), job['device'])
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -284,7 +312,7 @@ def main() -> None:
     warnings.simplefilter('ignore')  # of the toolboxes
     job = measuring.job()
     if job is not None:
-        measuring.answer(memory_of_job(job))
+        answer_job(job)
         return
     args = parse_args()
     if args.out is not None:

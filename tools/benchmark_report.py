@@ -58,9 +58,11 @@ def cost(row: dict[str, Any]) -> float | None:
 def share_of_products(row: dict[str, Any]) -> float | None:
     """Multiply-adds a second, as a share of those of the matrix product in the same turns.
 
-    None where it is not known what was computed: in configs it depends on the boxes found.
+    None where it is not known what was computed (in configs it depends on the boxes found) or the
+    product could not be.
     """
-    if not row.get('macs') or parse(row['candidate']).is_config:
+    known = row.get('macs') and row.get('product_seconds')
+    if not known or parse(row['candidate']).is_config:
         return None
     passes = 3 if row['mode'] == 'train' else 1
     rate = row['product_macs'] / statistics.median(row['product_seconds'])

@@ -14,11 +14,14 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -80,24 +83,28 @@ def seconds_of(work: Work, device: str) -> float:
 
 
 def time_in_turns(
-    works: Mapping[str, Work], rounds: int, device: str, warm_up: int = 1
-) -> dict[str, list[float]]:
-    """Times all works in turns, so that whatever slows the machine slows them alike.
+    timers: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Times several things in turns, so that whatever slows the machine slows them alike.
 
     Args:
-        works: What to time, by name.
+        timers: By name, what does the thing once and returns the seconds that it took.
         rounds: Timed runs of each.
-        device: ``'cpu'`` or ``'cuda'``.
         warm_up: Rounds before those that count.
 
     Returns:
-        Seconds of each run, by name.
+        By name the seconds of each run, and what ended those that failed in one.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    failed: dict[str, Exception] = {}
     for _ in range(warm_up + rounds):
-        for name, work in works.items():
-            seconds[name].append(seconds_of(work, device))
-    return {name: values[warm_up:] for name, values in seconds.items()}
+        for name in [*seconds]:
+            try:
+                seconds[name].append(timers[name]())
+            except Exception as error:  # the others can still be measured
+                failed[name] = error
+                del seconds[name]
+    return {name: values[warm_up:] for name, values in seconds.items()}, failed
 
 
 def set_tf32(allowed: bool) -> None:
@@ -106,27 +113,30 @@ def set_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def product(precision: str, device: str) -> tuple[Work, int]:
-    """A product of square matrices, as large as shows what the machine can do.
+def product_side(precision: str, device: str) -> int:
+    """Side of the matrices of :func:`product`: as large as shows what the machine can do."""
+    if device == 'cuda':
+        return 8192
+    # Processors without units for half precision take minutes for more.
+    return 2048 if PRECISIONS[precision] == torch.float32 else 512
+
+
+def product(precision: str, device: str) -> Work:
+    """A product of square matrices.
 
     Args:
         precision: Key of :data:`PRECISIONS`.
         device: ``'cpu'`` or ``'cuda'``.
-
-    Returns:
-        The work and its multiply-adds.
     """
-    dtype = PRECISIONS[precision]
-    side = 8192 if device == 'cuda' else 2048
-    if device == 'cpu' and dtype != torch.float32:
-        side = 512  # processors without such units take minutes for more
-    matrix = torch.randn(side, side, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    side = product_side(precision, device)
+    matrix = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
+    matrix = matrix.to(device, PRECISIONS[precision])
 
     def forward() -> torch.Tensor:
         with torch.inference_mode():
             return matrix @ matrix
 
-    return Work(forward, reset=lambda: set_tf32(precision == 'tf32')), side**3
+    return Work(forward, reset=lambda: set_tf32(precision == 'tf32'))
 
 
 def median(values: Sequence[float] | None) -> float | None:
@@ -228,15 +238,78 @@ def job() -> dict | None:
 
 
 def answer(result: Any) -> None:
-    """Hands the result of :func:`job` to the process that asked for it."""
+    """Hands a result of :func:`job` to the process that asked for it."""
     print('\n' + _RESULT + json.dumps(result), flush=True)
+
+
+class Worker:
+    """A Python program that measures in a process of its own; see :func:`start`.
+
+    Args:
+        process: The process.
+        errors: What it writes to stderr.
+    """
+
+    def __init__(self, process: subprocess.Popen, errors: IO[str]) -> None:
+        self._process = process
+        self._errors = errors
+
+    def answer(self) -> Any:
+        """Waits for the next answer.
+
+        Raises:
+            UserError: The program ended without it; the message is its last line on stderr.
+        """
+        for line in self._process.stdout:
+            if line.startswith(_RESULT):
+                return json.loads(line[len(_RESULT) :])
+        status = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines() or ['no message']
+        killed = ', killed: out of memory?' if status < 0 else ''
+        raise UserError(f'{lines[-1]} (status {status}{killed})')
+
+    def ask(self) -> Any:
+        """Asks for another answer and waits for it.
+
+        Raises:
+            UserError: As in :meth:`answer`.
+        """
+        with suppress(BrokenPipeError):  # answer() says why
+            self._process.stdin.write('\n')
+            self._process.stdin.flush()
+        return self.answer()
+
+
+@contextmanager
+def start(script: str, job: dict) -> Iterator[Worker]:
+    """Starts a Python program in a process of its own, and ends it whatever it does.
+
+    Args:
+        script: Path of the program, which asks :func:`job` and calls :func:`answer`.
+        job: What to measure.
+    """
+    with tempfile.TemporaryFile('w+') as errors:
+        process = subprocess.Popen(
+            [sys.executable, script],
+            env={**os.environ, JOB: json.dumps(job)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        try:
+            yield Worker(process, errors)
+        finally:
+            process.kill()
+            process.communicate()
 
 
 def in_fresh_process(script: str, job: dict) -> Any:
     """Has a Python program measure something in a process of its own.
 
     Args:
-        script: Path of the program, which asks :func:`job` and calls :func:`answer`.
+        script: As for :func:`start`.
         job: What to measure.
 
     Returns:
@@ -245,19 +318,40 @@ def in_fresh_process(script: str, job: dict) -> Any:
     Raises:
         UserError: It did not; the message is its last line on stderr.
     """
-    done = subprocess.run(
-        [sys.executable, script],
-        env={**os.environ, JOB: json.dumps(job)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    answers = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
-    if done.returncode or not answers:
-        lines = done.stderr.strip().splitlines() or ['no message']
-        killed = ', killed: out of memory?' if done.returncode < 0 else ''
-        raise UserError(f'{lines[-1]} (status {done.returncode}{killed})')
-    return json.loads(answers[-1][len(_RESULT) :])
+    with start(script, job) as worker:
+        return worker.answer()
+
+
+def timer_of(
+    script: str, job: dict[str, Any], work_of: Callable[[dict], Work], stack: ExitStack
+) -> tuple[Callable[[], float], float]:
+    """Makes what times a job.
+
+    On a CPU it is in a process of its own, as a model is where it is used: how fast the system
+    hands out memory depends on all that a process has done before. A GPU's allocator keeps what it
+    has, and a process for each model would multiply that.
+
+    Args:
+        script: As for :func:`start`; it calls :func:`answer_times`.
+        job: What to time, with the ``device``.
+        work_of: Makes the work of a job.
+        stack: Where the end of the process is arranged.
+
+    Returns:
+        The timer, and the seconds of a first run.
+    """
+    if job['device'] == 'cpu':
+        worker = stack.enter_context(start(script, job))
+        return worker.ask, worker.answer()
+    timer = partial(seconds_of, work_of(job), job['device'])
+    return timer, timer()
+
+
+def answer_times(work: Work, device: str) -> None:
+    """Answers with the seconds of a run, at once and each time that the other process asks."""
+    answer(seconds_of(work, device))
+    for _ in sys.stdin:
+        answer(seconds_of(work, device))
 
 
 def memory_of(script: str, job: dict, processes: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import EvalCache
+from .common import num_parts, predicts_on_cpu
 
 _HIDDEN = 512
 
@@ -68,14 +69,19 @@ class _PositionMlp(_Positions):
         would show in every output, and the sums are too small to be worth it.
         """
         with torch.autocast(rows.device.type, enabled=False):
-            # First layer by axis: the coordinates of a grid are a sum of a row and a column part.
-            weight = self.fc1.weight.to(rows.dtype)
-            hidden = (
-                (rows[:, None] * weight[:, 0])[:, None]
-                + (cols[:, None] * weight[:, 1])
-                + self.fc1.bias.to(rows.dtype)
-            )
-            return F.linear(F.relu(hidden), self.fc2.weight.to(rows.dtype))
+            weight, bias = self.fc1.weight.to(rows.dtype), self.fc1.bias.to(rows.dtype)
+            last = self.fc2.weight.to(rows.dtype)
+
+            def part(rows: Tensor) -> Tensor:
+                # First layer by axis: the coordinates of a grid are a sum of a row and a column
+                # part.
+                hidden = (rows[:, None] * weight[:, 0])[:, None] + cols[:, None] * weight[:, 1]
+                return F.linear(F.relu(hidden + bias), last)
+
+            parts = num_parts(len(rows) * len(cols) * _HIDDEN) if predicts_on_cpu(rows) else 1
+            if parts == 1:
+                return part(rows)
+            return torch.cat([part(some) for some in rows.tensor_split(min(parts, len(rows)))])
 
 
 def _to_unit(offset: Tensor) -> Tensor:

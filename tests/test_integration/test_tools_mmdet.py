@@ -3,6 +3,7 @@
 import functools
 import importlib
 import itertools
+import json
 import os
 import pickle
 import socket
@@ -137,6 +138,65 @@ def test_test_script_fails_without_the_repairs(trained, toy_options, run_python,
     )  # fmt: skip
     assert done.returncode != 0
     assert 'torchvision::nms does not exist' in done.stderr or 'Weights only load' in done.stderr
+
+
+def test_deploy_predicts_the_same(trained, toy_options, shapes, forms, tmp_path):
+    truth = json.loads((shapes / 'annotations/val.json').read_text())
+    path, out = tmp_path / 'truth.json', tmp_path / 'out.pkl'
+
+    def tested(*flags):
+        path.write_text(json.dumps(truth))
+        metrics = runtime.test(
+            [TOY_CONFIG, str(trained / 'epoch_1.pth'), '--work-dir', str(tmp_path), *flags,
+             '--out', str(out), '--cfg-options', *toy_options, f'test_evaluator.ann_file={path}',
+             f'experiment_name=run{next(RUNS)}']
+        )  # fmt: skip
+        return metrics, pickle.loads(out.read_bytes())
+
+    # Two steps of training find nothing: metrics are of worth with what is found as the truth.
+    _, predictions = tested()
+    truth['annotations'] = as_annotations(predictions, truth['categories'])
+    metrics, _ = tested()
+    assert metrics['coco/bbox_mAP'] > 0.5
+    assert metrics['coco/segm_mAP'] > 0.5
+    assert forms and not any(forms)
+
+    forms.clear()
+    deployed_metrics, deployed = tested('--deploy')
+    assert forms and all(forms)
+    assert deployed_metrics == pytest.approx(metrics, abs=1e-3)
+    for prediction, expected in zip(deployed, predictions, strict=True):
+        found, expected = prediction['pred_instances'], expected['pred_instances']
+        torch.testing.assert_close(found['scores'], expected['scores'], rtol=0, atol=1e-5)
+        torch.testing.assert_close(found['bboxes'], expected['bboxes'], rtol=0, atol=1e-2)
+        assert torch.equal(found['labels'], expected['labels'])
+
+
+def as_annotations(predictions, categories):
+    """Annotations of COCO that say what a detector has predicted."""
+    annotations = []
+    for prediction in predictions:
+        found = prediction['pred_instances']
+        boxes = found['bboxes'].tolist()
+        for (x, y, right, bottom), mask, label in zip(
+            boxes, found['masks'], found['labels'].tolist(), strict=True
+        ):
+            counts = mask['counts']
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=prediction['img_id'],
+                    category_id=categories[label]['id'],
+                    bbox=[x, y, right - x, bottom - y],
+                    area=(right - x) * (bottom - y),
+                    segmentation=dict(
+                        size=mask['size'],
+                        counts=counts.decode() if isinstance(counts, bytes) else counts,
+                    ),
+                    iscrowd=0,
+                )
+            )
+    return annotations
 
 
 def test_tta(trained, tool, tmp_path):

@@ -32,6 +32,7 @@ def loader(split):
     )
 train_dataloader = loader('train')
 test_dataloader = loader('test')
+randomness = dict(seed=0)
 """
 
 MMSEG = """
@@ -46,6 +47,7 @@ dataset = dict(
 )
 """
 MMSEG_MODEL = """
+backbone['out_indices'] = (0, 1, 2, 3)
 model = dict(
     type='EncoderDecoder',
     data_preprocessor=dict(
@@ -53,8 +55,8 @@ model = dict(
     ),
     backbone=backbone,
     decode_head=dict(
-        type='FCNHead', in_channels=128, channels=8, num_convs=1, num_classes=2,
-        norm_cfg=dict(type='SyncBN'),
+        type='UPerHead', in_channels=[16, 32, 64, 128], in_index=[0, 1, 2, 3], pool_scales=(1, 2),
+        channels=8, num_classes=2, norm_cfg=dict(type='SyncBN'),
     ),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'),
@@ -97,6 +99,8 @@ default_hooks = dict(visualization=dict(type='VisualizationHook'))
 visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
 """
 
+pytestmark = pytest.mark.usefixtures('plain_dumps')
+
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory) -> Path:
@@ -118,8 +122,8 @@ def trained(name, text, root, folder) -> tuple[str, str]:
     """Train one epoch; returns config and checkpoint."""
     config = folder / f'tiny_{name}.py'
     config.write_text(text.format(root=str(root), arch=TINY))
-    runtime.train([str(config), '--work-dir', str(folder)])
-    return str(config), str(folder / 'epoch_1.pth')
+    runtime.train([str(config), '--work-dir', str(folder / 'run')])
+    return str(config), str(folder / 'run/epoch_1.pth')
 
 
 @pytest.fixture(scope='module')
@@ -181,22 +185,87 @@ def test_tta_of_averaged_weights(classifier, images, tmp_path):
     assert 'accuracy/top1' in runtime.test([str(path), checkpoint, *work_dir, '--tta'])
 
 
-def test_deploy_predicts_the_same(classifier, tmp_path):
-    """Also the averaged weights of a config that has an average."""
-    config, checkpoint, *rest = classifier
+# --- the deploy form ------------------------------------------------------------------------------
+
+
+def scores(config, checkpoint, folder, *flags) -> np.ndarray:
+    """What a classifier predicts for the images, (image, class)."""
+    out = folder / 'scores.pkl'
+    work_dir = str(folder / 'run')  # a run writes its config there
+    runtime.test([str(config), str(checkpoint), '--work-dir', work_dir, '--out', str(out), *flags])
+    return np.stack([prediction['pred_score'] for prediction in pickle.loads(out.read_bytes())])
+
+
+def test_deploy_predicts_the_same(classifier, forms, tmp_path):
+    plain = scores(*classifier, tmp_path)
+    assert forms == [False, False]
+    deployed = scores(*classifier, tmp_path, '--deploy')
+    assert forms == [False, False, True, True]
+    assert np.abs(deployed - plain).max() <= 1e-5
+
+
+def test_mmseg_deploy_predicts_the_same(segmentor, forms, tmp_path):
+    config, checkpoint = segmentor
+    out = tmp_path / 'out.pkl'
+    path = tmp_path / 'dumping.py'
+    dump = f"dict(type='DumpResults', out_file_path={str(out)!r})"
+    path.write_text(Path(config).read_text() + f'test_evaluator = [test_evaluator, {dump}]\n')
+
+    def tested(*flags):
+        metrics = runtime.test([str(path), checkpoint, '--work-dir', str(tmp_path / 'run'), *flags])
+        logits = [sample['seg_logits']['data'] for sample in pickle.loads(out.read_bytes())]
+        return metrics, torch.stack(logits)
+
+    metrics, logits = tested()
+    assert forms == [False, False]
+    deployed_metrics, deployed_logits = tested('--deploy')
+    assert forms == [False, False, True, True]
+    assert deployed_metrics == pytest.approx(metrics, abs=0.1)  # percent: 16 of 16384 pixels
+    assert metrics['mIoU'] > 0
+    torch.testing.assert_close(deployed_logits, logits, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope='module')
+def averaged(classifier, tmp_path_factory):
+    """Checkpoint as EMAHook saves it, and what is predicted with its two sets of weights."""
+    folder = tmp_path_factory.mktemp('averaged')
+    config, checkpoint = classifier
+    average = torch.load(checkpoint, weights_only=True)['state_dict']
+    raw = {k: v * 1.5 if k.endswith(('weight', 'bias')) else v for k, v in average.items()}
+    others = {f'module.{key}': value for key, value in raw.items()}
+    others['steps'] = torch.tensor(2)
+    torch.save({'state_dict': average, 'ema_state_dict': others}, folder / 'both.pth')
+    torch.save({'state_dict': raw}, folder / 'raw.pth')
+    predicted = {
+        (name, *flags): scores(config, path, folder, *flags)
+        for name, path in (('average', checkpoint), ('raw', folder / 'raw.pth'))
+        for flags in ((), ('--tta',))
+    }
+    return folder / 'both.pth', predicted
+
+
+@pytest.mark.parametrize(
+    ('settings', 'weights'),
+    [
+        ("type='EMAHook', strict_load=True", 'average'),
+        ("type='EMAHook', evaluate_on_ema=False", 'raw'),
+        ("type='mmengine.EMAHook', strict_load=True", 'average'),
+    ],
+)
+def test_deploy_and_tta_keep_to_the_weights_of_the_hook(
+    settings, weights, classifier, averaged, tmp_path
+):
+    checkpoint, predicted = averaged
+    assert np.abs(predicted['raw',] - predicted['average',]).max() > 1e-2
     path = tmp_path / 'averaged.py'
-    path.write_text(Path(config).read_text() + "custom_hooks = [dict(type='EMAHook')]\n")
-    scores = []
-    for arguments in ([config], [config, '--deploy'], [str(path), '--deploy']):
-        out = tmp_path / 'out.pkl'
-        config, *flags = arguments
-        runtime.test(
-            [config, checkpoint, *rest, '--work-dir', str(tmp_path), '--out', str(out), *flags]
-        )
-        predictions = pickle.loads(out.read_bytes())
-        scores.append(np.stack([prediction['pred_score'] for prediction in predictions]))
-    for deployed in scores[1:]:
-        assert np.abs(deployed - scores[0]).max() <= 1e-5
+    path.write_text(Path(classifier[0]).read_text() + f'custom_hooks = [dict({settings})]\n')
+    for flags, expected in (
+        ((), predicted[weights,]),
+        (('--deploy',), predicted[weights,]),
+        (('--tta',), predicted[weights, '--tta']),
+    ):
+        found = scores(path, checkpoint, tmp_path, *flags)
+        assert np.abs(found - expected).max() <= 1e-5, flags
 
 
 def test_deploy_folds_the_loaded_weights(classifier, tmp_path, monkeypatch):

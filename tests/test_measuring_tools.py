@@ -93,6 +93,14 @@ def test_what_is_reset_is_not_timed(monkeypatch):
     assert measuring.seconds_of(work, 'cpu') == 2
 
 
+@pytest.mark.parametrize(('seconds', 'runs', 'median'), [([0.3], 1, 0.3), ([0.1, 0.04], 4, 0.04)])
+def test_a_turn_of_something_short_has_many_runs(seconds, runs, median, monkeypatch):
+    left = [*seconds, *[seconds[-1]] * 9]
+    monkeypatch.setattr(measuring, 'seconds_of', lambda work, device: left.pop(0))
+    assert measuring.turn(measuring.Work(lambda: None), 'cpu') == median
+    assert len(left) == len(seconds) + 9 - runs
+
+
 @pytest.mark.parametrize('exponent', [0.5, 1, 2])
 def test_exponent(exponent):
     xs = [0.25, 1, 2, 8]

@@ -263,6 +263,7 @@ def test_deploy_and_tta_keep_to_the_weights_of_the_hook(
         ((), predicted[weights,]),
         (('--deploy',), predicted[weights,]),
         (('--tta',), predicted[weights, '--tta']),
+        (('--tta', '--deploy'), predicted[weights, '--tta']),
     ):
         found = scores(path, checkpoint, tmp_path, *flags)
         assert np.abs(found - expected).max() <= 1e-5, flags

@@ -218,6 +218,17 @@ def test_labels(text, label):
     assert candidates.parse(text).label == label
 
 
+def test_config_that_a_toolbox_ships():
+    text = "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py:bbox_head.num_classes=3,a='b:c'@bf16"
+    candidate = candidates.parse(text)
+    assert candidate.name == 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
+    assert candidate.arguments == {'bbox_head.num_classes': 3, 'a': 'b:c'}
+    assert candidate.flags == ('bf16',)
+    shorter = candidates.parse(text.replace(",a='b:c'@bf16", ''))
+    model, *_ = candidates._whole(shorter, (64, 64), 1)
+    assert model.bbox_head.num_classes == 3
+
+
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
@@ -240,6 +251,8 @@ def test_bad_texts(text, message):
         ('hat_mm.HATNet:in_channels=1', 'takes no image of 3 channels: HATNet takes images'),
         ('other/model', "'other/model' is neither timm/MODEL nor authors/MODEL"),
         ('configs/none.py', "config 'configs/none.py' does not exist"),
+        ('mmdet::a/none.py', "no config 'mmdet::a/none.py' can be had: file "),
+        ('other::a/none.py', 'mmengine does not support to load other config'),
         ('swin-t@tf32', 'swin-t@tf32: tf32 needs a GPU, the device is cpu'),
         ('mmdet.ResNet:depth=18@deploy', 'ResNet has no backbone or plugin of hat_mm'),
     ],

@@ -1,7 +1,8 @@
 """The models that tools/benchmark.py measures: their names, and how they are built and run.
 
 A candidate is written NAME[:KEY=VALUE,...][@FLAG+FLAG...]. NAME is a registered type with its
-scope, a config, one of PEERS, timm/MODEL, or authors/MODEL for the authors' own FasterViT.
+scope, a config (SCOPE::CONFIG is one that a toolbox ships), one of PEERS, timm/MODEL, or
+authors/MODEL for the authors' own FasterViT.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def parse(text: str) -> Candidate:
         raise UserError(f'{text!r} has flags that exclude each other, or one twice')
     if {'deploy', 'cp'} <= set(flags):
         raise UserError(f'{text!r}: the deploy form cannot be trained, and cp is for training')
-    name, _, words = base.partition(':')
+    name, words = re.fullmatch(r'((?:[^:]|::)*):?(.*)', base, re.DOTALL).groups()
     arguments = {}
     for word in filter(None, split_arguments(words)):
         key, equals, value = word.partition('=')
@@ -271,11 +272,17 @@ def _samples(scope: str, size: Size, batch: int, masks: bool) -> dict:
 
 def _whole(candidate: Candidate, size: Size, batch: int) -> tuple[Any, dict, str]:
     """Builds the model of a config, and the data that makes its batches."""
-    if not Path(candidate.name).is_file():
-        raise UserError(f'config {candidate.name!r} does not exist')
     from check_configs import build, parse
 
-    cfg = parse(Path(candidate.name))
+    if '::' in candidate.name:
+        try:
+            cfg = compat.require('mmengine.hub').get_config(candidate.name)
+        except Exception as error:  # one for each part of the name that can be wrong
+            raise UserError(f'no config {candidate.name!r} can be had: {error}') from error
+    elif Path(candidate.name).is_file():
+        cfg = parse(Path(candidate.name))
+    else:
+        raise UserError(f'config {candidate.name!r} does not exist')
     if cfg.get('default_scope') not in ('mmdet', 'mmseg', 'mmpretrain') or 'model' not in cfg:
         raise UserError(f'{candidate.name} is no config of a model of mmdet, mmseg or mmpretrain')
     cfg.merge_from_dict({f'model.{key}': value for key, value in candidate.arguments.items()})

@@ -307,13 +307,16 @@ def _set_tta(cfg: Any, host: Host) -> None:
 def _drop_averaging(cfg: Any) -> None:
     """Do without EMAHook where the model is not the one that it averaged.
 
-    A checkpoint holds the averaged weights as the model's own anyway.
+    A checkpoint holds the averaged weights as the model's own anyway. mmpretrain's hook with
+    ``evaluate_on_ema=False`` would test the others, so they are loaded instead.
     """
-    cfg.custom_hooks = [
-        hook
-        for hook in cfg.get('custom_hooks') or []
-        if getattr(hook.type, '__name__', hook.type).rpartition('.')[2] != 'EMAHook'
-    ]
+    hooks = []
+    for hook in cfg.get('custom_hooks') or []:
+        if getattr(hook.type, '__name__', hook.type).rpartition('.')[2] != 'EMAHook':
+            hooks.append(hook)
+        elif not hook.get('evaluate_on_ema', True):
+            hooks.append(dict(type='hat_mm.UnaveragedWeightsHook'))
+    cfg.custom_hooks = hooks
 
 
 def _set_out(cfg: Any, host: Host, args: argparse.Namespace) -> None:

@@ -65,7 +65,8 @@ class Deployable(nn.Module):
         if mode and self.deploy:
             raise RuntimeError(
                 f'{type(self).__name__} is in deploy form, which cannot train; build it anew and '
-                'load the checkpoint that it was made from'
+                'load the checkpoint that it was made from. To go on predicting with this one, '
+                'call eval() on the whole model'
             )
         return super().train(mode)
 

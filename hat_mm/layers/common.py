@@ -23,12 +23,17 @@ def predicts_on_cpu(x: Tensor) -> bool:
     There memory decides: a large new tensor costs more than what is computed in it, because the
     system hands its pages out one by one.
     """
-    return not (
-        x.device.type != 'cpu'
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-    )
+    return _runs_on_cpu(x) and not torch.is_grad_enabled()
+
+
+def learns_on_cpu(x: Tensor) -> bool:
+    """Whether ``x`` is computed with on a CPU at once, rather than traced, for a gradient."""
+    return _runs_on_cpu(x) and torch.is_grad_enabled()
+
+
+def _runs_on_cpu(x: Tensor) -> bool:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return x.device.type == 'cpu' and not traced
 
 
 def num_parts(elements: int) -> int:

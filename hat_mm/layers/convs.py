@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .common import DropPath, LayerNorm2d, NormFactory, num_parts, predicts_on_cpu, residual
+from .common import (
+    DropPath,
+    LayerNorm2d,
+    NormFactory,
+    learns_on_cpu,
+    num_parts,
+    predicts_on_cpu,
+    residual,
+)
 from .deploy import Deployable, folded_norm
 
 
@@ -271,8 +279,14 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
+        # On a CPU, gradients whose channels are last cost the convolutions before and after this
+        # one half as much time again.
+        learns = learns_on_cpu(x)
+        if learns and x.is_contiguous():
+            # The gradient goes back through two reshapes, of which one makes plain strides.
+            x = x.flatten().view_as(x)
         x = self.norm(x)
-        if torch.compiler.is_compiling():
+        if learns or torch.compiler.is_compiling():
             # With the channels last, inductor of torch 2.13 fails on some symbolic sizes
             # ("ValueRangeError: Invalid ranges"). The copy is fused into the norm.
             x = x.clone(memory_format=torch.contiguous_format)

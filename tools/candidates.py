@@ -324,6 +324,7 @@ def prepare(candidate: Candidate, size: Size, batch: int, training: bool, device
         UserError: The candidate cannot be built, or its flags do not fit it or the device.
     """
     scope, data = None, {}
+    torch.manual_seed(0)  # what a detector's second stage gets depends on the weights
     if candidate.is_config:
         model, data, scope = _whole(candidate, size, batch)
     else:

@@ -587,6 +587,27 @@ def test_benchmark_from_end_to_end(tmp_path, monkeypatch):
     assert [path.name for path in sorted(tmp_path.glob('*.png'))] == ['growth_batch1.png']
 
 
+def test_without_the_product_there_is_no_share_of_it(monkeypatch, capsys):
+    def no_product(script, job, work_of, stack):
+        if 'product' in job:
+            raise RuntimeError('out of memory')
+        return lambda: 1.0, 2.0
+
+    monkeypatch.setattr(measuring, 'timer_of', no_product)
+    where = ('forward', (32, 32), 1, 2, 'cpu')
+    [row] = benchmark.time_rows([candidates.parse(HAT_NET)], *where)
+    assert row['seconds'] == [1.0, 1.0]
+    assert report.share_of_products(row | dict(mode='forward', batch=1)) is None
+    assert 'product in float32: RuntimeError: out of memory' in capsys.readouterr().err
+
+
+def test_models_to_compare_have_the_same_weights():
+    candidate = candidates.parse(HAT_NET)
+    first, second = (candidates.prepare(candidate, (32, 32), 1, False, 'cpu') for _ in range(2))
+    for a, b in zip(first.forward(), second.forward(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_benchmark_in_processes_of_their_own():
     rows = benchmark.time_rows(
         [candidates.parse(f'{FASTERVIT}@deploy'), candidates.parse('mmdet.ResNet:depth=7')],

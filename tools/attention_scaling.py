@@ -144,7 +144,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for size in args.size:
         print(f'{size[0]}x{size[1]} tokens', file=sys.stderr, flush=True)
-        # On a CPU a bias is there by rows of queries only.
+        # On a CPU a large bias is there by rows of queries only.
         fits = args.device == 'cpu' or bias_bytes(size, args.heads) <= args.max_bias * 2**30
         forms = [form for form in FORMS if form != 'full' or fits]
         found = {form: {'form': form, 'size': list(size)} for form in forms}
@@ -212,7 +212,7 @@ def markdown(results: dict[str, Any]) -> str:
         parts.append(table(['map', 'tokens', *(f'{f}: {title}' for f in FORMS.values())], lines))
     errors = [f'- {r["form"]}, {r["size"]}: {r["error"]}' for r in results['rows'] if 'error' in r]
     parts += ['\n'.join(errors)] * bool(errors)
-    bias = 'On a CPU a position bias is there by rows of queries only'
+    bias = 'On a CPU a large position bias is there by rows of queries only'
     if results['device'] == 'cuda':
         limit = f'{results["max_bias"]:g} GiB'
         bias = f'The bias of full attention, 4 bytes a head and pair of tokens, may take {limit}'

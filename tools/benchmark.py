@@ -91,7 +91,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--mode', nargs='+', choices=MODES,
         help='time of a forward pass (default) or of a training step, that is forward and '
         'backward, or the memory of either')  # fmt: skip
-    add('--rounds', type=read_positive, default=7, help='timed runs of each candidate (default: 7)')
+    add(
+        '--rounds', type=read_positive, default=7, help='timed turns of each candidate (default: 7)'
+    )
     add('--processes', type=read_positive,
         help='fresh processes whose median is the memory (default: 3; 1 on a GPU, which counts '
         'exactly)')  # fmt: skip
@@ -219,8 +221,12 @@ def time_rows(
                 timers[candidate.text] = timer
         for precision in {c.precision for c in candidates if c.text in timers}:
             job = dict(product=precision, device=device)
-            timer, _ = measuring.timer_of(__file__, job, work_of, stack)
-            timers[f'product {precision}'] = timer
+            try:
+                timer, _ = measuring.timer_of(__file__, job, work_of, stack)
+            except Exception as error:  # the candidates go without their share of it
+                print(f'product in {precision}: {one_line(error)}', file=sys.stderr)
+            else:
+                timers[f'product {precision}'] = timer
         warm_up = 3 if device == 'cuda' else 1
         seconds, failed = measuring.time_in_turns(timers, rounds, warm_up)
     for candidate in candidates:

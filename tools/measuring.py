@@ -100,11 +100,11 @@ def time_in_turns(
 
     Args:
         timers: By name, what does the thing once and returns the seconds that it took.
-        rounds: Timed runs of each.
+        rounds: Timed turns of each.
         warm_up: Rounds before those that count.
 
     Returns:
-        By name the seconds of each run, and what ended those that failed in one.
+        By name the seconds of each turn, and what ended those that failed in one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     failed: dict[str, Exception] = {}
@@ -277,7 +277,7 @@ class Worker:
         status = self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines() or ['no message']
-        killed = ', killed: out of memory?' if status < 0 else ''
+        killed = ', killed: out of memory?' if status == -9 else ''
         raise UserError(f'{lines[-1]} (status {status}{killed})')
 
     def ask(self) -> Any:

@@ -215,7 +215,7 @@ class SwinBlock(Deployable):
         self.drop_path = DropPath(drop_path_rate)
 
     def _fold(self) -> None:
-        self.attn.fix_bias((self.window_size, self.window_size))
+        self.attn.bias = self.attn.bias.fixed((self.window_size, self.window_size))
 
     def forward(self, x: Tensor, carriers: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Runs the block.

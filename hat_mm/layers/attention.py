@@ -23,11 +23,15 @@ from .common import (
     in_parts,
     num_parts,
     predicts_on_cpu,
-    residual,
 )
 from .convs import Conv2d, PointwiseConv
-from .deploy import Deployable, FixedPositions, fold_scale
-from .position import AbsolutePositionEmbedding, RelativePositionBias, RelativePositions
+from .deploy import Deployable, fold_scale
+from .position import (
+    AbsolutePositionEmbedding,
+    FixedOffsets,
+    RelativePositionBias,
+    RelativePositionTable,
+)
 from .windows import (
     BorderMask,
     average_windows,
@@ -48,7 +52,7 @@ class SelfAttention(nn.Module):
         bias: Gives the bias (G, N, N) of a grid's sides.
     """
 
-    def __init__(self, dim: int, num_heads: int, bias: RelativePositions) -> None:
+    def __init__(self, dim: int, num_heads: int, bias: nn.Module) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -80,18 +84,19 @@ class SelfAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
 
     def _bias_parts(self, sides: tuple[int, int]) -> int:
-        """Parts in which a cache holds the bias; only those of grids without a prefix can be."""
-        if not isinstance(self.bias, RelativePositions) or self.bias.num_prefix:
+        """Parts that the bias is used in, of at least a row of queries each.
+
+        It is used as a whole if it has a prefix, or if somebody would miss the call.
+        """
+        bias = self.bias
+        if (
+            type(bias) not in (RelativePositionBias, RelativePositionTable, FixedOffsets)
+            or bias.num_prefix
+            or bias._forward_hooks
+            or bias._forward_pre_hooks
+        ):
             return 1
         return num_parts(self.num_heads * (sides[0] * sides[1]) ** 2)
-
-    def fix_bias(self, sides: tuple[int, int]) -> None:
-        """Replaces the bias by its values for the one grid that the tokens ever have.
-
-        One that is used by rows stays, because it never is there as a whole.
-        """
-        if self._bias_parts(sides) == 1:
-            self.bias = FixedPositions(self.bias(sides))
 
     def _attend_by_rows(
         self, q: Tensor, k: Tensor, v: Tensor, sides: tuple[int, int], parts: int
@@ -102,7 +107,7 @@ class SelfAttention(nn.Module):
         """
         # The order of the keys makes no difference, and in this one no index is needed.
         bias, k, v = self.bias.pairs(sides), k.flip(2), v.flip(2)
-        x = q.transpose(1, 2).new_empty(q.shape[0], q.shape[2], *q.shape[1::2])
+        x = q.new_empty(q.shape[0], q.shape[2], *q.shape[1::2])
         queries, results = (t.unflatten(1, sides) for t in (q.transpose(1, 2), x))
         rows = -(-sides[0] // parts)
         for first in range(0, sides[0], rows):
@@ -166,8 +171,8 @@ class TransformerLayer(Deployable):
 
     def forward(self, x: Tensor, sides: tuple[int, int]) -> Tensor:
         """Maps (B, N, C) to (B, N, C), the tokens being a grid of ``sides`` behind the prefix."""
-        x = residual(x, self.drop_path(_scaled(self.attn(self.norm1(x), sides), self.gamma1)))
-        return residual(x, self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2)))
+        x = x + self.drop_path(_scaled(self.attn(self.norm1(x), sides), self.gamma1))
+        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2))
 
 
 def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
@@ -253,8 +258,8 @@ class HierarchicalBlock(Deployable):
 
     def _fold(self) -> None:
         sides = (self.window_size, self.window_size)
-        self.window.pos_embed = FixedPositions(self.window.pos_embed(sides))
-        self.window.attn.fix_bias(sides)
+        self.window.pos_embed = self.window.pos_embed.fixed(sides)
+        self.window.attn.bias = self.window.attn.bias.fixed(sides)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Runs the block.

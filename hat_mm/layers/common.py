@@ -64,13 +64,6 @@ def in_parts(
     return out
 
 
-def residual(x: Tensor, branch: Tensor) -> Tensor:
-    """``x + branch``, in the memory of ``branch``, a new tensor, if no gradient needs it."""
-    if torch.is_grad_enabled() or branch.dtype != x.dtype:
-        return x + branch
-    return branch.add_(x)
-
-
 class DropPath(nn.Module):
     """Stochastic depth: zeroes a residual branch for random samples while training.
 

@@ -4,7 +4,7 @@ Sources: https://arxiv.org/abs/2306.06189 and https://arxiv.org/abs/2106.03180. 
 (B, C, H, W).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,6 @@ from .common import (
     learns_on_cpu,
     num_parts,
     predicts_on_cpu,
-    residual,
 )
 from .deploy import Deployable, folded_norm
 
@@ -107,7 +106,8 @@ class ConvStem(Deployable, nn.Sequential):
         # All that follows keeps the layout, in which oneDNN convolves half as fast again (and
         # differentiates half as fast).
         x = x.contiguous(memory_format=torch.channels_last)
-        if not _divisible(*self.children()):
+        others = (self.norm1, self.act1, self.norm2, self.act2)
+        if not _divisible((self.conv1, self.conv2), others):
             return super().forward(x)
         return _by_strips(
             x,
@@ -118,22 +118,33 @@ class ConvStem(Deployable, nn.Sequential):
         )
 
 
-def _divisible(*modules: nn.Module) -> bool:
+def _divisible(convs: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:
     """Whether nobody can tell if these are run at once or by strips of rows.
 
-    Norms have to treat each pixel by itself, and nothing may hang on a module: a hook would see
-    strips, or is how pruning and weight norm make the weights.
+    Convolutions have to be padded with zeros, the others to treat each pixel by itself, and nothing
+    may hang on any: a hook would see strips, or is how pruning and weight norm make the weights.
     """
-    return not any(
-        module._forward_hooks or module._forward_pre_hooks for module in modules
-    ) and all(
-        type(module) in (Conv2d, nn.Conv2d, nn.Identity, nn.ReLU, nn.GELU, nn.SiLU, LayerNorm2d)
-        or (
-            isinstance(module, _BatchNorm)
-            and not module.training
-            and module.running_mean is not None
+    return (
+        not any(
+            module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module)
+            for module in (*convs, *others)
         )
-        for module in modules
+        and all(
+            type(conv) in (Conv2d, nn.Conv2d)
+            and conv.padding_mode == 'zeros'
+            and isinstance(conv.padding, tuple)
+            and conv.dilation == (1, 1)
+            for conv in convs
+        )
+        and all(
+            type(module) in (nn.Identity, nn.ReLU, nn.GELU, nn.SiLU, LayerNorm2d, DropPath)
+            or (
+                isinstance(module, _BatchNorm)
+                and not module.training
+                and module.running_mean is not None
+            )
+            for module in others
+        )
     )
 
 
@@ -169,11 +180,12 @@ def _by_strips(
         inner = between(_rows(conv1, x, 0, start, end))
         part = behind(_rows(conv2, inner, start, first, last))
         if parts == 1:
-            return part if skip is None else residual(skip, part)
+            return part if skip is None else skip + part
         if result is None:
             shape = (*part.shape[:2], rows, part.shape[3])
             dtype = part.dtype if skip is None else torch.result_type(skip, part)
-            result = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+            like = {'dtype': dtype, 'device': part.device}
+            result = torch.empty(shape, memory_format=torch.channels_last, **like)
         if skip is None:
             result[:, :, first:last] = part
         else:
@@ -188,12 +200,11 @@ def contiguous_norm(norm: nn.Module | None, x: Tensor) -> Tensor:
         norm: Norm of maps; None for none.
         x: Map, (B, C, H, W).
     """
-    if norm is None:
-        norm = nn.Identity()
+    norm = nn.Identity() if norm is None else norm
     parts = num_parts(x.numel()) if predicts_on_cpu(x) else 1
-    if parts == 1 or x.is_contiguous() or not _divisible(norm):
+    if parts == 1 or x.is_contiguous() or not _divisible((), (norm,)):
         return norm(x).contiguous()
-    result = torch.empty(x.shape, dtype=norm(x[:, :, :1]).dtype)
+    result = torch.empty(x.shape, dtype=norm(x[:, :, :1]).dtype, device=x.device)
     for rows, part in zip(result.tensor_split(parts, 2), x.tensor_split(parts, 2), strict=True):
         rows.copy_(norm(part))
     return result
@@ -255,13 +266,15 @@ class ConvBlock(Deployable):
         if (
             predicts_on_cpu(x)
             and not self.training  # drop path would treat each strip by itself
-            and _divisible(self.conv1, self.norm1, self.act, self.conv2, self.norm2)
+            and _divisible(
+                (self.conv1, self.conv2), (self.norm1, self.act, self.norm2, self.drop_path)
+            )
         ):
             return _by_strips(
                 x, self.conv1, lambda rows: self.act(self.norm1(rows)), self.conv2, self.norm2, x
             )
         y = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
-        return residual(x, self.drop_path(y))
+        return x + self.drop_path(y)
 
 
 class Downsample(nn.Module):
@@ -319,7 +332,7 @@ class InvertedResidual(Deployable):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""
         x = self.norm1(x)
-        if predicts_on_cpu(x) and _divisible(self.conv1, self.act, self.conv2, self.conv3):
+        if predicts_on_cpu(x) and _divisible((self.conv1, self.conv2, self.conv3), (self.act,)):
             x = _by_strips(x, self.conv1, self.act, self.conv2, lambda y: self.conv3(self.act(y)))
         else:
             x = self.conv3(self.act(self.conv2(self.act(self.conv1(x)))))

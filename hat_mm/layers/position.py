@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from .cache import EvalCache
 from .common import num_parts, predicts_on_cpu
+from .deploy import FixedPositions
 
 _HIDDEN = 512
+# Numbers that a fixed bias may have and be kept as a whole (4 MiB in float32).
+_WHOLE = 2**20
 
 
 class _Positions(nn.Module):
@@ -34,6 +37,11 @@ class _Positions(nn.Module):
 
     def _compute(self, a: int, b: int) -> Tensor:
         raise NotImplementedError
+
+    def fixed(self, sides: tuple[int, int]) -> nn.Module:
+        """What takes the place of this module where the grid has these sides for good."""
+        self._cache.drop(self)
+        return FixedPositions(self._compute(*sides))
 
     def train(self, mode: bool = True) -> '_Positions':
         self._cache.drop(self)
@@ -137,6 +145,14 @@ class RelativePositions(_Positions):
         """The numbers by offset, (G, 2a - 1, 2b - 1)."""
         raise NotImplementedError
 
+    def fixed(self, sides: tuple[int, int]) -> nn.Module:
+        """As for other positions; a large bias is fixed by offset, as it would take gigabytes."""
+        table = self._table(*sides)
+        if self.num_prefix or len(table) * (sides[0] * sides[1]) ** 2 <= _WHOLE:
+            return super().fixed(sides)
+        self._cache.drop(self)
+        return FixedOffsets(table, self._cache)
+
     def _compute(self, a: int, b: int) -> Tensor:
         table = self._table(a, b).flatten(1)
 
@@ -149,6 +165,26 @@ class RelativePositions(_Positions):
         bias = table.index_select(1, index.flatten()).view(-1, a * b, a * b)
         p = self.num_prefix
         return F.pad(bias, (p, 0, p, 0), value=self.prefix_bias) if p else bias
+
+
+class FixedOffsets(RelativePositions):
+    """The bias of a grid without prefix, from its numbers by offset.
+
+    Args:
+        table: The numbers, (G, 2a - 1, 2b - 1).
+        cache: Cache shared with other modules.
+
+    Shape:
+        Called with ``(a, b)``, returns (G, a * b, a * b): head, query, key.
+    """
+
+    def __init__(self, table: Tensor, cache: EvalCache) -> None:
+        super().__init__(0, cache)
+        self.register_buffer('table', table.clone())
+        self.eval()
+
+    def _table(self, a: int, b: int) -> Tensor:
+        return self.table
 
 
 class RelativePositionBias(RelativePositions, _PositionMlp):
@@ -170,7 +206,6 @@ class RelativePositionBias(RelativePositions, _PositionMlp):
 
     def __init__(self, num_heads: int, num_prefix: int = 0, cache: EvalCache | None = None) -> None:
         super().__init__(num_heads, num_prefix, cache)
-        self.prefix_bias = 0.0
 
     def _table(self, a: int, b: int) -> Tensor:
         def log_offsets(side: int) -> Tensor:

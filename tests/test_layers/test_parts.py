@@ -12,7 +12,6 @@ from hat_mm.layers import (
     ConvBlock,
     ConvStem,
     EvalCache,
-    FixedPositions,
     InvertedResidual,
     LayerNorm2d,
     RelativePositionBias,
@@ -22,6 +21,7 @@ from hat_mm.layers import (
     common,
     contiguous_norm,
     convs,
+    position,
 )
 
 SIDES = st.integers(1, 70)
@@ -193,15 +193,89 @@ def test_a_mask_needs_the_whole_bias(parts):
     assert_parts_equal_the_whole(lambda x: layer(x, (6, 6), mask), x)
 
 
-@pytest.mark.parametrize(('held', 'kept'), [(1, RelativePositionTable), (10**6, FixedPositions)])
-def test_the_deploy_form_keeps_what_is_used_by_rows(held, kept, monkeypatch):
+@pytest.mark.parametrize('whole', [1, 10**6])
+@pytest.mark.parametrize('held', [1, 10**6])
+@pytest.mark.parametrize('prefix', [0, 4])
+def test_fixed_bias(prefix, held, whole, monkeypatch):
+    cache = EvalCache()
+    layer, x = attention_of_windows(cache, prefix)
     monkeypatch.setattr(common, '_CACHED', held)
-    layer, x = attention_of_windows(EvalCache())
+    monkeypatch.setattr(position, '_WHOLE', whole)
     with torch.no_grad():
         before = layer(x, (6, 6))
-        layer.fix_bias((6, 6))
-        assert type(layer.bias) is kept
+        layer.bias = layer.bias.fixed((6, 6))
+        assert cache.nbytes == 0
         assert (layer(x, (6, 6)) - before).norm() <= 1e-9 * before.norm()
+    assert not [*layer.bias.parameters()]
+    numbers = layer.bias.state_dict().popitem()[1].numel()
+    assert numbers == 2 * (11 * 11 if whole == 1 and not prefix else (36 + prefix) ** 2)
+
+
+def test_a_hook_on_the_bias_is_called(parts):
+    layer, x = attention_of_windows(EvalCache())
+    layer.bias.register_forward_hook(lambda module, args, bias: bias * 0)
+    assert_parts_equal_the_whole(lambda x: layer(x, (6, 6)), x)
+
+
+def test_a_bias_of_another_kind_is_called(parts):
+    class Doubled(RelativePositionTable):
+        def _compute(self, a, b):
+            return 2 * super()._compute(a, b)
+
+    layer, x = attention_of_windows(EvalCache())
+    layer.bias = Doubled(2, 6).eval().double()
+    assert_parts_equal_the_whole(lambda x: layer(x, (6, 6)), x)
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_hooks_keep_what_a_module_returned(name, parts):
+    torch.manual_seed(0)
+    backbone = FAMILIES[name].backbone(FAMILIES[name].tiny()).eval().double()
+    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+
+    def record():
+        kept = {}
+        hooks = [
+            module.register_forward_hook(lambda m, i, out, n=name: kept.update({n: out}))
+            for name, module in backbone.named_modules()
+            if isinstance(module, nn.Conv2d | nn.modules.batchnorm._BatchNorm | common.DropPath)
+        ]
+        backbone(image)
+        for hook in hooks:
+            hook.remove()
+        return kept
+
+    whole = record()
+    with torch.no_grad():
+        predicted = record()
+    assert predicted.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(predicted[name], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_the_default_device_is_of_no_importance(name, parts):
+    backbone = FAMILIES[name].backbone(FAMILIES[name].tiny()).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(), torch.device('meta'):
+        maps = backbone(image)
+    assert {m.device.type for m in maps} == {'cpu'}
+
+
+CONVS = {
+    'reflect': lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode='reflect'),
+    'dilated': lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+    'same': lambda: nn.Conv2d(4, 4, 3, padding='same'),
+    'identity': nn.Identity,
+}
+
+
+@pytest.mark.parametrize('conv', CONVS)
+def test_convolutions_that_strips_cannot_do(conv, parts):
+    block = ConvBlock(4, 0.0, batch_norm)
+    block.conv1 = CONVS[conv]()
+    x = torch.randn(1, 4, 40, 40, dtype=torch.float64)
+    assert_parts_equal_the_whole(block.eval().double(), x)
 
 
 def test_a_stem_whose_norm_sees_the_map_is_not_split(parts):

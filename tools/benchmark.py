@@ -229,6 +229,8 @@ def time_rows(
                 timers[f'product {precision}'] = timer
         warm_up = 3 if device == 'cuda' else 1
         seconds, failed = measuring.time_in_turns(timers, rounds, warm_up)
+    for name, error in failed.items():
+        print(f'{name}: {one_line(error)}', file=sys.stderr)
     for candidate in candidates:
         row = rows[candidate.text]
         if candidate.text in failed:

@@ -26,12 +26,7 @@ from .common import (
 )
 from .convs import Conv2d, PointwiseConv
 from .deploy import Deployable, fold_scale
-from .position import (
-    AbsolutePositionEmbedding,
-    FixedOffsets,
-    RelativePositionBias,
-    RelativePositionTable,
-)
+from .position import AbsolutePositionEmbedding, RelativePositionBias, RelativePositions
 from .windows import (
     BorderMask,
     average_windows,
@@ -84,17 +79,8 @@ class SelfAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
 
     def _bias_parts(self, sides: tuple[int, int]) -> int:
-        """Parts that the bias is used in, of at least a row of queries each.
-
-        It is used as a whole if it has a prefix, or if somebody would miss the call.
-        """
-        bias = self.bias
-        if (
-            type(bias) not in (RelativePositionBias, RelativePositionTable, FixedOffsets)
-            or bias.num_prefix
-            or bias._forward_hooks
-            or bias._forward_pre_hooks
-        ):
+        """Parts to use the bias in; no part is less than a row of queries."""
+        if not isinstance(self.bias, RelativePositions) or not self.bias.follows_offsets():
             return 1
         return num_parts(self.num_heads * (sides[0] * sides[1]) ** 2)
 

@@ -107,7 +107,7 @@ class ConvStem(Deployable, nn.Sequential):
         # differentiates half as fast).
         x = x.contiguous(memory_format=torch.channels_last)
         others = (self.norm1, self.act1, self.norm2, self.act2)
-        if not _divisible((self.conv1, self.conv2), others):
+        if len(self) != 6 or not _divisible((self.conv1, self.conv2), others):
             return super().forward(x)
         return _by_strips(
             x,
@@ -121,8 +121,9 @@ class ConvStem(Deployable, nn.Sequential):
 def _divisible(convs: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:
     """Whether nobody can tell if these are run at once or by strips of rows.
 
-    Convolutions have to be padded with zeros, the others to treat each pixel by itself, and nothing
-    may hang on any: a hook would see strips, or is how pruning and weight norm make the weights.
+    Convolutions have to be padded by half their odd kernel, with zeros, the others to treat each
+    pixel by itself, and nothing may hang on any: a hook would see strips, or is how pruning and
+    weight norm make the weights.
     """
     return (
         not any(
@@ -132,7 +133,7 @@ def _divisible(convs: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:
         and all(
             type(conv) in (Conv2d, nn.Conv2d)
             and conv.padding_mode == 'zeros'
-            and isinstance(conv.padding, tuple)
+            and conv.padding == tuple((side - 1) / 2 for side in conv.kernel_size)
             and conv.dilation == (1, 1)
             for conv in convs
         )
@@ -265,7 +266,7 @@ class ConvBlock(Deployable):
         """Maps (B, C, H, W) to the same shape."""
         if (
             predicts_on_cpu(x)
-            and not self.training  # drop path would treat each strip by itself
+            and not self.drop_path.training  # strips leave it out
             and _divisible(
                 (self.conv1, self.conv2), (self.norm1, self.act, self.norm2, self.drop_path)
             )

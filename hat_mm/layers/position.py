@@ -40,8 +40,9 @@ class _Positions(nn.Module):
 
     def fixed(self, sides: tuple[int, int]) -> nn.Module:
         """What takes the place of this module where the grid has these sides for good."""
+        values = FixedPositions(self(sides))
         self._cache.drop(self)
-        return FixedPositions(self._compute(*sides))
+        return values
 
     def train(self, mode: bool = True) -> '_Positions':
         self._cache.drop(self)
@@ -146,12 +147,23 @@ class RelativePositions(_Positions):
         raise NotImplementedError
 
     def fixed(self, sides: tuple[int, int]) -> nn.Module:
-        """As for other positions; a large bias is fixed by offset, as it would take gigabytes."""
+        """As for other positions; a large bias is fixed by offset.
+
+        In a network with windows of 48x48 tokens those of all blocks would take gigabytes.
+        """
+        if not self.follows_offsets():
+            return super().fixed(sides)
         table = self._table(*sides)
-        if self.num_prefix or len(table) * (sides[0] * sides[1]) ** 2 <= _WHOLE:
+        if len(table) * (sides[0] * sides[1]) ** 2 <= _WHOLE:
             return super().fixed(sides)
         self._cache.drop(self)
         return FixedOffsets(table, self._cache)
+
+    def follows_offsets(self) -> bool:
+        """Whether :meth:`pairs` is all there is to it: no prefix, no hook, no other computation."""
+        own = (RelativePositionBias, RelativePositionTable, FixedOffsets)
+        hooked = self._forward_hooks or self._forward_pre_hooks or 'forward' in vars(self)
+        return type(self) in own and not self.num_prefix and not hooked
 
     def _compute(self, a: int, b: int) -> Tensor:
         table = self._table(a, b).flatten(1)

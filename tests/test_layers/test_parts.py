@@ -207,6 +207,8 @@ def test_fixed_bias(prefix, held, whole, monkeypatch):
         assert cache.nbytes == 0
         assert (layer(x, (6, 6)) - before).norm() <= 1e-9 * before.norm()
     assert not [*layer.bias.parameters()]
+    if (prefix, held, whole) == (0, 1, 1):
+        assert cache.nbytes == 8 * 2 * 11 * 11
     numbers = layer.bias.state_dict().popitem()[1].numel()
     assert numbers == 2 * (11 * 11 if whole == 1 and not prefix else (36 + prefix) ** 2)
 
@@ -217,7 +219,7 @@ def test_a_hook_on_the_bias_is_called(parts):
     assert_parts_equal_the_whole(lambda x: layer(x, (6, 6)), x)
 
 
-def test_a_bias_of_another_kind_is_called(parts):
+def test_a_bias_of_another_kind_is_called(parts, monkeypatch):
     class Doubled(RelativePositionTable):
         def _compute(self, a, b):
             return 2 * super()._compute(a, b)
@@ -225,20 +227,25 @@ def test_a_bias_of_another_kind_is_called(parts):
     layer, x = attention_of_windows(EvalCache())
     layer.bias = Doubled(2, 6).eval().double()
     assert_parts_equal_the_whole(lambda x: layer(x, (6, 6)), x)
+    monkeypatch.setattr(position, '_WHOLE', 1)
+    with torch.no_grad():
+        before = layer(x, (6, 6))
+        layer.bias = layer.bias.fixed((6, 6))
+        assert (layer(x, (6, 6)) - before).norm() <= 1e-9 * before.norm()
 
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_hooks_keep_what_a_module_returned(name, parts):
     torch.manual_seed(0)
     backbone = FAMILIES[name].backbone(FAMILIES[name].tiny()).eval().double()
-    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    image = torch.randn(1, 3, 160, 160, dtype=torch.float64)
 
     def record():
         kept = {}
         hooks = [
             module.register_forward_hook(lambda m, i, out, n=name: kept.update({n: out}))
             for name, module in backbone.named_modules()
-            if isinstance(module, nn.Conv2d | nn.modules.batchnorm._BatchNorm | common.DropPath)
+            if isinstance(module, nn.Conv2d | nn.modules.batchnorm._BatchNorm | ConvBlock)
         ]
         backbone(image)
         for hook in hooks:
@@ -267,7 +274,32 @@ CONVS = {
     'dilated': lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2),
     'same': lambda: nn.Conv2d(4, 4, 3, padding='same'),
     'identity': nn.Identity,
+    'one row': lambda: nn.Conv2d(4, 4, (1, 3), padding=(0, 1), stride=1),
 }
+
+
+def test_a_stem_that_makes_patches(parts):
+    stem = ConvStem(3, 4, 6, batch_norm)
+    stem.conv1 = nn.Conv2d(3, 4, 4, stride=4)
+    stem.eval().double()
+    assert_parts_equal_the_whole(stem, torch.randn(1, 3, 42, 43, dtype=torch.float64))
+
+
+def test_a_stem_with_one_more_module(parts):
+    stem = ConvStem(3, 4, 6, batch_norm)
+    stem.append(nn.Softplus())
+    stem.eval().double()
+    assert_parts_equal_the_whole(stem, torch.randn(1, 3, 40, 40, dtype=torch.float64))
+
+
+def test_drop_path_that_is_left_on(parts):
+    block = ConvBlock(4, 0.5, batch_norm).eval().double()
+    block.drop_path.train()
+    x = torch.randn(16, 4, 40, 40, dtype=torch.float64)
+    with torch.no_grad():
+        dropped = (block(x) == x).flatten(1).all(1)
+    assert dropped.any()
+    assert not dropped.all()
 
 
 @pytest.mark.parametrize('conv', CONVS)

@@ -104,7 +104,7 @@ class ConvStem(Deployable, nn.Sequential):
         if not predicts_on_cpu(x):
             return super().forward(x)
         # All that follows keeps the layout, in which oneDNN convolves half as fast again (and
-        # differentiates half as fast).
+        # takes half as much time again to differentiate).
         x = x.contiguous(memory_format=torch.channels_last)
         others = (self.norm1, self.act1, self.norm2, self.act2)
         if len(self) != 6 or not _divisible((self.conv1, self.conv2), others):

@@ -3,7 +3,8 @@
 ``import hat_mm`` calls :func:`apply`. Each row of :data:`BREAKAGES` waits for the module that it
 concerns: its repair runs when that module is imported (at once if it already was), looks whether it
 is needed, and does nothing otherwise. So nothing heavy is imported here, and toolboxes may be
-imported before or after. ``HAT_MM_NO_COMPAT=1`` turns all of it off.
+imported before or after. ``HAT_MM_NO_COMPAT=1`` turns all of it off, ``HAT_MM_NO_COMPAT=name,name``
+the repairs of these names; docs/compat.md lists them.
 
 :func:`require` is the run-time check of the toolboxes, none of which is a hard dependency.
 """
@@ -155,18 +156,14 @@ class _ImportHook:
         return spec
 
 
-@contextmanager
-def _environment(**values: str | None) -> Iterator[None]:
-    """Set (or, for None, unset) environment variables for a while."""
-    saved = {name: os.environ.pop(name, None) for name in values}
-    os.environ.update({name: value for name, value in values.items() if value is not None})
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+_told: set[str] = set()
+
+
+def _acted(name: str, change: str) -> None:
+    """Say once, at debug level, that a repair has changed something."""
+    if name not in _told:
+        _told.add(name)
+        logger.debug('%s: %s', name, change)
 
 
 # --- 1. checkpoints ----------------------------------------------------------------------------
@@ -199,6 +196,7 @@ def _allow_plain_data(_: Any = None) -> None:
             allowed.append((getattr(multiarray, name), f'{package}.multiarray.{name}'))
     allowed += {type(np.dtype(code)) for code in '?bBhHiIlLqQefdgFDGSU'}  # no object dtype
     torch.serialization.add_safe_globals(allowed)
+    _acted('numpy-in-checkpoints', 'torch.load reads NumPy data and argparse.Namespace')
 
 
 def _allow_history_buffer(module: ModuleType) -> None:
@@ -206,6 +204,7 @@ def _allow_history_buffer(module: ModuleType) -> None:
     torch.serialization.add_safe_globals(
         [module.HistoryBuffer, (_history_statistic, 'builtins.getattr')]
     )
+    _acted('history-buffer-in-checkpoints', "torch.load reads mmengine's log history")
 
 
 def _load_weights_only(module: ModuleType) -> None:
@@ -213,34 +212,34 @@ def _load_weights_only(module: ModuleType) -> None:
 
     mmengine leaves ``weights_only`` to torch's default, which an environment variable reverses, and
     asks torch.hub for unsafe loading of URLs. onedl-mmengine allow-lists the real ``getattr`` and
-    falls back to unsafe loading after a refusal.
+    falls back to unsafe loading after a refusal. What others call in the process stays theirs.
     """
+
+    def weights_only(load: Callable) -> Callable:
+        @functools.wraps(load)
+        def load_weights(*args: Any, **kwargs: Any) -> Any:
+            _acted('unsafe-loading', 'mmengine loads with weights_only=True')
+            return load(*args, **{**kwargs, 'weights_only': True})
+
+        return load_weights
+
+    module.load_url = weights_only(module.load_url)
     if hasattr(module, '_safe_torch_load'):
-
-        def _safe_torch_load(
-            file: Any, map_location: Any = None, weights_only: bool | None = None
-        ) -> Any:
-            return torch.load(file, map_location=map_location, weights_only=True)
-
-        module._safe_torch_load = _safe_torch_load
-    if hasattr(module, 'get_torch_safe_globals'):
+        module._safe_torch_load = weights_only(module._safe_torch_load)
         listed = module.get_torch_safe_globals
         module.get_torch_safe_globals = lambda: [item for item in listed() if item is not getattr]
+    # To this module alone, torch is one with another `load`.
+    module.torch = ModuleType('torch')
+    module.torch.__getattr__ = functools.partial(getattr, torch)
+    module.torch.load = weights_only(torch.load)
+    load_checkpoint = module.CheckpointLoader.load_checkpoint.__func__
 
-    loader = module.CheckpointLoader
-    load = loader.load_checkpoint.__func__
+    @functools.wraps(load_checkpoint)
+    def load_and_explain(cls: type, filename: Any, *args: Any, **kwargs: Any) -> Any:
+        with reading(filename):
+            return load_checkpoint(cls, filename, *args, **kwargs)
 
-    @functools.wraps(load)
-    def load_checkpoint(cls: type, filename: Any, *args: Any, **kwargs: Any) -> Any:
-        # Importing it allows the class, which importing the loader alone does not.
-        importlib.import_module(_HISTORY_BUFFER)
-        with (
-            reading(filename),
-            _environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD='1', TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=None),
-        ):
-            return load(cls, filename, *args, **kwargs)
-
-    loader.load_checkpoint = classmethod(load_checkpoint)
+    module.CheckpointLoader.load_checkpoint = classmethod(load_and_explain)
 
 
 @contextmanager
@@ -271,8 +270,11 @@ def _is_unreadable(error: Exception) -> bool:
     # A file of another device is not damaged; torch says what to do.
     if isinstance(error, OSError) or 'deserialize object on' in str(error):
         return False
-    names = {frame.f_globals.get('__name__') for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return 'torch.serialization' in names
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    # So torch calls what applies a `map_location`, where a wrong one fails.
+    if any(frame.f_code.co_name == 'restore_location' for frame in frames):
+        return False
+    return any(frame.f_globals.get('__name__') == 'torch.serialization' for frame in frames)
 
 
 def _refusal(error: Exception) -> str:
@@ -325,6 +327,7 @@ def _read_configs_of_checkpoints_as_data(module: ModuleType) -> None:
             and caller.startswith(_CHECKPOINT_READERS)
             and not _is_plain_data(cfg_str)
         ):
+            _acted('code-in-checkpoint-configs', 'the config text of a checkpoint is not executed')
             raise pickle.UnpicklingError(
                 'the checkpoint was refused: the config text it carries is code, not plain settings'
             )
@@ -361,6 +364,7 @@ def _define_torchvision_schemas(spec: Any) -> None:
         for name in missing:
             library.define(name + _TORCHVISION_SCHEMAS[name])
         _torchvision_library.append(library)
+        _acted('torchvision-without-ops', f'described the missing operators {", ".join(missing)}')
 
 
 # --- 3. and 4. distributed runs on CPUs ---------------------------------------------------------
@@ -390,6 +394,7 @@ def _init_dist_without_cuda(module: ModuleType) -> None:
         def wrapped(backend: str, *args: Any, **kwargs: Any) -> None:
             if not _on_cpu():
                 return init(backend, *args, **kwargs)
+            _acted('init-dist-without-cuda', 'init_dist uses no CUDA device, and gloo for nccl')
             with _no_cuda_device():
                 return init('gloo' if backend == 'nccl' else backend, *args, **kwargs)
 
@@ -397,6 +402,16 @@ def _init_dist_without_cuda(module: ModuleType) -> None:
 
     for name in ('_init_dist_pytorch', '_init_dist_mpi', '_init_dist_slurm'):
         setattr(module, name, without_cuda(getattr(module, name)))
+
+
+@functools.cache  # a model may be wrapped in parts
+def _warn_of_reverted_norms() -> None:
+    importlib.import_module('mmengine.logging').print_log(
+        'SyncBN is BN here: it has no implementation for processes on CPUs, so each process '
+        'normalizes with the statistics of its own images',
+        logger='current',
+        level=logging.WARNING,
+    )
 
 
 def _wrap_cpu_models(module: ModuleType) -> None:
@@ -407,9 +422,14 @@ def _wrap_cpu_models(module: ModuleType) -> None:
     @functools.wraps(init)
     def __init__(self: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         if all(parameter.device.type == 'cpu' for parameter in module.parameters()):
-            kwargs['device_ids'] = None
-            # SyncBatchNorm has no CPU implementation across processes.
+            had_gpus = kwargs.pop('device_ids', None) is not None
+            before = set(module.modules())
             module = importlib.import_module('mmengine.model').revert_sync_batchnorm(module)
+            had_sync_bn = not before.issubset(module.modules())
+            if had_gpus or had_sync_bn:
+                _acted('ddp-and-syncbn-on-cpu', 'a model on the CPU is wrapped as one')
+            if had_sync_bn:
+                _warn_of_reverted_norms()
         init(self, module, *args, **kwargs)
 
     wrapper.__init__ = __init__
@@ -467,6 +487,7 @@ def _find_packages_without_pkg_resources(module: ModuleType) -> None:
         old = getattr(module, new.__name__)
         setattr(module, new.__name__, new)
         _replace_everywhere(old, new, 'mmengine')
+    _acted('pkg-resources', 'mmengine finds packages by importlib.metadata')
 
 
 def _find_configs_of_forks(module: ModuleType) -> None:
@@ -481,6 +502,7 @@ def _find_configs_of_forks(module: ModuleType) -> None:
             importlib.metadata.distribution(package)
         except importlib.metadata.PackageNotFoundError:
             module.MODULE2PACKAGE[name] = name
+            _acted('configs-of-forks', 'bases of configs are found in forks of the toolboxes')
 
 
 def _know_configs_of_hat_mm(module: ModuleType) -> None:
@@ -489,6 +511,7 @@ def _know_configs_of_hat_mm(module: ModuleType) -> None:
     mmengine has a fixed list of packages whose configs it finds.
     """
     module.MODULE2PACKAGE['hat_mm'] = 'hat_mm'
+    _acted('configs-of-hat-mm', 'configs can have bases named hat_mm::')
 
 
 def _keep_scope_of_hat_mm_bases(module: ModuleType) -> None:
@@ -503,7 +526,10 @@ def _keep_scope_of_hat_mm_bases(module: ModuleType) -> None:
     @functools.wraps(get_cfg_path)
     def without_our_scope(cfg_path: str, filename: str) -> tuple[str, str | None]:
         path, scope = get_cfg_path(cfg_path, filename)
-        return path, None if scope == 'hat_mm' else scope
+        if scope != 'hat_mm':
+            return path, scope
+        _acted('scope-of-hat-mm-configs', 'bases named hat_mm:: keep the scope of the config')
+        return path, None
 
     module.Config._get_cfg_path = staticmethod(without_our_scope)
 
@@ -515,6 +541,16 @@ def _restore_in1d(_: ModuleType) -> None:
     """Give NumPy >= 2.4 back the name ``in1d``, which mmpretrain's retrieval metrics call."""
     if not hasattr(np, 'in1d'):
         np.in1d = np.isin
+        _acted('numpy-in1d', 'numpy.in1d is numpy.isin')
+
+
+# --- 7. mmpretrain's list of models --------------------------------------------------------------
+
+
+def _add_models_to_mmpretrain(module: ModuleType) -> None:
+    """Let mmpretrain's ``list_models`` and ``get_model`` know the models of this package."""
+    if importlib.import_module('hat_mm.zoo').add_to_mmpretrain(module):
+        _acted('models-in-mmpretrain', "mmpretrain's functions know the models of hat_mm")
 
 
 # --- the table ---------------------------------------------------------------------------------
@@ -522,10 +558,10 @@ def _restore_in1d(_: ModuleType) -> None:
 
 @dataclass(frozen=True)
 class Breakage:
-    """A known breakage and its repair.
+    """A known breakage, or something that a toolbox cannot know of itself, and its repair.
 
     Attributes:
-        name: How tests and bug reports call it.
+        name: How docs/compat.md, ``HAT_MM_NO_COMPAT``, the log and bug reports call it.
         module: The module whose import triggers the repair; None repairs at once.
         repair: Called with the imported module (with its spec if ``before``).
         before: Repair before the module's code runs, instead of after.
@@ -552,10 +588,8 @@ BREAKAGES = (
     Breakage('configs-of-hat-mm', 'mmengine.config.utils', _know_configs_of_hat_mm),
     Breakage('scope-of-hat-mm-configs', 'mmengine.config.config', _keep_scope_of_hat_mm_bases),
     Breakage('numpy-in1d', 'mmpretrain.evaluation.metrics.retrieval', _restore_in1d),
+    Breakage('models-in-mmpretrain', 'mmpretrain.apis.model', _add_models_to_mmpretrain),
 )
-
-# What a toolbox gets to know of hat_mm when it is imported: its module, ours, the function there.
-ADDITIONS = (('mmpretrain.apis.model', 'hat_mm.zoo', 'add_to_mmpretrain'),)
 
 _hook = _ImportHook()
 
@@ -567,12 +601,19 @@ def _after_import(module: str, function: Callable[[ModuleType], None]) -> None:
         function(loaded)
 
 
-def _add(module: ModuleType, ours: str, function: str) -> None:
-    getattr(importlib.import_module(ours), function)(module)
-
-
-def _is_disabled() -> bool:
-    return os.environ.get('HAT_MM_NO_COMPAT', '').lower() in ('1', 'true', 'yes', 'on')
+def _switched_off() -> set[str]:
+    """The names of the repairs that ``HAT_MM_NO_COMPAT`` turns off."""
+    names = {breakage.name for breakage in BREAKAGES}
+    asked = set(os.environ.get('HAT_MM_NO_COMPAT', '').lower().replace(',', ' ').split())
+    if asked & {'1', 'true', 'yes', 'on'}:
+        return names
+    if unknown := sorted(asked - names - {'0', 'false', 'no', 'off'}):
+        logger.warning(
+            'HAT_MM_NO_COMPAT has no effect for %s: choose among %s, or 1 for all',
+            ', '.join(map(repr, unknown)),
+            ', '.join(sorted(names)),
+        )
+    return asked & names
 
 
 def apply() -> None:
@@ -581,16 +622,18 @@ def apply() -> None:
     Raises:
         DependencyError: torch is older than 2.6, whose loading of checkpoints cannot be made safe.
     """
-    if _is_disabled() or _hook in sys.meta_path:
+    if _hook in sys.meta_path:
+        return
+    off = _switched_off()
+    wanted = [breakage for breakage in BREAKAGES if breakage.name not in off]
+    if not wanted:
         return
     _check_torch()
-    for breakage in BREAKAGES:
+    for breakage in wanted:
         if breakage.module is None:
             breakage.repair(None)
         elif breakage.before:
             _hook.before.setdefault(breakage.module, []).append(breakage.repair)
         else:
             _after_import(breakage.module, breakage.repair)
-    for module, ours, function in ADDITIONS:
-        _after_import(module, functools.partial(_add, ours=ours, function=function))
     sys.meta_path.insert(0, _hook)

@@ -184,16 +184,21 @@ def register_model_index(
     _registered.update(models)
 
 
-def add_to_mmpretrain(module: ModuleType) -> None:
+def add_to_mmpretrain(module: ModuleType) -> bool:
     """Makes our models known to mmpretrain's ``list_models`` and ``get_model``.
 
     Args:
         module: ``mmpretrain.apis.model``.
+
+    Returns:
+        Whether it does know them; if not, a line in the log says why.
     """
     try:
         module.ModelHub.register_model_index(INDEX, config_prefix=INDEX.parent)
     except Exception as error:  # it must not keep mmpretrain from being imported
         logger.warning('mmpretrain does not know the models of hat_mm: %s', error)
+        return False
+    return True
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -1,13 +1,17 @@
 """Each known breakage: there without the repair, gone with it, on whichever stack is installed."""
 
 import argparse
+import functools
 import importlib
 import io
 import json
 import os
 import pickle
+import shutil
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,7 @@ import hat_mm
 from hat_mm import compat
 
 checkpoint_module = importlib.import_module('mmengine.runner.checkpoint')
+ROOT = Path(__file__).resolve().parents[1]
 IS_ONEDL = hasattr(checkpoint_module, '_safe_torch_load')
 IS_CPU_TORCH = torch.version.cuda is None and torch.version.hip is None
 
@@ -171,6 +176,132 @@ def test_no_environment_variable_makes_loading_unsafe(probe):
     assert 'it carries code or objects other than weights (posix.mkdir)' in found['malicious_file']
 
 
+# --- switched off alone, and seen -----------------------------------------------------------------
+
+NAMES = [breakage.name for breakage in compat.BREAKAGES]
+
+# Prints the names that the log has at debug level, after each step.
+STEPS = """
+import logging, sys, torch
+said = []
+class Names(logging.Handler):
+    def emit(self, record):
+        if record.levelno == logging.DEBUG:
+            said.append(record.getMessage().partition(': ')[0])
+logger = logging.getLogger('hat_mm.compat')
+logger.addHandler(Names())
+logger.setLevel(logging.DEBUG)
+
+def step(name):
+    print('SAID', name, *said)
+    said.clear()
+
+import hat_mm
+step('import')
+import mmengine.runner, mmengine.dist, mmengine.model, torchvision
+from mmengine.model import MMDistributedDataParallel
+step('toolbox')
+torch.distributed.init_process_group(
+    'gloo', init_method='file://' + sys.argv[1] + '/store', rank=0, world_size=1)
+plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+MMDistributedDataParallel(module=plain)
+step('plain')
+for _ in range(2):
+    synced = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.SyncBatchNorm(4))
+    MMDistributedDataParallel(module=synced)
+step('synced')
+torch.save({'state_dict': {}}, sys.argv[1] + '/a.pth')
+for _ in range(2):
+    mmengine.runner.CheckpointLoader.load_checkpoint(sys.argv[1] + '/a.pth')
+step('loading')
+"""
+
+
+@pytest.fixture(scope='module')
+def steps(run_python, tmp_path_factory):
+    @functools.cache
+    def run(off=''):
+        folder = str(tmp_path_factory.mktemp('steps'))
+        environment = {'HAT_MM_NO_COMPAT': off, 'GLOO_SOCKET_IFNAME': 'lo'}
+        done = run_python('-W', 'ignore', '-c', STEPS, folder, **environment)
+        assert done.returncode == 0, done.stderr
+        lines = [line.split() for line in done.stdout.splitlines() if line.startswith('SAID ')]
+        names = [name for line in lines for name in line[2:]]
+        assert len(set(names)) == len(names)  # nothing is said twice
+        return {step: set(said) for _, step, *said in lines}, done.stdout
+
+    return run
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='models are wrapped for the GPU')
+def test_a_repair_says_once_that_it_acted(steps):
+    said, _ = steps()
+    assert said['import'] == {'numpy-in-checkpoints'}
+    assert {'history-buffer-in-checkpoints', 'configs-of-hat-mm'} <= said['toolbox']
+    assert ('pkg-resources' in said['toolbox']) is not IS_ONEDL
+    assert ('torchvision-without-ops' in said['toolbox']) is torchvision_lacks_ops()
+    # These changed what others call, and nobody has called it.
+    assert not said['toolbox'] & {
+        'unsafe-loading', 'code-in-checkpoint-configs', 'ddp-and-syncbn-on-cpu',
+        'init-dist-without-cuda', 'scope-of-hat-mm-configs', 'models-in-mmpretrain',
+    }  # fmt: skip
+    assert said['plain'] == set()
+    assert said['synced'] == {'ddp-and-syncbn-on-cpu'}
+    assert said['loading'] == {'unsafe-loading'}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='models are wrapped for the GPU')
+def test_sync_bn_that_becomes_bn_is_one_warning(steps):
+    _, output = steps()
+    assert output.count('SyncBN is BN here') == 1
+    warning = output.partition('SAID plain')[2].partition('SAID synced')[0]
+    assert 'WARNING' in warning
+    assert 'SyncBN is BN here' in warning
+
+
+def test_each_repair_can_be_switched_off_alone(steps):
+    off = {'numpy-in-checkpoints', 'configs-of-hat-mm', 'unsafe-loading'}
+    said, _ = steps(' configs-of-hat-mm,numpy-in-checkpoints, Unsafe-Loading')
+    assert not set.union(*said.values()) & off
+    assert 'history-buffer-in-checkpoints' in said['toolbox']
+
+
+def test_what_is_switched_off_stays_broken_alone(probe):
+    found = probe(HAT_MM_NO_COMPAT='unsafe-loading')
+    assert 'url' in found['ran']
+    assert found['training_checkpoint'] is found['no_pkg_resources'] is None
+    assert found['torchvision'] is found['process_group'] is None
+
+
+HOOKED = 'import sys; old = list(sys.meta_path); import hat_mm; print(sys.meta_path != old)'
+
+
+@pytest.mark.parametrize('value', ['1', 'TRUE', 'yes', 'on', ', '.join(NAMES)])
+def test_all_can_be_switched_off(value, run_python):
+    done = run_python('-c', HOOKED, HAT_MM_NO_COMPAT=value)
+    assert (done.stdout, done.stderr) == ('False\n', '')
+
+
+@pytest.mark.parametrize('value', ['', '0', 'false'])
+def test_none_is_switched_off(value, run_python):
+    done = run_python('-c', HOOKED, HAT_MM_NO_COMPAT=value)
+    assert (done.stdout, done.stderr) == ('True\n', '')
+
+
+def test_an_unknown_name_is_a_warning_with_the_choices(run_python):
+    done = run_python('-c', HOOKED, HAT_MM_NO_COMPAT='unsafe-loadin,numpy-in1d')
+    assert done.stdout == 'True\n'
+    (warning,) = done.stderr.splitlines()
+    assert "'unsafe-loadin'" in warning
+    assert all(name in warning for name in NAMES)
+
+
+def test_the_page_lists_every_repair():
+    page = (ROOT / 'docs' / 'compat.md').read_text(encoding='utf-8')
+    rows = [line.split('`')[1] for line in page.splitlines() if line.startswith('| `')]
+    assert rows == NAMES
+
+
 # --- how the repairs are applied ------------------------------------------------------------------
 
 
@@ -216,8 +347,7 @@ def test_apply_twice_changes_nothing():
 
 
 def test_names_of_breakages_are_unique():
-    names = [breakage.name for breakage in compat.BREAKAGES]
-    assert len(set(names)) == len(names)
+    assert len(set(NAMES)) == len(NAMES)
 
 
 def test_old_torch_is_refused(monkeypatch):
@@ -311,6 +441,90 @@ def test_malicious_file_is_refused_and_never_run(call, tmp_path):
         ):
             load(path)
     assert not target.exists()
+
+
+@pytest.fixture
+def schemes(tmp_path, monkeypatch):
+    """Puts a checkpoint where each scheme of mmengine finds it, and says under which path."""
+
+    def place(scheme, content):
+        cache = tmp_path / 'hub' / 'checkpoints'
+        cache.mkdir(parents=True)
+        url = 'https://nowhere.invalid/some.pth'
+        path = saved(content, tmp_path / 'some.pth')
+        saved(content, cache / 'some.pth')  # as if downloaded before
+        monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+        monkeypatch.setenv('MMENGINE_HOME', str(tmp_path))
+        for table in ('get_torchvision_models', 'get_mmcls_models'):
+            monkeypatch.setattr(checkpoint_module, table, lambda: {'some': url})
+        models = {'some': url, 'local': 'some.pth'}
+        monkeypatch.setattr(checkpoint_module, 'get_external_models', lambda: models)
+        backend = types.SimpleNamespace(get=lambda _: Path(path).read_bytes())
+        monkeypatch.setattr(checkpoint_module, 'get_file_backend', lambda *_, **__: backend)
+        stored = types.SimpleNamespace(name='some.pth', download=lambda to: shutil.copy(path, to))
+        cloud = types.SimpleNamespace(modelcloud=types.SimpleNamespace(get=lambda _: stored))
+        monkeypatch.setitem(sys.modules, 'pavi', cloud)
+        monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+        CheckpointLoader.register_scheme(
+            'mine://', lambda name, where: checkpoint_module.load_from_local(path, where)
+        )
+        return {'local': path, 'https': url}.get(scheme, scheme)
+
+    return place
+
+
+SCHEMES = (
+    'local', 'https', 'pavi://some', 's3://some', 'torchvision://some', 'open-mmlab://some',
+    'open-mmlab://local', 'mmcls://some', 'mine://some',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_every_scheme_refuses_code_whatever_the_environment_says(
+    scheme, schemes, tmp_path, monkeypatch
+):
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    target = tmp_path / 'ran'
+    path = schemes(scheme, {'state_dict': {}, 'meta': Call(os.mkdir, str(target))})
+    with pytest.raises(pickle.UnpicklingError, match=r'was not loaded: it carries code'):
+        CheckpointLoader.load_checkpoint(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+@pytest.mark.parametrize('variable', ['TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', 'UNRELATED'])
+def test_loading_leaves_the_environment_and_other_threads_alone(
+    scheme, variable, schemes, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(variable, '1')
+    own = saved({'mine': Path('some')}, tmp_path / 'own.pth')  # no weights
+    path = schemes(scheme, {'state_dict': {'backbone.a': torch.ones(2)}})
+    before = dict(os.environ)
+    inside, finished = threading.Event(), threading.Event()
+
+    def in_the_midst(storage, location):
+        inside.set()
+        assert finished.wait(60)
+
+    with ThreadPoolExecutor() as pool:
+        loading = pool.submit(CheckpointLoader.load_checkpoint, path, in_the_midst)
+        try:
+            assert inside.wait(60) or loading.result()
+            assert dict(os.environ) == before
+            assert torch.load(own, weights_only=False) == {'mine': Path('some')}
+        finally:
+            finished.set()
+        assert next(iter(loading.result()['state_dict'].values())).tolist() == [1, 1]
+    assert dict(os.environ) == before
+
+
+def test_a_wrong_map_location_is_no_damaged_file(tmp_path):
+    def fails(storage, location):
+        raise ZeroDivisionError('mine')
+
+    path = saved({'state_dict': {'a': torch.ones(2)}}, tmp_path / 'a.pth')
+    with pytest.raises(ZeroDivisionError, match='mine'):
+        CheckpointLoader.load_checkpoint(path, fails)
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,15 @@ _META = 'hat_mm'  # key of the JSON text in the header of a safetensors file
 _PACKED = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'7z\xbc\xaf': '7z'}
 
 
-def read(path: str | Path) -> Any:
-    """Reads a checkpoint file onto the CPU.
+def read(path: str | Path, map_location: Any = None) -> Any:
+    """Reads a checkpoint file.
 
     Args:
         path: A file that ``torch.save`` wrote, or one whose name ends with ``.safetensors``.
+        map_location: Where tensors go, as in ``torch.load``: a device; a dictionary from names of
+            devices to others; or a function of a storage and its device's name that returns a
+            storage, or None to leave it there. By default the CPU, from where all tensors of a
+            safetensors file come.
 
     Returns:
         What the file holds; for safetensors a dictionary with ``state_dict``, ``meta`` and
@@ -47,15 +51,17 @@ def read(path: str | Path) -> Any:
         hat_mm.compat.DependencyError: safetensors is not installed.
     """
     path = Path(path)
+    if map_location is None:
+        map_location = 'cpu'
     with open(path, 'rb') as file:
         start = file.read(512)
     if path.name.endswith('.safetensors'):
-        return _read_safetensors(path)
+        return _read_safetensors(path, map_location)
     _refuse_archives(path, start)
     _allow_history_buffers()
     try:
         with compat.reading(str(path)), warnings.catch_warnings(action='ignore'):
-            return torch.load(path, map_location='cpu', weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         # To torch the name of a class that is cut off is one that is not allowed.
         if start.startswith(b'PK') or not _ends_early(path):
@@ -133,7 +139,20 @@ def _safetensors() -> Any:
     return importlib.import_module('safetensors')
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def _moved(tensor: Tensor, map_location: Any) -> Tensor:
+    """A tensor on the CPU where ``torch.load`` would put it."""
+    if isinstance(map_location, dict):
+        map_location = map_location.get('cpu', 'cpu')
+    if isinstance(map_location, str | torch.device):
+        return tensor.to(map_location)
+    storage = map_location(tensor.untyped_storage(), 'cpu')
+    if storage is None:
+        return tensor
+    moved = tensor.new_empty(0, device=storage.device)
+    return moved.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def _read_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
     library = _safetensors()
     checkpoint: dict[str, Any] = {'state_dict': {}, 'meta': {}, UNUSED: {}}
     try:
@@ -152,6 +171,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             f'{path} was not loaded: it is no safetensors file, or is damaged '
             f'({" ".join(str(error).split())[:200]})'
         ) from error
+    for part in ('state_dict', UNUSED):
+        checkpoint[part] = {k: _moved(v, map_location) for k, v in checkpoint[part].items()}
     return {key: value for key, value in checkpoint.items() if value or key == 'state_dict'}
 
 

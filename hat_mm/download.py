@@ -20,7 +20,6 @@ from urllib.parse import quote, unquote, urlsplit
 import torch
 from mmengine.dist import barrier, get_rank
 from mmengine.logging import print_log
-from mmengine.utils import apply_to
 
 import hat_mm
 
@@ -321,8 +320,7 @@ def load_from_hat_mm(filename: str, map_location: Any = None) -> Any:
 
     Args:
         filename: Path, or address that :func:`fetch` allows.
-        map_location: Device of the tensors, by default the CPU. Functions and dictionaries, which
-            ``torch.load`` takes, are ignored.
+        map_location: See :func:`hat_mm.checkpoint_io.read`.
 
     Returns:
         What :func:`hat_mm.checkpoint_io.read` returns.
@@ -332,10 +330,7 @@ def load_from_hat_mm(filename: str, map_location: Any = None) -> Any:
         OSError, pickle.UnpicklingError: See :func:`hat_mm.checkpoint_io.read`.
     """
     path = _fetch_once(filename) if '://' in filename else Path(os.path.expanduser(filename))
-    checkpoint = checkpoint_io.read(path)
-    if isinstance(map_location, str | torch.device):
-        checkpoint = apply_to(checkpoint, torch.is_tensor, lambda t: t.to(map_location))
-    return checkpoint
+    return checkpoint_io.read(path, map_location)
 
 
 def _fetch_once(url: str) -> Path:

@@ -689,12 +689,80 @@ def test_safetensors_load_from_paths_and_addresses(server, cache, tmp_path):
     assert 'missing.safetensors' in explain(caught.value)
 
 
-def test_map_location(tmp_path):
+@pytest.fixture(params=['safetensors', 'pth', 'old.pth'])
+def small_file(request, tmp_path):
+    """A file whose loader is ours: tensors of two types, one of them a number."""
+    path = tmp_path / f'tiny.{request.param}'
+    state = {'a': torch.arange(6.0).view(2, 3), 'n': torch.tensor(3)}
+    if request.param == 'old.pth':
+        torch.save({'state_dict': state}, path, _use_new_zipfile_serialization=False)
+    else:
+        checkpoint_io.write(path, {'state_dict': state})
+    return str(path), state
+
+
+def on_meta(storage, location):
+    return torch.UntypedStorage(storage.nbytes(), device='meta')
+
+
+@pytest.mark.parametrize(
+    ('location', 'device'),
+    [
+        (None, 'cpu'),
+        ('meta', 'meta'),
+        (torch.device('meta'), 'meta'),
+        ({'cpu': 'meta'}, 'meta'),
+        ({'cuda:0': 'meta'}, 'cpu'),
+        (on_meta, 'meta'),
+        (lambda storage, location: None, 'cpu'),
+        (lambda storage, location: storage, 'cpu'),
+    ],
+)
+def test_map_location_means_what_it_does_in_torch(small_file, location, device):
+    path, state = small_file
+    loaded = download.load_from_hat_mm(path, location)['state_dict']
+    for name, value in state.items():
+        assert loaded[name].device.type == device
+        assert (loaded[name].dtype, loaded[name].shape) == (value.dtype, value.shape)
+        assert device == 'meta' or torch.equal(loaded[name], value)
+
+
+def test_a_function_as_map_location_sees_what_torch_shows_it(small_file):
+    path, state = small_file
+    seen = []
+
+    def doubled(storage, location):
+        seen.append((type(storage), storage.nbytes(), location))
+        return storage.clone()
+
+    loaded = download.load_from_hat_mm(path, doubled)['state_dict']
+    assert {name: value.tolist() for name, value in loaded.items()} == {
+        name: value.tolist() for name, value in state.items()
+    }
+    assert sorted(seen, key=lambda call: call[1]) == [
+        (torch.UntypedStorage, 8, 'cpu'),
+        (torch.UntypedStorage, 24, 'cpu'),
+    ]
+
+
+def test_a_wrong_map_location_is_no_damaged_file(small_file):
+    path, _ = small_file
+
+    def fails(storage, location):
+        raise ZeroDivisionError('mine')
+
+    with pytest.raises(ZeroDivisionError, match='mine'):
+        download.load_from_hat_mm(path, fails)
+    for wrong in ('nowhere', {'cpu': 'nowhere'}):
+        with pytest.raises(RuntimeError, match='nowhere'):
+            download.load_from_hat_mm(path, wrong)
+
+
+def test_map_location_through_mmengine(tmp_path):
     path = str(tmp_path / 'tiny.safetensors')
     checkpoint_io.write(path, {'state_dict': {'a': torch.ones(3)}})
-    for location, device in (('meta', 'meta'), (torch.device('meta'), 'meta'), (None, 'cpu')):
-        loaded = CheckpointLoader.load_checkpoint(path, location)
-        assert loaded['state_dict']['a'].device.type == device
+    loaded = CheckpointLoader.load_checkpoint(path, on_meta)
+    assert loaded['state_dict']['a'].device.type == 'meta'
 
 
 @pytest.mark.parametrize(

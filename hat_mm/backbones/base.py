@@ -327,10 +327,9 @@ class HierarchicalBackbone(Deployable, BaseModule):
             # The whole model comes before its parts, and has listed what none of them takes.
             raise ValueError(
                 f'the checkpoint holds no tensor for {prefix[:-1]!r}, a {type(self).__name__}, but '
-                'those of a backbone alone. Such a file, official or not (but for an official one '
-                'of a classifier with a backbone of its family), cannot be load_from of a whole '
-                "model: set model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE) "
-                'instead.'
+                'those of a backbone alone. No whole model takes such a file as load_from (but a '
+                'classifier an official one of its family): set '
+                "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE) instead."
             )
         super()._load_from_state_dict(
             state_dict,

@@ -53,6 +53,7 @@ class NameMap:
         marker: Pattern that some name of every official file matches from its start, and no name
             of another family does.
         native_marker: The same for the names of a backbone of this family.
+        first_conv: Native name of the weight of the convolution that sees the image.
         head: What stands before ``weight`` and ``bias`` of the classifier's linear layer.
         tables: Pattern of the names (matched whole) of tensors that are not learned: their values,
             and shapes, follow from a resolution.
@@ -73,6 +74,7 @@ class NameMap:
     family: str
     marker: str
     native_marker: str
+    first_conv: str
     head: str
     tables: str
     unused: str
@@ -161,6 +163,7 @@ FASTERVIT_NAMES = NameMap(
     family='FasterViT',
     marker=r'levels\.\d\.|patch_embed\.conv_down\.',
     native_marker=r'stages\.\d\.blocks\.\d+\.window\.|stem\.norm1\.',
+    first_conv='stem.conv1.weight',
     head='head.',
     # Computed here, for the grid of each input.
     tables=r'.*\.(relative_coords_table|relative_position_index|relative_bias)',
@@ -214,6 +217,7 @@ HAT_NET_NAMES = NameMap(
     family='HATNet',
     marker=r'blocks\.\d\.\d+\.attn\.(grid|proj)_norm\.|ds\d\.conv\.',
     native_marker=r'stages\.\d\.blocks\.\d+\.conv\.norm1\.|stem\.norm\.',
+    first_conv='stem.conv1.weight',
     head='classifier.1.',
     tables='(?!)',
     # A norm that the published network never uses.
@@ -272,6 +276,7 @@ SWIN_NAMES = NameMap(
     family='SwinHAT',
     marker=r'patch_embed\.proj(ection)?\.',
     native_marker=r'stages\.\d\.blocks\.\d+\.attn\.bias\.relative_position_bias_table',
+    first_conv='stem.conv.weight',
     head='head.',
     tables=r'.*\.(relative_position_index|attn_mask)',
     unused='(?!)',
@@ -308,6 +313,7 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 
 # Of the networks whose official files can be converted to files of the same network and back.
 NAME_MAPS = (FASTERVIT_NAMES, HAT_NET_NAMES)
+_ALL_NAMES = (*NAME_MAPS, SWIN_NAMES)
 
 
 @dataclass(frozen=True)
@@ -410,6 +416,7 @@ class LoadReport:
         kept: Names that need not be in the checkpoint and are not, which keep their values.
         dropped: Names in the checkpoint that a backbone has no use for.
         new: Names of what the backbone adds to the published network, which keep their values.
+        adapted: Names of what was made for colour images and is for images of other channels now.
     """
 
     loaded: tuple[str, ...]
@@ -419,6 +426,7 @@ class LoadReport:
     kept: tuple[str, ...]
     dropped: tuple[str, ...]
     new: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -435,6 +443,7 @@ class LoadReport:
             'new': self.new,
             'kept as they were': self.kept,
             'dropped': self.dropped,
+            'summed or repeated over colours': self.adapted,
         }
         for label, names in labels.items():
             if names:
@@ -501,6 +510,26 @@ def compare(own: Mapping[str, Tensor], state: Mapping[str, Any], spare: str) -> 
     )
 
 
+def is_backbone_alone(names: Collection[str]) -> bool:
+    """Tells whether names are a backbone's without a prefix, official or native, of any family."""
+    return any(m.matches(names) or m.matches_native(names) for m in _ALL_NAMES)
+
+
+def fit_channels(weight: Tensor, channels: int) -> Tensor:
+    """Brings the weight of a convolution that sees colour images to another number of channels.
+
+    As timm does it: one channel gets the sum over the colours, more get the colours in turn, scaled
+    so that the response to a grey image keeps its size.
+
+    Args:
+        weight: (out, 3, kernel height, kernel width).
+        channels: Channels of the images.
+    """
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
+
+
 def adapt(
     state: Mapping[str, Any],
     own: Mapping[str, Tensor],
@@ -509,6 +538,8 @@ def adapt(
     unused: str,
 ) -> tuple[dict[str, Any], LoadReport]:
     """Brings what a user loads into a backbone to the backbone's names.
+
+    A first convolution for colour images is brought to the backbone's channels.
 
     Args:
         state: Names relative to the backbone and their tensors; a training checkpoint with the
@@ -521,22 +552,25 @@ def adapt(
 
     Returns:
         The state dict in native names, with the own values of tensors that need not be in the file,
-        and the report.
+        and the report. Of a file in native names the report need not be complete.
 
     Raises:
-        ValueError: The state dict is of another family or no checkpoint at all, or an official
+        ValueError: The state dict is of another network or no checkpoint at all, or an official
             file that does not fill the backbone exactly.
     """
     state = unwrap(state)
     if not name_map.matches(state):
-        if not any(name in own for name in state):
-            raise ValueError(_foreign(state, name_map, own))
-        # A file without anything that was added starts a network with it, as an official one does.
+        _refuse_foreign(state, own, name_map)
+        state, adapted = _with_channels(state, own, name_map.first_conv)
+        # A file with all but what was added starts a network with it, as an official one does.
+        spare = rf'{unused}|{name_map.added}'
         has_added = any(re.fullmatch(name_map.added, name) for name in state)
-        spare = unused if has_added else rf'{unused}|{name_map.added}'
+        if has_added or compare(own, state, spare).missing:
+            spare = unused
         report = _with_new(compare(own, state, spare), name_map)
-        return {**{name: own[name] for name in (*report.kept, *report.new)}, **state}, report
-    native = name_map.to_native(state)
+        state = {**{n: v for n, v in own.items() if re.fullmatch(spare, n)}, **state}
+        return state, replace(report, adapted=adapted)
+    native, adapted = _with_channels(name_map.to_native(state), own, name_map.first_conv)
     no_use = tuple(name for name in state if re.fullmatch(name_map.dropped, name))
     no_use += tuple(name for name in native if re.fullmatch(unused, name))
     native = {name: value for name, value in native.items() if name not in no_use}
@@ -548,7 +582,22 @@ def adapt(
         )
     optional = rf'{unused}|{name_map.added}|.*{_COUNTER}'
     native = {**{n: v for n, v in own.items() if re.fullmatch(optional, n)}, **native}
-    return native, replace(report, dropped=no_use)
+    return native, replace(report, dropped=no_use, adapted=adapted)
+
+
+def _with_channels(
+    state: Mapping[str, Any], own: Mapping[str, Tensor], name: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Fits the first convolution, ``name``, to the backbone's; returns what it changed, too."""
+    weight, mine = state.get(name), own.get(name)
+    if (
+        not (_is_dense(weight) and _is_dense(mine))
+        or not weight.ndim == mine.ndim == 4
+        or weight.shape[1] != 3
+        or mine.shape[1] == 3
+    ):
+        return dict(state), ()
+    return {**state, name: fit_channels(weight, mine.shape[1])}, (name,)
 
 
 def _with_new(report: LoadReport, name_map: NameMap) -> LoadReport:
@@ -566,17 +615,26 @@ def _remedy(report: LoadReport) -> str:
     return 'Use the file of this arch, or the arch of this file.'
 
 
-def _foreign(state: Collection[str], name_map: NameMap, own: Iterable[str]) -> str:
+def _refuse_foreign(state: Collection[str], own: Collection[str], name_map: NameMap) -> None:
+    """Raises ValueError unless names that are no official ones are a backbone's, or some of it."""
     if not state:
-        return f'no tensors to load into a {name_map.family}: the checkpoint is empty'
-    names = ', '.join(map(repr, list(state)[:3]))
-    hint = ''
-    if any(f'.{name}'.find('.backbone.') >= 0 for name in map(str, state)):
+        raise ValueError(f'no tensors to load into a {name_map.family}: the checkpoint is empty')
+    strange = [name for name in state if name not in own]
+    others = (m for m in _ALL_NAMES if m.family != name_map.family)
+    other = next((m.family for m in others if m.matches(strange) or m.matches_native(strange)), '')
+    # Other networks have some names in common with ours, norms of outputs for example.
+    num_known = len(state) - len(strange)
+    native = num_known > len(strange) or (num_known and name_map.matches_native(state))
+    if native and not other:
+        return
+    names = ', '.join(map(repr, strange[:3]))
+    hint = f' It looks like a {other}.' if other else ''
+    if any('.backbone.' in f'.{name}' for name in state):
         hint = (
             " It looks like a whole detector's or segmentor's: take the backbone out of it with "
             "init_cfg=dict(type='Pretrained', checkpoint=FILE, prefix='backbone.')."
         )
-    return (
+    raise ValueError(
         f'this is no {name_map.family} checkpoint: it holds names such as {names}; expected the '
         f'names of an official file or of this backbone ({next(iter(own))!r}, …).{hint}'
     )

@@ -340,12 +340,14 @@ def test_nothing_filled_is_an_error_with_overrides_too(tmp_path):
 def test_weights_of_another_model_are_an_error_with_overrides_too(official, tmp_path, inference):
     """Batch norms write to their counters themselves, which does not count as filled."""
     torch.save(hat_mm.get_model(HAT_NET).state_dict(), tmp_path / 'hat_net.pth')
-    with torch.inference_mode(inference), pytest.raises(ValueError, match=r'fit|fill'):
-        hat_mm.get_model(
-            'fastervit-0_3rdparty_in1k',
-            pretrained=tmp_path / 'hat_net.pth',
-            head=dict(num_classes=7),
-        )
+    torch.save({'head.fc.bias': torch.zeros(7)}, tmp_path / 'head.pth')
+    for file, told in (('hat_net.pth', 'no FasterViT checkpoint'), ('head.pth', 'does not fill')):
+        with torch.inference_mode(inference), pytest.raises(ValueError, match=told):
+            hat_mm.get_model(
+                'fastervit-0_3rdparty_in1k',
+                pretrained=tmp_path / file,
+                head=dict(num_classes=7),
+            )
     # A backbone alone is not what a segmentor has besides.
     with pytest.raises(ValueError, match=r'where nothing is overridden: it lacks neck\.'):
         hat_mm.get_model(

@@ -1,6 +1,7 @@
 """What all backbones share: arguments, freezing, outputs, loading."""
 
 import difflib
+import logging
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hat_mm.checkpoints import NameMap, adapt, unwrap
+from hat_mm.checkpoints import NameMap, adapt, is_backbone_alone, unwrap
 from hat_mm.layers import (
     Deployable,
     MapNorm,
@@ -315,11 +316,21 @@ class HierarchicalBackbone(Deployable, BaseModule):
         """Loads, after bringing the names of official files to ours.
 
         Overridden because PyTorch's and mmengine's loading both call it, with this backbone's part
-        of the state dict, before they look at the children.
+        of the state dict, before they look at the children. What a native file lacks or has beyond
+        this backbone is theirs to tell.
         """
         state = {k[len(prefix) :]: state_dict.pop(k) for k in [*state_dict] if k.startswith(prefix)}
-        state = self._adapt(state, prefix)
-        state_dict.update({prefix + name: value for name, value in state.items()})
+        if state or not prefix:
+            state = self._adapt(state)
+            state_dict.update({prefix + name: value for name, value in state.items()})
+        elif is_backbone_alone(unexpected_keys):
+            # The whole model comes before its parts, and has listed what none of them takes.
+            raise ValueError(
+                f'the checkpoint holds no tensor for {prefix[:-1]!r}, a {type(self).__name__}, but '
+                'those of a backbone alone. No whole model takes such a file as load_from (but a '
+                'classifier an official one of its family): set '
+                "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE) instead."
+            )
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -351,31 +362,21 @@ class HierarchicalBackbone(Deployable, BaseModule):
             del state_dict[name]
         state_dict.update({prefix + name: value for name, value in state.items()})
 
-    def _adapt(self, state: dict[str, Any], prefix: str) -> dict[str, Any]:
-        family = type(self).__name__
+    def _adapt(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Brings what is loaded to this backbone's names, and logs what it fills."""
         self.refuse_loading()
-        if prefix and not state:
-            raise ValueError(
-                f'the checkpoint holds no tensor for {prefix[:-1]!r}, a {family}. A file of a '
-                'backbone alone, or an official file (but for a classifier with a backbone of its '
-                'family), cannot be load_from of a whole model: set '
-                "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE) instead."
-            )
-        own = self.state_dict()
         built = len(self.stages)
         unused = rf'norm\d\..*|stages\.[{built}-9]\..*'
         last = getattr(self, f'norm{len(self.depths) - 1}', None)
         if self.name_map.last_norm and isinstance(last, self.published_out_norm):
             # The norm of the last map is part of the official files and fits.
             unused = rf'norm[0-{len(self.depths) - 2}]\..*|stages\.[{built}-9]\..*'
-        state, report = adapt(state, own, self.name_map, self.arch, unused)
-        print_log(f'{family} {self.arch}: {report}', logger='current')
-        if not prefix and not report.complete:
-            # mmengine would only warn, and whether torch was told strict=False cannot be seen here.
-            raise ValueError(
-                f'the checkpoint does not fit {family} arch {self.arch}: {report}. Use the arch '
-                'that it was made with. To load a part on purpose, update state_dict() with it.'
-            )
+        state, report = adapt(state, self.state_dict(), self.name_map, self.arch, unused)
+        print_log(
+            f'{type(self).__name__} {self.arch}: {report}',
+            logger='current',
+            level=logging.INFO if report.complete else logging.WARNING,
+        )
         return state
 
 

@@ -315,7 +315,8 @@ class SwinHAT(HierarchicalBackbone):
 
     ImageNet weights of Swin fill all that the two networks share, whether a file has the names of
     the official repository, mmpretrain or mmdet; tables of another window are interpolated. The
-    carriers' tensors are then new, and the report that is logged says so.
+    carriers' tensors are then new, initialized as for training from scratch, and the report that is
+    logged says so.
 
     Sources: https://arxiv.org/abs/2103.14030 and https://arxiv.org/abs/2306.06189.
 
@@ -411,7 +412,14 @@ class SwinHAT(HierarchicalBackbone):
             ]
             self.stages.append(SwinStage(downsample, tokenizer, blocks, self.with_cp))
 
-    def _adapt(self, state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    def init_weights(self) -> None:
+        """Initializes from scratch before a file is loaded, too: no Swin file has the carriers."""
+        configs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or ()
+        if any('Pretrained' in str(config.get('type')) for config in configs):
+            self.init_cfg = [*self.from_scratch, *configs]  # mmengine loads files last
+        super().init_weights()
+
+    def _adapt(self, state: dict[str, Any]) -> dict[str, Any]:
         """Brings position tables of other windows to this one's, then names to ours."""
         state, resized = dict(unwrap(state)), 0
         for name, table in state.items():
@@ -432,4 +440,4 @@ class SwinHAT(HierarchicalBackbone):
                 f'window_size {self.spec.window_size}',
                 logger='current',
             )
-        return super()._adapt(state, prefix)
+        return super()._adapt(state)

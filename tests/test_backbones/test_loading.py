@@ -204,15 +204,38 @@ OTHERS = {'FasterViT': 'HATNet', 'HATNet': 'SwinHAT', 'SwinHAT': 'FasterViT'}
     [
         lambda name: {'layer1.0.conv1.weight': torch.zeros(1)},
         lambda name: {'blocks.0.0.attn.q.weight': torch.zeros(1)},
+        # mmpretrain's has norms of its outputs that are called as ours.
+        lambda name: {'stages.0.0.gamma': torch.zeros(1), 'norm3.weight': torch.zeros(1)},
         lambda name: official(OTHERS[name]),
         lambda name: make(OTHERS[name]).state_dict(),
+        lambda name: {'roi_head.bbox_head.fc_cls.weight': torch.zeros(1)},
         lambda name: {'epoch': 3},
     ],
-    ids=['resnet', 'twins', 'other family', 'native names of the other family', 'no checkpoint'],
+    ids=[
+        'resnet',
+        'twins',
+        'convnext',
+        'other family',
+        'native names of the other family',
+        'head',
+        'no checkpoint',
+    ],
 )
-def test_file_of_another_family(name, state):
-    with pytest.raises(ValueError, match=f'no {name} checkpoint|does not fit {name}'):
-        make(name).load_state_dict(state(name))
+def test_file_of_another_network(name, state):
+    state = state(name)
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=f'no {name} checkpoint'):
+            make(name).load_state_dict(state, strict=strict)
+    inside = {f'backbone.{key}': value for key, value in state.items()}
+    with pytest.raises(ValueError, match=f'no {name} checkpoint'):
+        Detector(name).load_state_dict(inside, strict=False)
+
+
+def test_names_in_common_make_no_file_of_the_family():
+    state = official('SwinHAT')
+    state |= {'norm3.weight': torch.zeros(32), 'stages.0.blocks.0.norm1.weight': torch.zeros(4)}
+    with pytest.raises(ValueError, match='looks like a SwinHAT'):
+        make('FasterViT').load_state_dict(state)
 
 
 def test_empty_file(name):
@@ -225,13 +248,36 @@ def test_detector_file_in_a_backbone_points_to_prefix(name):
         make(name).load_state_dict(Detector(name).state_dict())
 
 
-def test_official_file_as_load_from_points_to_init_cfg(name, file):
+@pytest.mark.parametrize('of', ['official', 'official of another family', 'native'])
+def test_backbone_alone_as_load_from_points_to_init_cfg(name, of, tmp_path):
+    state = official(OTHERS[name] if 'another' in of else name)
+    state = make(name).state_dict() if of == 'native' else state
+    path = str(tmp_path / 'alone.pth')
+    torch.save({'state_dict': state}, path)
     for load in (
-        lambda m: load_checkpoint(m, file, map_location='cpu'),
-        lambda m: m.load_state_dict(official(name)),
+        lambda m: load_checkpoint(m, path, map_location='cpu'),
+        lambda m: m.load_state_dict(state),
+        lambda m: m.load_state_dict(state, strict=False),
     ):
         with pytest.raises(ValueError, match=r'backbone\.init_cfg'):
             load(Detector(name))
+
+
+def test_head_alone_is_no_error(name, tmp_path):
+    path = str(tmp_path / 'head.pth')
+    head = {'head.weight': torch.ones(4, 32, 1, 1), 'neck.bias': torch.ones(1)}
+    torch.save({'state_dict': head}, path)
+    model = Detector(name)
+    before = copy.deepcopy(model.backbone.state_dict())
+    load_checkpoint(model, path)
+    assert (model.head.weight == 1).all()
+    assert all(torch.equal(v, before[k]) for k, v in model.backbone.state_dict().items())
+    missing, unexpected = model.load_state_dict(head, strict=False)
+    # PyTorch does not ask plain dicts for counters of batches.
+    assert set(missing) == {'head.bias', *(f'backbone.{k}' for k in before if 'num_b' not in k)}
+    assert unexpected == ['neck.bias']
+    with pytest.raises(RuntimeError, match='Missing key'):
+        model.load_state_dict(head)
 
 
 def test_own_checkpoints_load_as_usual(name, tmp_path, log):
@@ -254,13 +300,88 @@ def test_own_checkpoints_load_as_usual(name, tmp_path, log):
     assert 'tensors loaded' in log.getvalue()
 
 
-def test_incomplete_native_file(name, tmp_path):
-    state = make(name).state_dict()
-    del state[[key for key in state if key.startswith('stages.2.blocks.1.')][3]]
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+@pytest.mark.parametrize('part', ['stages.2.', 'stages.1.blocks.0.adapter.', 'stem.', 'norm0.'])
+def test_part_of_a_native_file(name, prefix, part, tmp_path, log):
+    def build():
+        model = Detector(name, out_norm_cfg=dict(type='BN'))
+        model.backbone.stages[1].blocks[0].adapter = torch.nn.Linear(2, 2)
+        return model if prefix else model.backbone
+
+    whole = build().state_dict()
+    state = {k: v + 1 for k, v in whole.items() if k.startswith(prefix + part)}
+    path = str(tmp_path / 'part.pth')
+    torch.save(state, path)
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    load_checkpoint(model, path)
+    assert 'WARNING' in log.getvalue()
+    assert f': {len([k for k in state if "num_b" not in k])} of ' in log.getvalue()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state.get(key, before[key])), key
+    missing, unexpected = build().load_state_dict(state, strict=False)
+    # Each task trains its own norms of outputs, but for the one that official files have.
+    own = tuple(f'{prefix}norm{i}.' for i in range(4 if name != 'FasterViT' else 3))
+    needed = {k for k in whole if not k.startswith(own) and 'num_b' not in k}
+    assert set(missing) == needed - set(state)
+    assert not unexpected
+    with pytest.raises(RuntimeError, match='Missing key'):
+        build().load_state_dict(state)
+
+
+def test_what_does_not_fit_in_a_native_file_is_told_by_torch(name, tmp_path, log):
+    model, state = make(name), make(name).state_dict()
+    gone = [key for key in state if key.startswith('stages.2.blocks.1.')][3]
+    del state[gone]
+    missing, unexpected = model.load_state_dict({**state, 'x': torch.ones(1)}, strict=False)
+    assert (missing, unexpected) == ([gone], ['x'])
+    assert f'WARNING {name} custom' in log.getvalue()
+    assert f'1 missing ({gone}); 1 unexpected (x)' in log.getvalue()
     path = str(tmp_path / 'native.pth')
     torch.save(state, path)
-    with pytest.raises(ValueError, match='1 missing'):
-        load_checkpoint(make(name), path)
+    load_checkpoint(model, path)
+    with pytest.raises(RuntimeError, match='Missing key'):
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match='size mismatch'):
+        model.load_state_dict({**state, gone: torch.ones(1, 2, 3)}, strict=False)
+
+
+@pytest.mark.parametrize('channels', [1, 2, 4, 6])
+@pytest.mark.parametrize('of', ['official', 'native'])
+def test_file_for_colours_in_a_backbone_for_other_images(name, of, channels, tmp_path, log):
+    colours = make(name).eval()
+    colours.load_state_dict(official(name))
+    path = str(tmp_path / 'colours.pth')
+    torch.save(official(name) if of == 'official' else colours.state_dict(), path)
+    init_cfg = dict(type='Pretrained', checkpoint=path)
+    backbone = make(name, in_channels=channels, init_cfg=init_cfg).eval()
+    backbone.init_weights()
+    conv = FAMILIES[name].name_map.first_conv
+    assert f'1 summed or repeated over colours ({conv})' in log.getvalue()
+    weight, ours = (network.state_dict()[conv] for network in (colours, backbone))
+    expected = weight.sum(1, keepdim=True)
+    if channels > 1:
+        expected = torch.stack([weight[:, i % 3] * 3 / channels for i in range(channels)], 1)
+    torch.testing.assert_close(ours, expected)
+    if channels in (1, 6):  # each colour as often as the others: a grey image is the same to both
+        grey = torch.randn(1, 1, 40, 40)
+        with torch.no_grad():
+            maps = zip(
+                backbone.stem(grey.expand(-1, channels, -1, -1)),
+                colours.stem(grey.expand(-1, 3, -1, -1)),
+                strict=True,
+            )
+        for mine, reference in maps:
+            torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_file_for_four_channels_fits_only_four(name):
+    state = make(name, in_channels=4).state_dict()
+    make(name, in_channels=4).load_state_dict(state)
+    with pytest.raises(RuntimeError, match='size mismatch'):
+        make(name).load_state_dict(state)
+    with pytest.raises(ValueError, match='1 mismatched'):
+        make(name).load_state_dict(FAMILIES[name].name_map.to_official(state)[0])
 
 
 def test_first_name_of_the_carrier_convolution_counts():

@@ -157,12 +157,17 @@ class NameMap:
         return tuple(depths[stage] for stage in sorted(depths))
 
 
+def rename_old(name: str) -> str:
+    """The name that a tensor has today, of one that hat_mm 0.1 saved."""
+    return re.sub(r'(^|\.)(blocks\.\d+\.(?:window|carrier))\.', r'\1\2_attn.', name)
+
+
 _BLOCK = r'^(stages\.[23]\.blocks\.\d+\.)'
 
 FASTERVIT_NAMES = NameMap(
     family='FasterViT',
     marker=r'levels\.\d\.|patch_embed\.conv_down\.',
-    native_marker=r'stages\.\d\.blocks\.\d+\.window\.|stem\.norm1\.',
+    native_marker=r'stages\.\d\.blocks\.\d+\.window(_attn)?\.|stem\.norm1\.',
     first_conv='stem.conv1.weight',
     head='head.',
     # Computed here, for the grid of each input.
@@ -181,11 +186,11 @@ FASTERVIT_NAMES = NameMap(
         (r'\.downsample\.reduction\.0\.', '.downsample.conv.'),
         (r'^levels\.', 'stages.'),
         (r'\.global_tokenizer\.to_global_feature\.pos\.', '.tokenizer.conv.'),
-        (_BLOCK + 'hat_', r'\1carrier.'),
-        (_BLOCK + '(gamma[12])$', r'\1carrier.\2'),
-        (_BLOCK + 'gamma3$', r'\1window.gamma1'),
-        (_BLOCK + 'gamma4$', r'\1window.gamma2'),
-        (_BLOCK + r'(?!carrier\.|window\.)', r'\1window.'),
+        (_BLOCK + 'hat_', r'\1carrier_attn.'),
+        (_BLOCK + '(gamma[12])$', r'\1carrier_attn.\2'),
+        (_BLOCK + 'gamma3$', r'\1window_attn.gamma1'),
+        (_BLOCK + 'gamma4$', r'\1window_attn.gamma2'),
+        (_BLOCK + r'(?!carrier_attn\.|window_attn\.)', r'\1window_attn.'),
         (r'\.pos_emb_funct\.cpb_mlp\.', '.bias.cpb_mlp.'),
         (r'\.cpb_mlp\.0\.', '.fc1.'),
         (r'\.cpb_mlp\.2\.', '.fc2.'),
@@ -199,14 +204,20 @@ FASTERVIT_NAMES = NameMap(
         (r'^stages\.(\d)\.downsample\.', lambda m: f'levels.{int(m[1]) - 1}.downsample.'),
         (r'\.downsample\.conv\.', '.downsample.reduction.0.'),
         (r'\.tokenizer\.conv\.', '.global_tokenizer.to_global_feature.pos.'),
-        (_BLOCK + r'(window|carrier)\.(attn\.bias|pos_embed)\.fc1\.', r'\1\2.\3.cpb_mlp.0.'),
-        (_BLOCK + r'(window|carrier)\.(attn\.bias|pos_embed)\.fc2\.', r'\1\2.\3.cpb_mlp.2.'),
+        (
+            _BLOCK + r'(window|carrier)_attn\.(attn\.bias|pos_embed)\.fc1\.',
+            r'\1\2_attn.\3.cpb_mlp.0.',
+        ),
+        (
+            _BLOCK + r'(window|carrier)_attn\.(attn\.bias|pos_embed)\.fc2\.',
+            r'\1\2_attn.\3.cpb_mlp.2.',
+        ),
         (r'\.attn\.bias\.cpb_mlp\.', '.attn.pos_emb_funct.cpb_mlp.'),
-        (_BLOCK + r'window\.gamma1$', r'\1gamma3'),
-        (_BLOCK + r'window\.gamma2$', r'\1gamma4'),
-        (_BLOCK + r'window\.', r'\1'),
-        (_BLOCK + r'carrier\.(gamma[12])$', r'\1\2'),
-        (_BLOCK + r'carrier\.', r'\1hat_'),
+        (_BLOCK + r'window_attn\.gamma1$', r'\1gamma3'),
+        (_BLOCK + r'window_attn\.gamma2$', r'\1gamma4'),
+        (_BLOCK + r'window_attn\.', r'\1'),
+        (_BLOCK + r'carrier_attn\.(gamma[12])$', r'\1\2'),
+        (_BLOCK + r'carrier_attn\.', r'\1hat_'),
         (r'^stages\.', 'levels.'),
     ),
     block=r'levels\.(\d)\.blocks\.(\d+)\.',
@@ -302,7 +313,7 @@ SWIN_NAMES = NameMap(
     ),
     block=r'(?:layers|stages)\.(\d)\.blocks\.(\d+)\.',
     last_norm=True,
-    added=r'stages\.\d\.(tokenizer|blocks\.\d+\.carrier)\..*',
+    added=r'stages\.\d\.(tokenizer|blocks\.\d+\.carrier_attn)\..*',
     to_value=_swin_merging('native'),
     from_value=_swin_merging('official'),
 )
@@ -558,7 +569,7 @@ def adapt(
         ValueError: The state dict is of another network or no checkpoint at all, or an official
             file that does not fill the backbone exactly.
     """
-    state = unwrap(state)
+    state = {rename_old(name): value for name, value in unwrap(state).items()}
     if not name_map.matches(state):
         _refuse_foreign(state, own, name_map)
         state, adapted = _with_channels(state, own, name_map.first_conv)

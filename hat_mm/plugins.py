@@ -1,26 +1,42 @@
 """Hierarchical attention for other networks, as residual modules that start as the identity.
 
-They follow the protocol of mmcv's plugin layers: a host such as mmdet's or mmseg's ResNet gives
+They follow the protocol of mmcv's plugin layers: a network such as mmdet's or mmseg's ResNet gives
 ``in_channels``, the config the rest. They stand as well in ``nn.Sequential``, in necks, or anywhere
 else where a map (B, C, H, W) passes.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hat_mm.backbones.base import check_ints, check_ratio
-from hat_mm.layers import (
-    AttentionStage,
-    Deployable,
-    EvalCache,
-    HierarchicalSelfAttention,
-    MapNorm,
-    PointwiseConv,
-    ZeroPointwiseConv,
-)
+from hat_mm.backbones.fastervit import HATStage
+from hat_mm.layers import Deployable, HierarchicalMHSA, MapNorm, PointwiseConv
 from hat_mm.registry import MODELS
 
 _MAX_DIMS = 256
 _HEAD_DIM = 32
+
+
+class ZeroPointwiseConv(nn.Module):
+    """1x1 convolution that is initialized with zeros, whatever initializes the network around it.
+
+    It is no ``nn.Conv2d``, because networks initialize those by their type.
+
+    Args:
+        in_dim: Channels in.
+        out_dim: Channels out.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_dim, in_dim))
+        self.bias = nn.Parameter(torch.zeros(out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to (B, C', H, W)."""
+        x = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias)
+        return x.permute(0, 3, 1, 2)
 
 
 class _Plugin(Deployable):
@@ -64,8 +80,8 @@ def _check_divides(name: str, value: int, embed_dims: int) -> None:
         )
 
 
-def _start(plugin: nn.Module) -> None:
-    """Start values that keep the scale of what passes, so that far pixels count from the start."""
+def _initialize(plugin: nn.Module) -> None:
+    """Keeps the scale of what passes, so that far pixels count from the start."""
     for module in plugin.modules():
         if isinstance(module, nn.Linear | PointwiseConv) and module.bias is not None:
             nn.init.xavier_uniform_(module.weight)
@@ -92,7 +108,7 @@ class HATPlugin(_Plugin):
         in_channels: Channels C of the map.
         num_heads: Attention heads, a divisor of ``embed_dims``; None for as many as have 32
             channels or more.
-        window_size: Window side in pixels of the map.
+        window_size: Window size in pixels of the map.
         carrier_size: Side in tokens of the square of carriers that stands for a window.
         mlp_ratio: Hidden width of the MLPs as a multiple of ``embed_dims``.
         embed_dims: Channels of the attention; None for C, at most 256.
@@ -120,22 +136,18 @@ class HATPlugin(_Plugin):
                 f'window_size = {window_size} is smaller than carrier_size = {carrier_size}'
             )
         check_ratio('mlp_ratio', mlp_ratio, self.embed_dims)
-        self.attn = AttentionStage(
-            downsample=None,
-            dim=self.embed_dims,
-            num_heads=num_heads,
-            window=window_size,
+        self.attn = HATStage(
+            nn.Identity(),
+            self.embed_dims,
+            num_heads,
+            window_size=window_size,
             carrier_size=carrier_size,
-            layer_scale=None,
             propagate=True,
-            drop_paths=(0.0,),
-            cache=EvalCache(),
-            with_cp=False,
             mlp_ratio=mlp_ratio,
         )
         # So carriers start level with the window's tokens, whose biases start at about 8.
-        self.attn.blocks[0].window.attn.bias.prefix_bias = 8.0
-        _start(self)
+        self.attn.blocks[0].window_attn.attn.bias.prefix_bias = 8.0
+        _initialize(self)
 
 
 @MODELS.register_module()
@@ -152,7 +164,7 @@ class HMHSAPlugin(_Plugin):
         in_channels: Channels C of the map.
         head_dim: Channels of an attention head, a divisor of ``embed_dims``; None for the least
             that is 32 or more.
-        grid: Window side in pixels of the map; 1 for attention of all pixels to all.
+        grid: Window size in pixels of the map; 1 for attention of all pixels to all.
         ds_ratio: Side in pixels of the squares that are averaged to one key; 1 where the grid is 1.
         embed_dims: Channels of the attention; None for C, at most 256.
 
@@ -177,7 +189,11 @@ class HMHSAPlugin(_Plugin):
             raise ValueError(
                 f'grid = 1 makes every pixel a key, so ds_ratio must be 1, not {ds_ratio}'
             )
-        self.attn = HierarchicalSelfAttention(
-            self.embed_dims, self.embed_dims // head_dim, grid, ds_ratio, MapNorm, EvalCache()
+        self.attn = HierarchicalMHSA(
+            self.embed_dims,
+            self.embed_dims // head_dim,
+            window_size=grid,
+            ds_ratio=ds_ratio,
+            norm_layer=MapNorm,
         )
-        _start(self)
+        _initialize(self)

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import hat_mm
-from hat_mm.layers import HierarchicalSelfAttention, SelfAttention
+from hat_mm.layers import HierarchicalMHSA, SelfAttention
 
 PLUGINS = {
     'HATPlugin': dict(type='hat_mm.HATPlugin', window_size=4),
@@ -203,7 +203,7 @@ def test_is_built_from_the_layers_of_the_backbones():
     tiny = hat_mm.FasterViT(dict(embed_dims=4, num_heads=(1, 1, 1, 1), window_size=4))
     assert type(hat.attn) is type(tiny.stages[2])
     assert sum(isinstance(m, SelfAttention) for m in hat.modules()) == 2
-    assert isinstance(hmhsa.attn, HierarchicalSelfAttention)
+    assert isinstance(hmhsa.attn, HierarchicalMHSA)
     assert type(hmhsa.attn) is type(hat_mm.HATNet().stages[0].blocks[0].attn)
 
 
@@ -213,11 +213,11 @@ def test_arguments_reach_the_attention():
     )
     [block] = hat.attn.blocks
     assert (block.window_size, block.carrier_size) == (5, 3)
-    for layer in (block.window, block.carrier):
+    for layer in (block.window_attn, block.carrier_attn):
         assert layer.attn.num_heads == 3
         assert (layer.mlp.fc1.in_features, layer.mlp.fc1.out_features) == (24, 48)
     hmhsa = hat_mm.HMHSAPlugin(10, head_dim=6, grid=5, ds_ratio=3, embed_dims=24)
-    assert (hmhsa.attn.num_heads, hmhsa.attn.window, hmhsa.attn.ds_ratio) == (4, 5, 3)
+    assert (hmhsa.attn.num_heads, hmhsa.attn.window_size, hmhsa.attn.ds_ratio) == (4, 5, 3)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_arguments_reach_the_attention():
 def test_defaults_follow_the_channels(channels, width, heads):
     hat, hmhsa = hat_mm.HATPlugin(channels), hat_mm.HMHSAPlugin(channels)
     assert hat.reduce.out_channels == hmhsa.reduce.out_channels == width
-    assert hat.attn.blocks[0].window.attn.num_heads == hmhsa.attn.num_heads == heads
+    assert hat.attn.blocks[0].window_attn.attn.num_heads == hmhsa.attn.num_heads == heads
 
 
 @pytest.mark.parametrize(

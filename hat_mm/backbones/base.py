@@ -21,7 +21,6 @@ from hat_mm.layers import (
     MapNorm,
     NormFactory,
     checkpoint_block,
-    contiguous_norm,
     guard_group_norm,
 )
 
@@ -115,13 +114,13 @@ class Stage(nn.Module):
     """A down-sampler and blocks, each of which maps (B, C, H, W) to the same shape.
 
     Args:
-        downsample: Module in front of the blocks, or None.
+        downsample: Module in front of the blocks.
         blocks: The blocks.
         with_cp: Recomputes the blocks' activations for the gradient.
     """
 
     def __init__(
-        self, downsample: nn.Module | None, blocks: Iterable[nn.Module], with_cp: bool
+        self, downsample: nn.Module, blocks: Iterable[nn.Module], *, with_cp: bool
     ) -> None:
         super().__init__()
         self.downsample = downsample
@@ -130,8 +129,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the stage's feature map."""
-        if self.downsample is not None:
-            x = self.downsample(x)
+        x = self.downsample(x)
         for block in self.blocks:
             x = checkpoint_block(block, x) if self.with_cp else block(x)
         return x
@@ -144,7 +142,7 @@ class HierarchicalBackbone(Deployable, BaseModule):
     ``archs`` (rows of ``arch_type``, which have ``dims`` and ``depths``, the channels and blocks of
     each stage), names its official checkpoints in ``name_map``, and says what it is made of:
     ``published_norm`` is the config of its norms, ``published_out_norm`` the type of the norm that
-    an official file has for the last map, ``from_scratch`` the start values of its weights.
+    an official file has for the last map, ``from_scratch`` the initialization.
     ``stages[i]`` starts with its down-sampler (the first has none) and holds its blocks in
     ``blocks``, so the result of a stage is its feature map.
 
@@ -162,7 +160,7 @@ class HierarchicalBackbone(Deployable, BaseModule):
         frozen_stages: Freezes nothing (-1), the stem (0), or the stem and the first k stages (k).
         norm_eval: Keeps batch norms in evaluation mode while training.
         with_cp: Recomputes the activations of blocks for the gradient instead of keeping them.
-        init_cfg: mmengine's initialisation config.
+        init_cfg: mmengine's initialization config.
     """
 
     archs: ClassVar[Mapping[str, Any]]
@@ -233,6 +231,7 @@ class HierarchicalBackbone(Deployable, BaseModule):
         """Makes a norm of a map from its channels and eps, as ``norm_cfg`` says."""
         return lambda dim, eps: _build_norm('norm_cfg', {'eps': eps, **self._norm_cfg}, dim)
 
+    @abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Computes feature maps.
 
@@ -246,19 +245,22 @@ class HierarchicalBackbone(Deployable, BaseModule):
         Raises:
             ValueError: ``x`` has another number of axes or channels, or no pixels.
         """
+
+    def check_images(self, x: Tensor) -> None:
+        """Raises ValueError unless ``x`` is (B, in_channels, H, W) with at least one pixel."""
         if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
             raise ValueError(
                 f'{type(self).__name__} takes images of shape (batch, {self.in_channels}, height, '
                 f'width) with at least one pixel, not {tuple(x.shape)}'
             )
-        x = self.stem(x)
-        maps = {}
-        for i, stage in enumerate(self.stages):
-            x = stage(x)
-            if i in self.out_indices:
-                # RoI operators of mmcv read the memory as contiguous whatever the strides say.
-                maps[i] = contiguous_norm(getattr(self, f'norm{i}'), x)
-        return tuple(maps[i] for i in self.out_indices)
+
+    def output(self, x: Tensor, stage: int) -> Tensor:
+        """The map of a stage as it is returned: with its norm, and contiguous.
+
+        RoI operators of mmcv read the memory as contiguous whatever the strides say.
+        """
+        norm = getattr(self, f'norm{stage}')
+        return (x if norm is None else norm(x)).contiguous()
 
     def train(self, mode: bool = True) -> 'HierarchicalBackbone':
         """Sets the mode; what is frozen stays in evaluation mode."""

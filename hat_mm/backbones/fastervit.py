@@ -1,18 +1,40 @@
 """FasterViT: convolutions at high resolution, hierarchical attention below.
 
 Source: "FasterViT: Fast Vision Transformers with Hierarchical Attention",
-https://arxiv.org/abs/2306.06189. Any height and width: windows, carrier grid, pooling and position
-biases follow the input of each call.
+https://arxiv.org/abs/2306.06189. Any height and width: windows, carriers, pooling and positions
+follow the input of each call.
+
+Letters: B batch, C channels, H W map size in tokens, w window size, c carrier size, nh nw windows
+along each axis.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from hat_mm.checkpoints import FASTERVIT_NAMES
-from hat_mm.layers import AttentionStage, ConvBlock, ConvStem, Downsample, EvalCache
+from hat_mm.checkpoints import FASTERVIT_NAMES, rename_old
+from hat_mm.layers import (
+    CarrierTokenizer,
+    Deployable,
+    DropPath,
+    FixedPositions,
+    LayerNorm2d,
+    NormFactory,
+    TransformerLayer,
+    checkpoint_block,
+    contiguous_input,
+    count_windows,
+    crop,
+    folded_norm,
+    merge_windows,
+    pad_to_windows,
+    scaled,
+    split_windows,
+)
 from hat_mm.registry import MODELS
 
 from .base import HierarchicalBackbone, Stage, check_ints, drop_path_rates, per_stage
@@ -31,10 +53,10 @@ class FasterViTArch:
         stem_dims: Channels between the two convolutions of the stem.
         depths: Blocks of each stage.
         num_heads: Attention heads of each stage; stages 0 and 1 have none and ignore it.
-        window_size: Window side in tokens, one int or one for each stage.
-        carrier_size: Side in tokens of the square of carriers that stands for a window.
+        window_size: Window size in tokens, one int or one for each stage.
+        carrier_size: A window has the square of so many carriers.
         carriers: True for carriers in stage 2, False for none, or the stages that have them.
-        layer_scale: Start value of the per-channel factors of residual branches, None for none.
+        layer_scale: Initialization of the per-channel factors of residual branches, None for none.
         propagate: Adds the carriers to their tokens at the end of a stage.
         drop_path_rate: Drop-path rate of the last block when training.
     """
@@ -115,6 +137,237 @@ FASTERVIT_ARCHS = MappingProxyType(
 )
 
 
+class Stem(Deployable):
+    """Two 3x3 convolutions of stride 2: an image to a map of a quarter of its size, rounded up.
+
+    Args:
+        in_channels: Channels of the image.
+        stem_dims: Channels between the convolutions.
+        embed_dims: Channels of the resulting map.
+        norm_layer: Makes the norm after each convolution.
+    """
+
+    def __init__(
+        self, in_channels: int, stem_dims: int, embed_dims: int, norm_layer: NormFactory
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, stem_dims, 3, stride=2, padding=1, bias=False)
+        self.norm1 = norm_layer(stem_dims, 1e-4)
+        self.conv2 = nn.Conv2d(stem_dims, embed_dims, 3, stride=2, padding=1, bias=False)
+        self.norm2 = norm_layer(embed_dims, 1e-4)
+        self.act = nn.ReLU(inplace=True)
+
+    def _fold(self) -> None:
+        self.conv1, self.norm1 = folded_norm(self.conv1, self.norm1)
+        self.conv2, self.norm2 = folded_norm(self.conv2, self.norm2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, in_channels, H, W) to (B, C, ceil(H / 4), ceil(W / 4))."""
+        x = self.act(self.norm1(self.conv1(x)))
+        return self.act(self.norm2(self.conv2(x)))
+
+
+class ConvBlock(Deployable):
+    """Residual block of two 3x3 convolutions.
+
+    Args:
+        dim: Channels in and out.
+        drop_path_rate: Probability that an image skips the block while training.
+        norm_layer: Makes the norm after each convolution.
+    """
+
+    def __init__(self, dim: int, drop_path_rate: float, norm_layer: NormFactory) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.norm1 = norm_layer(dim, 1e-5)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.norm2 = norm_layer(dim, 1e-5)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def _fold(self) -> None:
+        self.conv1, self.norm1 = folded_norm(self.conv1, self.norm1)
+        self.conv2, self.norm2 = folded_norm(self.conv2, self.norm2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the same shape."""
+        y = self.act(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        return x + self.drop_path(y)
+
+
+class HATBlock(Deployable):
+    """Attention inside windows, after the carrier tokens of all windows attended to each other.
+
+    Works on windows alone as well (``carrier_size=0``).
+
+    Args:
+        dim: Channels C.
+        num_heads: Heads of both attentions.
+        window_size: Window size w.
+        carrier_size: Carrier size c; 0 for no carriers.
+        drop_path_rate: Probability that a window (an image for the carriers) skips a branch.
+        layer_scale: Initialization of the per-channel factors of the branches, or None for none.
+        propagate: Adds each carrier to the tokens of its cell at the end of the block.
+        mlp_ratio: Hidden width of the MLPs as a multiple of C.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window_size: int,
+        carrier_size: int = 0,
+        drop_path_rate: float = 0.0,
+        layer_scale: float | None = None,
+        propagate: bool = False,
+        mlp_ratio: float = 4,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.carrier_size = carrier_size
+        self.propagate = propagate
+        options = dict(drop_path_rate=drop_path_rate, layer_scale=layer_scale, mlp_ratio=mlp_ratio)
+        self.carrier_attn = TransformerLayer(dim, num_heads, **options) if carrier_size else None
+        self.window_attn = TransformerLayer(dim, num_heads, num_prefix=carrier_size**2, **options)
+
+    def _fold(self) -> None:
+        w, layer = self.window_size, self.window_attn
+        layer.pos_embed = FixedPositions(layer.pos_embed((w, w)))
+        layer.attn.bias = layer.attn.bias.fixed(w)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Loads, after bringing the names that hat_mm 0.1 saved to today's."""
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            state_dict[rename_old(name)] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(
+        self, windows: Tensor, carriers: Tensor | None, num_windows: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Runs the block.
+
+        Args:
+            windows: Tokens by window, (B * nh * nw, w * w, C).
+            carriers: Carriers by window, (B * nh * nw, c * c, C); None for none.
+            num_windows: Windows along the axes, (nh, nw).
+
+        Returns:
+            Tensors of the shapes of ``windows`` and ``carriers``.
+        """
+        w, c = self.window_size, self.carrier_size
+        windows = windows + self.window_attn.pos_embed((w, w)).to(windows.dtype)
+        if carriers is None:
+            return self.window_attn(windows, (w, w)), None
+
+        # All carriers of an image attend to each other, in raster order over the whole map.
+        grid_size = (num_windows[0] * c, num_windows[1] * c)
+        carriers = merge_windows(carriers, num_windows, c).flatten(1, 2)
+        carriers = carriers + self.carrier_attn.pos_embed(grid_size).to(carriers.dtype)
+        carriers = self.carrier_attn(carriers, grid_size)
+        carriers = split_windows(carriers.unflatten(1, grid_size), num_windows, c)
+
+        # Each window attends to itself and its carriers, which stand in front of its tokens.
+        tokens = self.window_attn(torch.cat([carriers, windows], 1), (w, w))
+        carriers, windows = tokens.split([c * c, w * w], 1)
+        if self.propagate:
+            windows = windows + scaled(self._upsample(carriers), self.carrier_attn.scale)
+        return windows, carriers
+
+    def _upsample(self, carriers: Tensor) -> Tensor:
+        """Nearest carrier of each token of a window: (..., c * c, C) to (..., w * w, C)."""
+        w, c = self.window_size, self.carrier_size
+        cell = torch.arange(w, device=carriers.device) * c // w
+        return carriers[:, (cell[:, None] * c + cell).flatten()]
+
+
+class HATStage(nn.Module):
+    """A down-sampler and transformer blocks on windows, with or without carrier tokens.
+
+    The map is padded with zeros at the bottom and right to whole windows. As in the published
+    models the padded tokens take part in attention.
+
+    Args:
+        downsample: Module in front of the blocks.
+        dim: Channels C of the blocks.
+        num_heads: Attention heads.
+        window_size: Window size w.
+        carrier_size: Carrier size c, 0 for no carriers.
+        drop_path_rates: Drop-path rate of each block.
+        layer_scale: Initialization of the per-channel factors, or None for none.
+        propagate: Adds the carriers to their tokens at the end of the stage.
+        mlp_ratio: Hidden width of the MLPs as a multiple of C.
+        with_cp: Recomputes the blocks' activations for the gradient.
+    """
+
+    def __init__(
+        self,
+        downsample: nn.Module,
+        dim: int,
+        num_heads: int,
+        *,
+        window_size: int,
+        carrier_size: int,
+        drop_path_rates: Sequence[float] = (0.0,),
+        layer_scale: float | None = None,
+        propagate: bool = False,
+        mlp_ratio: float = 4,
+        with_cp: bool = False,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.with_cp = with_cp
+        self.downsample = downsample
+        self.tokenizer = CarrierTokenizer(dim, window_size, carrier_size) if carrier_size else None
+        last = len(drop_path_rates) - 1
+        self.blocks = nn.ModuleList(
+            HATBlock(
+                dim,
+                num_heads,
+                window_size=window_size,
+                carrier_size=carrier_size,
+                drop_path_rate=rate,
+                layer_scale=layer_scale,
+                propagate=propagate and carrier_size > 0 and i == last,
+                mlp_ratio=mlp_ratio,
+            )
+            for i, rate in enumerate(drop_path_rates)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the stage's feature map."""
+        x = self.downsample(x)
+        height, width = x.shape[-2:]
+        num_windows = count_windows(height, width, self.window_size)
+        x = pad_to_windows(x, num_windows, self.window_size)
+        carriers = None if self.tokenizer is None else self.tokenizer(x, num_windows)
+        windows = split_windows(x.permute(0, 2, 3, 1), num_windows, self.window_size)
+        for block in self.blocks:
+            args = (windows, carriers, num_windows)
+            windows, carriers = checkpoint_block(block, *args) if self.with_cp else block(*args)
+        x = merge_windows(windows, num_windows, self.window_size)
+        return crop(x, height, width).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """LayerNorm over the channels of each pixel, then a 3x3 convolution of stride 2.
+
+    Args:
+        in_dim: Channels in.
+        out_dim: Channels out.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm2d(in_dim, eps=1e-6)
+        self.conv = nn.Conv2d(in_dim, out_dim, 3, stride=2, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
+        return self.conv(contiguous_input(self.norm(x)))
+
+
 @MODELS.register_module()
 class FasterViT(HierarchicalBackbone):
     """FasterViT backbone for detection, segmentation and classification.
@@ -125,7 +378,7 @@ class FasterViT(HierarchicalBackbone):
         arch: Variant: ``'0'`` to ``'6'`` (or the int), ``'4-21k-224'``, ``'4-21k-384'``,
             ``'4-21k-512'``, ``'4-21k-768'``, or a dict of fields of :class:`FasterViTArch`.
         in_channels: Channels of the images.
-        window_size: Window side in tokens, one int or one for each stage; None for the arch's.
+        window_size: Window size in tokens, one int or one for each stage; None for the arch's.
         drop_path_rate: Drop-path rate of the last block, in [0, 1); None for the arch's.
         out_indices: Stages whose maps are returned, in this order. Strides are 4, 8, 16, 32.
         out_norm_cfg: Config of the norm of each returned map, the last of which is the published
@@ -137,7 +390,7 @@ class FasterViT(HierarchicalBackbone):
             their output norms (k).
         norm_eval: Keeps batch norms in evaluation mode while training.
         with_cp: Recomputes the activations of blocks for the gradient, saving memory.
-        init_cfg: mmengine's initialisation config; ``dict(type='Pretrained', checkpoint=FILE)``
+        init_cfg: mmengine's initialization config; ``dict(type='Pretrained', checkpoint=FILE)``
             takes official files and native ones.
 
     Raises:
@@ -180,27 +433,37 @@ class FasterViT(HierarchicalBackbone):
         )
 
     def _build(self, num_stages: int) -> None:
-        spec, norm_layer, cache = self.spec, self.norm_layer, EvalCache()
+        spec, norm_layer = self.spec, self.norm_layer
         rates = drop_path_rates(spec.drop_path_rate, spec.depths)
-        self.stem = ConvStem(self.in_channels, spec.stem_dims, spec.embed_dims, norm_layer)
+        self.stem = Stem(self.in_channels, spec.stem_dims, spec.embed_dims, norm_layer)
         self.stages = nn.ModuleList()
         for i in range(num_stages):
             dim = spec.dims[i]
-            downsample = Downsample(spec.dims[i - 1], dim) if i else None
+            downsample = Downsample(spec.dims[i - 1], dim) if i else nn.Identity()
             if i in _ATTENTION_STAGES:
-                stage = AttentionStage(
+                stage = HATStage(
                     downsample,
                     dim,
                     spec.num_heads[i],
-                    spec.window_size[i],
-                    spec.carrier_size if i in spec.carriers else 0,
-                    spec.layer_scale,
-                    spec.propagate,
-                    rates[i],
-                    cache,
-                    self.with_cp,
+                    window_size=spec.window_size[i],
+                    carrier_size=spec.carrier_size if i in spec.carriers else 0,
+                    drop_path_rates=rates[i],
+                    layer_scale=spec.layer_scale,
+                    propagate=spec.propagate,
+                    with_cp=self.with_cp,
                 )
             else:
-                blocks = (ConvBlock(dim, rate, norm_layer) for rate in rates[i])
-                stage = Stage(downsample, blocks, self.with_cp)
+                blocks = [ConvBlock(dim, rate, norm_layer) for rate in rates[i]]
+                stage = Stage(downsample, blocks, with_cp=self.with_cp)
             self.stages.append(stage)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Computes the maps of ``out_indices``, as :class:`HierarchicalBackbone` describes."""
+        self.check_images(x)
+        x = self.stem(x)
+        maps = {}
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in self.out_indices:
+                maps[i] = self.output(x, i)
+        return tuple(maps[i] for i in self.out_indices)

@@ -1,7 +1,9 @@
 """HAT-Net: attention in windows and to a pooled map, with inverted residuals between.
 
 Source: "Vision Transformers with Hierarchical Attention", https://arxiv.org/abs/2106.03180. Any
-height and width: windows at the bottom and right border are smaller where a side does not divide.
+height and width: windows at the bottom and right border are smaller where a map does not divide.
+
+Letters: B batch, C channels, H W map size in tokens.
 """
 
 from collections.abc import Sequence
@@ -13,11 +15,10 @@ from torch import Tensor, nn
 
 from hat_mm.checkpoints import HAT_NET_NAMES
 from hat_mm.layers import (
+    Conv2d,
     Deployable,
     DropPath,
-    EvalCache,
-    HierarchicalSelfAttention,
-    InvertedResidual,
+    HierarchicalMHSA,
     MapNorm,
     NormFactory,
     folded_norm,
@@ -41,7 +42,7 @@ class HATNetArch:
         head_dim: Channels of an attention head, one int for all stages.
         depths: Blocks.
         expansions: Hidden width of the inverted residuals as a multiple of the channels.
-        grids: Window side in tokens; 1 for plain global attention.
+        grids: Window size in tokens, the paper's grid size; 1 for plain global attention.
         ds_ratios: Side in tokens of the squares that are pooled to one key; 1 where the grid is 1.
         kernels: Side of the depthwise convolutions, odd.
         drop_path_rate: Drop-path rate of the last block when training.
@@ -116,10 +117,81 @@ class Stem(Deployable):
         self.conv1, self.norm = folded_norm(self.conv1, self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, in_channels, H, W) to (B, C, ceil(H / 4), ceil(W / 4)), channels last."""
-        x = self.conv2(self.act(self.norm(self.conv1(x))))
-        # Attention wants it so, and depthwise convolutions are faster.
-        return x.contiguous(memory_format=torch.channels_last)
+        """Maps (B, in_channels, H, W) to (B, C, ceil(H / 4), ceil(W / 4))."""
+        return self.conv2(self.act(self.norm(self.conv1(x))))
+
+
+class InvertedResidual(Deployable):
+    """Norm, pointwise expansion, depthwise convolution, pointwise projection, norm; no skip.
+
+    Args:
+        dim: Channels C in and out.
+        expansion: Channels of the depthwise convolution as a multiple of C.
+        kernel: Side of the depthwise convolution, odd.
+        norm_layer: Makes the two norms.
+    """
+
+    def __init__(self, dim: int, expansion: int, kernel: int, norm_layer: NormFactory) -> None:
+        super().__init__()
+        hidden = dim * expansion
+        self.norm1 = norm_layer(dim, 1e-6)
+        self.conv1 = Conv2d(dim, hidden, 1, bias=False)
+        self.act = nn.SiLU(inplace=True)
+        self.conv2 = Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
+        self.conv3 = Conv2d(hidden, dim, 1, bias=False)
+        self.norm2 = norm_layer(dim, 1e-6)
+
+    def _fold(self) -> None:
+        self.conv3, self.norm2 = folded_norm(self.conv3, self.norm2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the same shape."""
+        x = self.act(self.conv1(self.norm1(x)))
+        x = self.act(self.conv2(x))
+        return self.norm2(self.conv3(x))
+
+
+class Block(nn.Module):
+    """Hierarchical attention and an inverted residual, each with a skip connection.
+
+    Args:
+        dim: Channels C, a multiple of ``head_dim``.
+        head_dim: Channels of an attention head.
+        window_size: Window size in tokens (the paper's grid size); 1 for plain global attention.
+        ds_ratio: Side in tokens of the squares that are pooled to one key.
+        expansion: Hidden width of the inverted residual as a multiple of C.
+        kernel: Side of its depthwise convolution.
+        drop_path_rate: Probability that an image skips a branch while training.
+        norm_layer: Makes the norms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        head_dim: int,
+        *,
+        window_size: int,
+        ds_ratio: int,
+        expansion: int,
+        kernel: int,
+        drop_path_rate: float,
+        norm_layer: NormFactory,
+    ) -> None:
+        super().__init__()
+        self.attn = HierarchicalMHSA(
+            dim,
+            dim // head_dim,
+            window_size=window_size,
+            ds_ratio=ds_ratio,
+            norm_layer=norm_layer,
+        )
+        self.conv = InvertedResidual(dim, expansion, kernel, norm_layer)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the same shape."""
+        x = x + self.drop_path(self.attn(x))
+        return x + self.drop_path(self.conv(x))
 
 
 class Downsample(Deployable):
@@ -142,46 +214,6 @@ class Downsample(Deployable):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
         return self.norm(self.conv(x))
-
-
-class Block(nn.Module):
-    """Hierarchical attention and an inverted residual, each with a skip connection.
-
-    Args:
-        dim: Channels C, a multiple of ``head_dim``.
-        head_dim: Channels of an attention head.
-        grid: Window side in tokens; 1 for plain global attention.
-        ds_ratio: Side in tokens of the squares that are pooled to one key.
-        expansion: Hidden width of the inverted residual as a multiple of C.
-        kernel: Side of its depthwise convolution.
-        drop_path_rate: Probability that an image skips a branch while training.
-        norm_layer: Makes the norms.
-        cache: Where masks are kept in eval mode.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        head_dim: int,
-        grid: int,
-        ds_ratio: int,
-        expansion: int,
-        kernel: int,
-        drop_path_rate: float,
-        norm_layer: NormFactory,
-        cache: EvalCache,
-    ) -> None:
-        super().__init__()
-        self.attn = HierarchicalSelfAttention(
-            dim, dim // head_dim, grid, ds_ratio, norm_layer, cache
-        )
-        self.conv = InvertedResidual(dim, expansion, kernel, norm_layer)
-        self.drop_path = DropPath(drop_path_rate)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, H, W) to the same shape."""
-        x = x + self.drop_path(self.attn(x))
-        return x + self.drop_path(self.conv(x))
 
 
 @MODELS.register_module()
@@ -208,7 +240,7 @@ class HATNet(HierarchicalBackbone):
         norm_eval: Keeps batch norms, which only ``norm_cfg`` and ``out_norm_cfg`` bring in, in
             evaluation mode while training.
         with_cp: Recomputes the activations of blocks for the gradient, saving memory.
-        init_cfg: mmengine's initialisation config; ``dict(type='Pretrained', checkpoint=FILE)``
+        init_cfg: mmengine's initialization config; ``dict(type='Pretrained', checkpoint=FILE)``
             takes official files and native ones.
 
     Raises:
@@ -249,25 +281,36 @@ class HATNet(HierarchicalBackbone):
         )
 
     def _build(self, num_stages: int) -> None:
-        spec, norm_layer, cache = self.spec, self.norm_layer, EvalCache()
+        spec, norm_layer = self.spec, self.norm_layer
         rates = drop_path_rates(spec.drop_path_rate, spec.depths)
         self.stem = Stem(self.in_channels, spec.dims[0], norm_layer)
         self.stages = nn.ModuleList()
         for i in range(num_stages):
             dim = spec.dims[i]
-            blocks = (
+            downsample = Downsample(spec.dims[i - 1], dim, norm_layer) if i else nn.Identity()
+            blocks = [
                 Block(
                     dim,
                     spec.head_dim,
-                    spec.grids[i],
-                    spec.ds_ratios[i],
-                    spec.expansions[i],
-                    spec.kernels[i],
-                    rate,
-                    norm_layer,
-                    cache,
+                    window_size=spec.grids[i],
+                    ds_ratio=spec.ds_ratios[i],
+                    expansion=spec.expansions[i],
+                    kernel=spec.kernels[i],
+                    drop_path_rate=rate,
+                    norm_layer=norm_layer,
                 )
                 for rate in rates[i]
-            )
-            downsample = Downsample(spec.dims[i - 1], dim, norm_layer) if i else None
-            self.stages.append(Stage(downsample, blocks, self.with_cp))
+            ]
+            self.stages.append(Stage(downsample, blocks, with_cp=self.with_cp))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Computes the maps of ``out_indices``, as :class:`HierarchicalBackbone` describes."""
+        self.check_images(x)
+        # Attention wants the channels last, and depthwise convolutions are faster with them there.
+        x = self.stem(x).contiguous(memory_format=torch.channels_last)
+        maps = {}
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in self.out_indices:
+                maps[i] = self.output(x, i)
+        return tuple(maps[i] for i in self.out_indices)

@@ -19,22 +19,20 @@ from torch import Tensor, nn
 from hat_mm.checkpoints import SWIN_NAMES, unwrap
 from hat_mm.layers import (
     CarrierTokenizer,
-    Deployable,
     DropPath,
-    EvalCache,
     LayerNorm2d,
     Mlp,
     NormFactory,
     RelativePositionTable,
     SelfAttention,
-    ShiftMask,
     TransformerLayer,
     checkpoint_block,
+    count_windows,
     crop,
     merge_windows,
     pad_to_windows,
+    shift_mask,
     split_windows,
-    window_grid,
 )
 from hat_mm.registry import MODELS
 
@@ -62,7 +60,7 @@ class SwinHATArch:
         embed_dims: Channels of stage 0; stage i has ``embed_dims * 2**i``.
         depths: Blocks of each stage.
         num_heads: Attention heads of each stage.
-        window_size: Window side in tokens, one int or one for each stage.
+        window_size: Window size in tokens, one int or one for each stage.
         carrier_size: Side in tokens of the square of carriers that stands for a window, one int or
             one for each stage. Stage 0 has so many windows that one carrier each is the default.
         hat_stages: Stages with carriers, whose windows are not shifted; none for Swin itself.
@@ -139,7 +137,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, in_channels, H, W) to (B, C, ceil(H / 4), ceil(W / 4))."""
-        x = pad_to_windows(x, window_grid(*x.shape[-2:], _PATCH), _PATCH)
+        x = pad_to_windows(x, count_windows(*x.shape[-2:], _PATCH), _PATCH)
         return self.norm(self.conv(x))
 
 
@@ -159,12 +157,12 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
-        x = pad_to_windows(x, window_grid(*x.shape[-2:], 2), 2)
+        x = pad_to_windows(x, count_windows(*x.shape[-2:], 2), 2)
         x = self.norm(F.pixel_unshuffle(x, 2))
         return self.reduction(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class SwinBlock(Deployable):
+class SwinBlock(nn.Module):
     """Attention inside windows and an MLP; what lies in other windows comes in by one of two ways.
 
     Either the windows are shifted, or carrier tokens that have attended to each other join them.
@@ -173,49 +171,44 @@ class SwinBlock(Deployable):
     Args:
         dim: Channels C.
         num_heads: Heads G of all attentions.
-        window: Window side w.
+        window_size: Window size w.
         shift: Tokens by which windows are shifted, 0 for none.
-        carrier_size: Carrier side c; 0 for no carriers.
+        carrier_size: Carrier size c; 0 for no carriers.
         exchange: Whether the carriers attend to each other first.
         keep_carriers: Whether another block needs the carriers.
         mlp_ratio: Hidden width of the MLPs as a multiple of C.
         drop_path_rate: Probability that an image skips a branch while training.
-        cache: Where position tensors and masks are kept in eval mode.
     """
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
-        window: int,
+        *,
+        window_size: int,
         shift: int,
         carrier_size: int,
         exchange: bool,
         keep_carriers: bool,
         mlp_ratio: float,
         drop_path_rate: float,
-        cache: EvalCache,
     ) -> None:
         super().__init__()
-        self.window_size = window
+        self.window_size = window_size
         self.shift = shift
         self.carrier_size = carrier_size
         self.keep_carriers = keep_carriers
-        self.mask = ShiftMask(window, shift, cache) if shift else None
-        self.carrier = None
+        self.carrier_attn = None
         if exchange:
-            self.carrier = TransformerLayer(
-                dim, num_heads, 0, drop_path_rate, mlp_ratio=mlp_ratio, cache=cache
+            self.carrier_attn = TransformerLayer(
+                dim, num_heads, drop_path_rate=drop_path_rate, mlp_ratio=mlp_ratio
             )
         self.norm1 = nn.LayerNorm(dim)
-        table = RelativePositionTable(num_heads, window, carrier_size**2, cache)
+        table = RelativePositionTable(num_heads, window_size, carrier_size**2)
         self.attn = SelfAttention(dim, num_heads, table)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path_rate)
-
-    def _fold(self) -> None:
-        self.attn.bias = self.attn.bias.fixed((self.window_size, self.window_size))
 
     def forward(self, x: Tensor, carriers: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Runs the block.
@@ -227,11 +220,11 @@ class SwinBlock(Deployable):
         Returns:
             Tensors of the shapes of ``x`` and ``carriers``; None for carriers that nobody needs.
         """
-        if self.carrier is not None:
-            sides = carriers.shape[1:3]
+        if self.carrier_attn is not None:
+            grid_size = carriers.shape[1:3]
             tokens = carriers.flatten(1, 2)
-            tokens = tokens + self.carrier.pos_embed(sides).to(tokens.dtype)
-            carriers = self.carrier(tokens, sides).unflatten(1, sides)
+            tokens = tokens + self.carrier_attn.pos_embed(grid_size).to(tokens.dtype)
+            carriers = self.carrier_attn(tokens, grid_size).unflatten(1, grid_size)
         change, carrier_change = self._attend(x, carriers)
         x = self._add(x, change)
         return x, self._add(carriers, carrier_change) if self.keep_carriers else None
@@ -244,22 +237,22 @@ class SwinBlock(Deployable):
     def _attend(self, x: Tensor, carriers: Tensor | None) -> tuple[Tensor, Tensor | None]:
         height, width = x.shape[1:3]
         w, c = self.window_size, self.carrier_size
-        grid = window_grid(height, width, w)
+        num_windows = count_windows(height, width, w)
         # A map that is just one window wide is not shifted, as in mmpretrain: 224 pixels with
         # windows of 7 come to that in the last stage, and the published weights know it so.
         shift = self.shift if min(height, width) != w else 0
-        y = pad_to_windows(self.norm1(x).permute(0, 3, 1, 2), grid, w).permute(0, 2, 3, 1)
+        y = pad_to_windows(self.norm1(x).permute(0, 3, 1, 2), num_windows, w).permute(0, 2, 3, 1)
         mask = None
         if shift:
             y = y.roll((-shift, -shift), (1, 2))
-            mask = self.mask(grid, x.device).repeat(x.shape[0], 1, 1, 1)
-        tokens = split_windows(y, grid, w)
+            mask = shift_mask(num_windows, w, shift, x.device).repeat(x.shape[0], 1, 1, 1)
+        tokens = split_windows(y, num_windows, w)
         if carriers is not None:
-            tokens = torch.cat([split_windows(self.norm1(carriers), grid, c), tokens], 1)
+            tokens = torch.cat([split_windows(self.norm1(carriers), num_windows, c), tokens], 1)
         tokens = self.attn(tokens, (w, w), mask)
         if carriers is not None:
-            carriers = merge_windows(tokens[:, : c * c], grid, c)
-        y = merge_windows(tokens[:, c * c :], grid, w)
+            carriers = merge_windows(tokens[:, : c * c], num_windows, c)
+        y = merge_windows(tokens[:, c * c :], num_windows, w)
         if shift:
             y = y.roll((shift, shift), (1, 2))
         return crop(y, height, width), carriers
@@ -269,7 +262,7 @@ class SwinStage(nn.Module):
     """A down-sampler and Swin blocks, with or without carriers.
 
     Args:
-        downsample: Module in front of the blocks, or None.
+        downsample: Module in front of the blocks.
         tokenizer: Makes the carriers, or None for none.
         blocks: The blocks.
         with_cp: Recomputes the blocks' activations for the gradient.
@@ -277,9 +270,10 @@ class SwinStage(nn.Module):
 
     def __init__(
         self,
-        downsample: nn.Module | None,
+        downsample: nn.Module,
         tokenizer: CarrierTokenizer | None,
         blocks: Sequence[SwinBlock],
+        *,
         with_cp: bool,
     ) -> None:
         super().__init__()
@@ -290,14 +284,13 @@ class SwinStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the stage's feature map."""
-        if self.downsample is not None:
-            x = self.downsample(x)
+        x = self.downsample(x)
         carriers = None
         if self.tokenizer is not None:
-            window = self.tokenizer.window
-            grid = window_grid(*x.shape[-2:], window)
-            carriers = self.tokenizer(pad_to_windows(x, grid, window), grid)
-            carriers = merge_windows(carriers, grid, self.tokenizer.carrier_size)
+            window_size = self.tokenizer.window_size
+            num_windows = count_windows(*x.shape[-2:], window_size)
+            carriers = self.tokenizer(pad_to_windows(x, num_windows, window_size), num_windows)
+            carriers = merge_windows(carriers, num_windows, self.tokenizer.carrier_size)
         x = x.permute(0, 2, 3, 1)
         for block in self.blocks:
             args = (x, carriers)
@@ -324,7 +317,7 @@ class SwinHAT(HierarchicalBackbone):
         arch: Variant: ``'tiny'``, ``'small'``, ``'base'``, or a dict of fields of
             :class:`SwinHATArch`.
         in_channels: Channels of the images.
-        window_size: Window side in tokens, one int or one for each stage; None for the arch's, 7.
+        window_size: Window size in tokens, one int or one for each stage; None for the arch's, 7.
         drop_path_rate: Drop-path rate of the last block, in [0, 1); None for the arch's.
         hat_stages: Stages with carriers; None for the arch's, (0, 1, 2); () for Swin itself.
         out_indices: Stages whose maps are returned, in this order. Strides are 4, 8, 16, 32.
@@ -338,7 +331,7 @@ class SwinHAT(HierarchicalBackbone):
         norm_eval: Keeps batch norms, which only ``norm_cfg`` and ``out_norm_cfg`` bring in, in
             evaluation mode while training.
         with_cp: Recomputes the activations of blocks for the gradient, saving memory.
-        init_cfg: mmengine's initialisation config; ``dict(type='Pretrained', checkpoint=FILE)``
+        init_cfg: mmengine's initialization config; ``dict(type='Pretrained', checkpoint=FILE)``
             takes Swin's files and native ones.
 
     Raises:
@@ -386,31 +379,41 @@ class SwinHAT(HierarchicalBackbone):
         )
 
     def _build(self, num_stages: int) -> None:
-        spec, norm_layer, cache = self.spec, self.norm_layer, EvalCache()
+        spec, norm_layer = self.spec, self.norm_layer
         rates = drop_path_rates(spec.drop_path_rate, spec.depths)
         self.stem = PatchEmbed(self.in_channels, spec.embed_dims, norm_layer)
         self.stages = nn.ModuleList()
         for i in range(num_stages):
-            dim, window = spec.dims[i], spec.window_size[i]
+            dim, window_size = spec.dims[i], spec.window_size[i]
             carrier_size = spec.carrier_size[i] if i in spec.hat_stages else 0
-            downsample = PatchMerging(spec.dims[i - 1], dim, norm_layer) if i else None
-            tokenizer = CarrierTokenizer(dim, window, carrier_size) if carrier_size else None
+            downsample = PatchMerging(spec.dims[i - 1], dim, norm_layer) if i else nn.Identity()
+            tokenizer = CarrierTokenizer(dim, window_size, carrier_size) if carrier_size else None
             blocks = [
                 SwinBlock(
                     dim,
                     spec.num_heads[i],
-                    window,
-                    shift=window // 2 if j % 2 and not carrier_size else 0,
+                    window_size=window_size,
+                    shift=window_size // 2 if j % 2 and not carrier_size else 0,
                     carrier_size=carrier_size,
                     exchange=carrier_size > 0 and j % 2 == 1,
                     keep_carriers=carrier_size > 0 and j < spec.depths[i] - 1,
                     mlp_ratio=spec.mlp_ratio,
                     drop_path_rate=rate,
-                    cache=cache,
                 )
                 for j, rate in enumerate(rates[i])
             ]
-            self.stages.append(SwinStage(downsample, tokenizer, blocks, self.with_cp))
+            self.stages.append(SwinStage(downsample, tokenizer, blocks, with_cp=self.with_cp))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Computes the maps of ``out_indices``, as :class:`HierarchicalBackbone` describes."""
+        self.check_images(x)
+        x = self.stem(x)
+        maps = {}
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in self.out_indices:
+                maps[i] = self.output(x, i)
+        return tuple(maps[i] for i in self.out_indices)
 
     def init_weights(self) -> None:
         """Initializes from scratch before a file is loaded, too: no Swin file has the carriers."""

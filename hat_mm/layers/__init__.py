@@ -1,62 +1,37 @@
-"""Building blocks in plain torch, shared by all backbones."""
+"""Building blocks in plain torch that several families share."""
 
-from .attention import (
-    AttentionStage,
-    CarrierTokenizer,
-    HierarchicalBlock,
-    HierarchicalSelfAttention,
-    SelfAttention,
-    TransformerLayer,
+from .attention import Mlp, SelfAttention, TransformerLayer, scaled
+from .carriers import CarrierTokenizer
+from .checkpointing import checkpoint_block
+from .convs import Conv2d, PointwiseConv
+from .deploy import Deployable, folded_norm, switch_to_deploy
+from .hierarchical_mhsa import HierarchicalMHSA
+from .norms import DropPath, LayerNorm2d, MapNorm, NormFactory, guard_group_norm
+from .position import (
+    AbsolutePositionEmbedding,
+    FixedPositions,
+    RelativePositionBias,
+    RelativePositionTable,
 )
-from .cache import EvalCache
-from .common import (
-    DropPath,
-    LayerNorm2d,
-    MapNorm,
-    Mlp,
-    NormFactory,
-    checkpoint_block,
-    guard_group_norm,
-)
-from .convs import (
-    Conv2d,
-    ConvBlock,
-    ConvStem,
-    Downsample,
-    InvertedResidual,
-    PointwiseConv,
-    ZeroPointwiseConv,
-    contiguous_norm,
-)
-from .deploy import Deployable, FixedPositions, folded_norm, switch_to_deploy
-from .position import AbsolutePositionEmbedding, RelativePositionBias, RelativePositionTable
+from .tracing import contiguous_input, crop
 from .windows import (
-    BorderMask,
-    ShiftMask,
     average_windows,
-    crop,
+    border_mask,
+    count_windows,
     merge_windows,
     pad_to_windows,
+    shift_mask,
     split_windows,
-    window_grid,
 )
 
 __all__ = [
     'AbsolutePositionEmbedding',
-    'AttentionStage',
-    'BorderMask',
     'CarrierTokenizer',
     'Conv2d',
-    'ConvBlock',
-    'ConvStem',
     'Deployable',
-    'Downsample',
     'DropPath',
-    'EvalCache',
     'FixedPositions',
-    'HierarchicalBlock',
-    'HierarchicalSelfAttention',
-    'InvertedResidual',
+    'HierarchicalMHSA',
     'LayerNorm2d',
     'MapNorm',
     'Mlp',
@@ -65,18 +40,19 @@ __all__ = [
     'RelativePositionBias',
     'RelativePositionTable',
     'SelfAttention',
-    'ShiftMask',
     'TransformerLayer',
-    'ZeroPointwiseConv',
     'average_windows',
+    'border_mask',
     'checkpoint_block',
-    'contiguous_norm',
+    'contiguous_input',
+    'count_windows',
     'crop',
     'folded_norm',
     'guard_group_norm',
     'merge_windows',
     'pad_to_windows',
+    'scaled',
+    'shift_mask',
     'split_windows',
     'switch_to_deploy',
-    'window_grid',
 ]

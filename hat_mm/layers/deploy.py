@@ -1,13 +1,14 @@
 """The form of a network that only predicts: less to compute, the same results."""
 
 from typing import Any, Self
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .common import DropPath
+from .norms import DropPath
 
 
 class Deployable(nn.Module):
@@ -23,13 +24,11 @@ class Deployable(nn.Module):
         """Brings the module and all inside it into the form that only predicts, in place.
 
         Batch norms go into the convolutions before them, layer scales into the linear layers;
-        position MLPs of a fixed grid are replaced by their result, drop paths by nothing. A second
-        call changes nothing. What is left takes no gradient and the module cannot train again.
-
-        Raises:
-            RuntimeError: The module, or a part of it, is in training mode.
+        position MLPs of windows are replaced by their result, drop paths by nothing. A second
+        call changes nothing. The module is in eval mode afterwards, with a warning if it was not
+        before. What is left takes no gradient, and the module cannot train again.
         """
-        _refuse_training(self)
+        _leave_training(self)
         # Also in inference mode, whose tensors can do less.
         with torch.inference_mode(False), torch.no_grad():
             for module in [*self.modules()]:
@@ -38,7 +37,8 @@ class Deployable(nn.Module):
                     module.deploy = True
                 for name, child in module.named_children():
                     if isinstance(child, DropPath):
-                        setattr(module, name, nn.Identity().eval())
+                        setattr(module, name, nn.Identity())
+        self.eval()
         self.requires_grad_(False)
 
     def _fold(self) -> None:
@@ -57,17 +57,18 @@ class Deployable(nn.Module):
         super()._load_from_state_dict(*args)
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the mode.
+        """Sets the mode; in deploy form the module stays in eval mode, and warns.
 
-        Raises:
-            RuntimeError: The module is in deploy form and is to train.
+        An error here would leave the network around it with some parts in training mode.
         """
         if mode and self.deploy:
-            raise RuntimeError(
-                f'{type(self).__name__} is in deploy form, which cannot train; build it anew and '
-                'load the checkpoint that it was made from. To go on predicting with this one, '
-                'call eval() on the whole model'
+            warn(
+                f'{type(self).__name__} is in deploy form, which cannot train, and stays in eval '
+                'mode without gradients; to train, build it anew and load the checkpoint that it '
+                'was made from',
+                stacklevel=2,
             )
+            mode = False
         return super().train(mode)
 
 
@@ -75,30 +76,32 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
     """Brings all backbones and plugins of hat_mm in ``model`` into the form that only predicts.
 
     Args:
-        model: Network in eval mode, such as a detector; its other parts stay as they are.
+        model: Network such as a detector. Parts that are not of hat_mm stay as they are, but the
+            whole network is in eval mode afterwards, with a warning if it was not before.
 
     Returns:
         ``model``, which was changed in place.
 
     Raises:
         ValueError: Nothing in ``model`` is from hat_mm.
-        RuntimeError: ``model``, or a part of it, is in training mode.
     """
     parts = [module for module in model.modules() if isinstance(module, Deployable)]
     if not parts:
         raise ValueError(f'{type(model).__name__} has no backbone or plugin of hat_mm')
-    _refuse_training(model)
+    _leave_training(model)
     for part in parts:
         part.switch_to_deploy()
     return model
 
 
-def _refuse_training(model: nn.Module) -> None:
+def _leave_training(model: nn.Module) -> None:
     if any(module.training for module in model.modules()):
-        raise RuntimeError(
-            f'{type(model).__name__} is in training mode, or a part of it: call eval() before '
-            'switch_to_deploy(), which is for prediction alone'
+        warn(
+            f'{type(model).__name__} was in training mode and is in eval mode now: its deploy form '
+            'is for prediction alone',
+            stacklevel=3,
         )
+        model.eval()
 
 
 def folded_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Conv2d, nn.Module]:
@@ -108,27 +111,10 @@ def folded_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Conv2d, nn.Module]
     """
     if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
         return conv, norm
-    return fuse_conv_bn_eval(conv, norm), nn.Identity().eval()
+    return fuse_conv_bn_eval(conv, norm), nn.Identity()
 
 
 def fold_scale(layer: nn.Linear, scale: Tensor) -> None:
     """Multiplies the results of ``layer`` by ``scale`` (C',), in place."""
     layer.weight.mul_(scale[:, None])
     layer.bias.mul_(scale)
-
-
-class FixedPositions(nn.Module):
-    """The result of a position module, for the one grid that its tokens ever have.
-
-    Args:
-        values: What the module gave for that grid.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__()
-        self.register_buffer('values', values.clone())
-        self.eval()
-
-    def forward(self, sides: tuple[int, int]) -> Tensor:
-        """Returns the values, which are those of ``sides``."""
-        return self.values

@@ -25,7 +25,7 @@ class PlainSwinHAT(PlainFasterViT):
     def __init__(self, state, own, spec):
         rename = (
             (r'^stages\.', 'layers.'),
-            (r'\.carrier\.(attn|pos_embed|norm|mlp)', r'.hat_\1'),
+            (r'\.carrier_attn\.(attn|pos_embed|norm|mlp)', r'.hat_\1'),
             (r'_attn\.bias\.fc', '_attn.pos_emb_funct.cpb_mlp.fc'),
             (r'_pos_embed\.fc', '_pos_embed.cpb_mlp.fc'),
             (r'cpb_mlp\.fc1', 'cpb_mlp.0'),
@@ -33,7 +33,7 @@ class PlainSwinHAT(PlainFasterViT):
         )
         carriers = {}
         for name, value in own.items():
-            if '.carrier.' in name or '.tokenizer.' in name:
+            if '.carrier_attn.' in name or '.tokenizer.' in name:
                 for pattern, replacement in rename:
                     name = re.sub(pattern, replacement, name)
                 carriers[name] = value

@@ -6,14 +6,13 @@ import pickle
 
 import pytest
 import torch
-from mmengine.hooks import EMAHook
-from mmengine.model import ExponentialMovingAverage, revert_sync_batchnorm
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import hat_mm
-from hat_mm.layers import BorderMask, DropPath, EvalCache
+from hat_mm.layers import DropPath
 from test_backbones.archs import FAMILIES, tiny
 
 # Configs of tiny backbones, each family and what branches its code.
@@ -58,7 +57,7 @@ def image():
 def build(config, **arguments):
     torch.manual_seed(0)
     backbone = MODELS.build({**config, **arguments})
-    # Small published start values would hide branches that do not take part.
+    # Small published layer scales would hide branches that do not take part.
     for name, parameter in backbone.named_parameters():
         if 'gamma' in name:
             nn.init.constant_(parameter, 0.5)
@@ -253,11 +252,10 @@ def test_autocast_is_close_to_float32(config, image, dtype, tolerance):
 
 def test_position_tensors_stay_float32_under_autocast():
     backbone = build(CONFIGS['fastervit']).eval()
-    bias = backbone.stages[2].blocks[0].carrier.attn.bias
+    bias = backbone.stages[2].blocks[0].carrier_attn.attn.bias
     with torch.no_grad():
         expected = bias((6, 5))
         with torch.autocast('cpu', dtype=torch.bfloat16):
-            bias.train().eval()
             assert torch.equal(bias((6, 5)), expected)
 
 
@@ -268,8 +266,6 @@ def test_copies_and_pickles(config, image):
         pickled = pickle.loads(pickle.dumps(backbone))
         for clone in (copy.deepcopy(backbone), pickled):
             assert difference(clone(image), expected) == 0
-            caches = {id(m._cache): m._cache for m in clone.modules() if hasattr(m, '_cache')}
-            assert len(caches) <= 1
         buffer = io.BytesIO()
         torch.save(backbone.state_dict(), buffer)
         buffer.seek(0)
@@ -284,10 +280,10 @@ def test_nothing_that_is_stored_depends_on_the_input_size(config, image):
     assert {k: v.shape for k, v in backbone.state_dict().items()} == before
 
 
-def test_start_values(config):
+def test_initialization(config):
     backbone = MODELS.build(config)
     backbone.init_weights()
-    # Layers that the recipe fills; the other convolutions start as PyTorch's do.
+    # Layers that the recipe fills; the other convolutions are initialized by PyTorch.
     [rule] = backbone.from_scratch
     filled = [m for m in backbone.modules() if isinstance(m, getattr(nn, rule['layer']))]
     spread = torch.cat([m.weight.detach().flatten() for m in filled]).std()
@@ -328,126 +324,6 @@ def test_traces(config, image):
         expected = backbone(image)
         traced = torch.jit.trace(backbone, image)
         assert difference(traced(image), expected) <= 1e-6
-
-
-class TestCache:
-    """Position tensors and masks kept in eval mode never go stale."""
-
-    @pytest.fixture
-    def backbone(self):
-        return build(CONFIGS['fastervit']).eval()
-
-    @staticmethod
-    def cache(backbone):
-        return backbone.stages[2].blocks[0].window.pos_embed._cache
-
-    @staticmethod
-    def fresh(backbone, image):
-        """What a backbone with the same weights computes without any cache."""
-        with torch.no_grad():
-            return copy.deepcopy(backbone)(image)
-
-    def test_is_used_for_one_grid_at_a_time(self, backbone, image):
-        calls = []
-        module = backbone.stages[2].blocks[0].carrier.attn.bias
-        compute = module._compute
-        module._compute = lambda *sides: calls.append(sides) or compute(*sides)
-        with torch.no_grad():
-            for size in (96, 96, 160, 160, 96):
-                backbone(image[..., :size].contiguous())
-        # 96 x 96 and 96 x 150 pixels: 2 x 2 and 2 x 3 windows of four tokens, two carriers each.
-        assert calls == [(4, 4), (4, 6), (4, 4)]
-
-    def test_masks_are_made_once_for_each_size(self, image):
-        backbone = build(CONFIGS['hat-net']).eval()
-        calls = []
-        for stage in backbone.stages[:3]:
-            mask = stage.blocks[0].attn.mask
-            mask._compute = lambda sides, device, make=mask._compute: (
-                calls.append(sides) or make(sides, device)
-            )
-        with torch.no_grad():
-            for size in (96, 96, 150, 150, 96):
-                backbone(image[..., :size].contiguous())
-        # Windows of 4, 3 and 4 tokens: 96 x 96 pixels fill them in stage 0 (24 x 24 tokens) and
-        # stage 1 (12 x 12), not in stage 2 (6 x 6); of 96 x 150 nothing divides.
-        assert calls == [(6, 6), (24, 38), (12, 19), (6, 10), (6, 6)]
-
-    def test_masks_of_another_window_are_others(self):
-        module = BorderMask(8).eval()
-        with torch.no_grad():
-            before = module(13, 13, torch.device('cpu'))
-            module.window = 5
-            after = module(13, 13, torch.device('cpu'))
-        assert (before.shape, after.shape) == ((4, 1, 1, 64), (9, 1, 1, 25))
-
-    def test_is_off_while_gradients_are_on(self, backbone, image):
-        loss_of(backbone(image)).backward()
-        loss_of(backbone(image)).backward()
-        assert self.cache(backbone).nbytes == 0
-
-    def test_mixes_with_inference_mode(self, backbone, image):
-        with torch.inference_mode():
-            backbone(image)
-        with torch.no_grad():
-            backbone(image)
-        loss_of(backbone(image)).backward()
-
-    @pytest.mark.parametrize(
-        'event',
-        [
-            lambda b: b.train(),
-            lambda b: b.eval(),
-            lambda b: b.double(),
-            lambda b: b.load_state_dict(b.state_dict()),
-            lambda b: b.stages[2].load_state_dict(b.stages[2].state_dict()),
-        ],
-        ids=['train', 'eval', 'dtype', 'load', 'load of a stage'],
-    )
-    def test_is_cleared(self, backbone, image, event):
-        with torch.no_grad():
-            backbone(image)
-        bias = backbone.stages[2].blocks[1].carrier.attn.bias
-        assert id(bias) in bias._cache._entries
-        event(backbone)
-        assert id(bias) not in bias._cache._entries
-
-    def test_sees_in_place_edits(self, backbone, image):
-        with torch.no_grad():
-            backbone(image)
-            for parameter in backbone.parameters():
-                parameter.mul_(1.5)
-            assert difference(backbone(image), self.fresh(backbone, image)) == 0
-
-    def test_follows_the_weight_swap_of_the_ema_hook(self, backbone, image):
-        hook = EMAHook()
-        hook.src_model = backbone
-        hook.ema_model = ExponentialMovingAverage(backbone)
-        with torch.no_grad():
-            for parameter in hook.ema_model.module.parameters():
-                parameter.mul_(1.5)
-            original = backbone(image)
-            hook._swap_ema_parameters()
-            averaged = backbone.eval()(image)
-            assert difference(averaged, self.fresh(backbone, image)) == 0
-            assert difference(averaged, original) > 0.01
-            hook._swap_ema_parameters()
-            assert difference(backbone.eval()(image), original) == 0
-
-    def test_stays_within_its_limit(self, backbone, image):
-        limit = 50_000
-        cache = self.cache(backbone)
-        cache.limit = limit
-        with torch.no_grad():
-            maps = backbone(image)
-            assert 0 < cache.nbytes <= limit
-            assert difference(maps, self.fresh(backbone, image)) == 0
-        assert EvalCache().limit <= 32 * 2**20
-
-    def test_is_one_for_the_whole_backbone(self, config):
-        backbone = build(config)
-        caches = {id(m._cache) for m in backbone.modules() if hasattr(m, '_cache')}
-        assert len(caches) == 1
 
 
 def test_public_names():

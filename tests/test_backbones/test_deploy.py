@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import hat_mm
-from hat_mm.layers import Deployable, DropPath, FixedPositions
+from hat_mm.layers import Deployable, DropPath, RelativePositionBias
 from test_backbones.archs import FAMILIES
 
 SIZES = [(64, 64), (97, 33), (40, 211), (1, 1)]
@@ -87,8 +87,8 @@ def test_nothing_is_left_of_training(variant):
     # Output norms have no convolution before them, nor have those in front of an expansion.
     assert all(name.startswith('norm') or name.endswith(TO_KEEP) for name in norms), norms
     assert sum(p.numel() for p in backbone.parameters()) <= before
-    fixed = [m for m in backbone.modules() if isinstance(m, FixedPositions)]
-    assert bool(fixed) != variant.startswith('hat-net')
+    if variant == 'no-carriers':
+        assert not any(isinstance(m, RelativePositionBias) for m in backbone.modules())
 
 
 TO_KEEP = ('.conv.norm1', '.attn.norm', '.attn.grid_norm', '.attn.ds_norm')
@@ -122,32 +122,42 @@ def test_switched_in_inference_mode():
     assert image.grad.isfinite().all()
 
 
+@pytest.mark.parametrize('switch', ['method', 'function'])
+@pytest.mark.parametrize('part', [False, True])
 @pytest.mark.parametrize('family', FAMILIES)
-def test_refuses_while_training(family):
+def test_training_mode_ends_with_a_warning(family, part, switch):
     family = FAMILIES[family]
-    backbone = family.backbone(family.tiny())
-    names = list(backbone.state_dict())
-    for switch in (backbone.switch_to_deploy, lambda: hat_mm.switch_to_deploy(backbone)):
-        with pytest.raises(RuntimeError, match=r'training mode.*call eval\(\)'):
-            switch()
-    assert names == list(backbone.state_dict())
-    backbone.eval()
-    backbone.stages[1].train()  # a part is enough
-    with pytest.raises(RuntimeError, match='training mode'):
-        backbone.switch_to_deploy()
-    assert not any(module.deploy for module in backbone.modules() if isinstance(module, Deployable))
+    backbone = family.backbone(family.tiny()).eval()
+    expected = maps(backbone)
+    (backbone.stages[1] if part else backbone).train()
+    with pytest.warns(UserWarning, match='was in training mode and is in eval mode now') as said:
+        backbone.switch_to_deploy() if switch == 'method' else hat_mm.switch_to_deploy(backbone)
+    assert len(said) == 1
+    assert not any(module.training for module in backbone.modules())
+    assert_near(maps(backbone), expected, 1e-5)
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_cannot_train_or_load_afterwards(family):
+def test_stays_in_eval_mode_afterwards(family):
+    family = FAMILIES[family]
+    model = nn.ModuleDict({'backbone': family.backbone(family.tiny()), 'head': nn.Dropout()}).eval()
+    hat_mm.switch_to_deploy(model)
+    expected = maps(model.backbone)
+    with pytest.warns(UserWarning, match='cannot train, and stays in eval mode') as said:
+        model.train()
+    assert len(said) == 1
+    assert model.head.training
+    assert not any(module.training for module in model.backbone.modules())
+    assert_near(maps(model.backbone), expected, 0)
+    assert not model.eval().head.training
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_cannot_load_afterwards(family):
     family = FAMILIES[family]
     backbone = family.backbone(family.tiny()).eval()
     state = backbone.state_dict()
     backbone.switch_to_deploy()
-    with pytest.raises(RuntimeError, match='cannot train'):
-        backbone.train()
-    assert not any(module.training for module in backbone.modules())
-    backbone.eval()
     with pytest.raises(ValueError, match='load it before'):
         backbone.load_state_dict(state)
 
@@ -164,10 +174,10 @@ def test_copies_and_moves():
     assert all(m.isfinite().all() for m in maps(half))
 
 
-def test_positions_seen_in_inference_mode_are_ordinary_tensors():
+def test_folded_in_inference_mode_to_ordinary_tensors():
     backbone = trained('fastervit')
-    maps(backbone)  # fills the cache with inference tensors
-    backbone.switch_to_deploy()
+    with torch.inference_mode():
+        backbone.switch_to_deploy()
     assert not any(value.is_inference() for value in backbone.state_dict().values())
 
 

@@ -10,6 +10,7 @@ import torch
 from mmengine.model import BaseModule
 from mmengine.runner import load_checkpoint
 
+import hat_mm
 from hat_mm.checkpoints import unwrap
 from test_backbones.archs import FAMILIES
 
@@ -120,7 +121,7 @@ def test_load_checkpoint(name, file, log):
     load_checkpoint(backbone, file, map_location='cpu')
     assert_loaded(backbone, name)
     own = [n for n in backbone.state_dict() if 'num_batches' not in n]
-    new = [n for n in own if '.tokenizer.' in n or '.carrier.' in n if name == 'SwinHAT']
+    new = [n for n in own if '.tokenizer.' in n or '.carrier_attn.' in n if name == 'SwinHAT']
     # Each map has a norm that no official file knows, but for the last one of two families.
     norms = {'FasterViT': 3 * 4, 'HATNet': 4 * 4, 'SwinHAT': 3 * 2}[name]
     assert f'{len(own) - norms - len(new)} of {len(own)} tensors loaded' in log.getvalue()
@@ -412,3 +413,18 @@ def test_file_with_code_is_refused(name, tmp_path):
 def test_unwrap_finds_the_tensors():
     tensors = {'a': torch.zeros(1)}
     assert unwrap({'state_dict': {'model': {'module.a': tensors['a']}}}) == tensors
+
+
+@pytest.mark.parametrize('name', [*FAMILIES, 'HATPlugin'])
+def test_files_of_version_0_1(name):
+    # It called window_attn and carrier_attn of a block window and carrier.
+    build = Detector if name in FAMILIES else lambda _: torch.nn.Sequential(hat_mm.HATPlugin(8))
+    one, other = build(name), build(name)
+    renamed = {
+        key.replace('.window_attn.', '.window.').replace('.carrier_attn.', '.carrier.'): value
+        for key, value in one.state_dict().items()
+    }
+    assert (renamed.keys() == one.state_dict().keys()) is (name == 'HATNet')
+    other.load_state_dict(renamed)
+    for key, value in other.state_dict().items():
+        assert torch.equal(one.state_dict()[key], value)

@@ -140,7 +140,7 @@ def test_all_names_give_the_same_network(tmp_path, log):
         backbone = hat_mm.SwinHAT(ARCH, init_cfg=init_cfg)
         own = copy.deepcopy(backbone.state_dict())
         backbone.init_weights()
-        new = {k for k in own if '.tokenizer.' in k or '.carrier.' in k}
+        new = {k for k in own if '.tokenizer.' in k or '.carrier_attn.' in k}
         # Four tensors in the stem and thirteen in a block, three a down-sampler, a norm.
         shared = 4 + 13 * BLOCKS + 3 * 3 + 2
         assert f'{shared} of {len(own)} tensors loaded' in log.getvalue()
@@ -164,7 +164,8 @@ def test_official_values_come_back():
     assert all(torch.equal(official[k], v) for k, v in state.items() if 'head' not in k)
     assert set(official) == {k for k in state if 'head' not in k}
     assert all(
-        name.startswith('norm') or '.tokenizer.' in name or '.carrier.' in name for name in unknown
+        name.startswith('norm') or '.tokenizer.' in name or '.carrier_attn.' in name
+        for name in unknown
     )
 
 
@@ -190,7 +191,7 @@ def test_swin_trained_here_starts_a_network_with_carriers(log):
     plain, hat = hat_mm.SwinHAT(ARCH, hat_stages=()), hat_mm.SwinHAT(ARCH)
     randomise(plain)
     hat.load_state_dict(plain.state_dict())
-    new = [k for k in hat.state_dict() if '.tokenizer.' in k or '.carrier.' in k]
+    new = [k for k in hat.state_dict() if '.tokenizer.' in k or '.carrier_attn.' in k]
     assert f'{len(new)} new (' in log.getvalue()
     state = hat.state_dict()
     assert all(torch.equal(state[k], v) for k, v in plain.state_dict().items())
@@ -233,7 +234,7 @@ def test_mlp_ratio_is_that_of_all_mlps():
     stages = hat_mm.SwinHAT(dict(ARCH, mlp_ratio=2)).stages
     for stage, dim in zip(stages, (8, 16, 32, 64), strict=True):
         for block in stage.blocks:
-            layers = [block] if block.carrier is None else [block, block.carrier]
+            layers = [block] if block.carrier_attn is None else [block, block.carrier_attn]
             assert all(layer.mlp.fc1.out_features == 2 * dim for layer in layers)
 
 
@@ -267,8 +268,8 @@ def test_what_the_stages_are_made_of(hat_stages, carriers, shifts):
     stages = hat_mm.SwinHAT(ARCH, hat_stages=hat_stages).stages
     for stage, exchanges, shifted in zip(stages, carriers, shifts, strict=True):
         assert (stage.tokenizer is not None) is (exchanges > 0)
-        assert sum(block.carrier is not None for block in stage.blocks) == exchanges
+        assert sum(block.carrier_attn is not None for block in stage.blocks) == exchanges
         assert sum(block.shift == 3 for block in stage.blocks) == shifted
         assert all(block.shift in (0, 3) for block in stage.blocks)
         assert stage.blocks[0].shift == 0
-        assert stage.blocks[0].carrier is None
+        assert stage.blocks[0].carrier_attn is None

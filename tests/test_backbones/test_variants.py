@@ -96,9 +96,7 @@ def test_drop_path_grows_linearly_over_all_blocks(family, arch, rate):
     with torch.device('meta'):
         backbone = family(arch, drop_path_rate=0.3)
     blocks = [block for stage in backbone.stages for block in stage.blocks]
-    rates = [
-        (block.window if hasattr(block, 'window') else block).drop_path.rate for block in blocks
-    ]
+    rates = [getattr(block, 'window_attn', block).drop_path.rate for block in blocks]
     steps = len(rates) - 1
     assert rates == pytest.approx([0.3 * i / steps for i in range(steps + 1)])
     assert family.archs[arch].drop_path_rate == rate

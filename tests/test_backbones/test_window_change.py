@@ -39,8 +39,7 @@ def assert_functions_agree(one, other, side, other_side):
     else:
         reach, other_reach = side // 2, other_side // 2
         a, b = (
-            m((s, s))[m.num_prefix :].view(s, s, -1).permute(2, 0, 1)
-            for m, s in ((one, side), (other, other_side))
+            m((s, s)).view(s, s, -1).permute(2, 0, 1) for m, s in ((one, side), (other, other_side))
         )
     pairs = [
         (i + reach, j + other_reach)

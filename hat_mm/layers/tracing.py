@@ -1,0 +1,67 @@
+"""Where ``torch.compile`` needs another form of the same computation, and why.
+
+These are the only functions that ask whether a graph is being recorded. Each is plain PyTorch
+otherwise.
+"""
+
+import torch
+from torch import Tensor
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """Cuts a channels-last map (B, H', W', C) to its top left (B, height, width, C).
+
+    The strides of a slice tell whether anything was cut, and ``torch.compile`` would make a graph
+    for each outcome.
+    """
+    if not torch.compiler.is_compiling():
+        return x[:, :height, :width]
+    for axis, size in ((1, height), (2, width)):
+        x = x.index_select(axis, torch.arange(size, device=x.device))
+    return x
+
+
+def chunks(length: int, at_once: int) -> list[slice]:
+    """Cuts an axis into chunks of ``at_once`` entries, but at least one.
+
+    A graph is recorded with one chunk, as the number of chunks would fix the size of its images.
+    """
+    if torch.compiler.is_compiling() or at_once >= length:
+        return [slice(None)]
+    at_once = max(at_once, 1)
+    return [slice(i, i + at_once) for i in range(0, length, at_once)]
+
+
+def needs_border_mask(height: int, width: int, window_size: int) -> bool:
+    """Tells whether a map ends inside its last windows.
+
+    ``torch.compile`` gets one answer for all sizes, or it would make a graph for each.
+    """
+    divides = height % window_size == 0 and width % window_size == 0
+    return torch.compiler.is_compiling() or not divides
+
+
+def contiguous_input(x: Tensor) -> Tensor:
+    """Copies the input of a convolution of stride 2 to contiguous memory.
+
+    With the channels last, inductor of torch 2.13 fails on some symbolic sizes ("ValueRangeError:
+    Invalid ranges"). The copy is fused into the norm before it.
+    """
+    if torch.compiler.is_compiling():
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Group norm of one group on a map (B, C, H, W).
+
+    The decomposition of ``torch.compile`` flattens the map, and index expressions of a flattened
+    map of symbolic size take it many minutes.
+    """
+    if not torch.compiler.is_compiling():
+        # Not through nn.functional, which refuses a map of a single number.
+        return torch.group_norm(x, 1, weight, bias, eps)
+    y = x.float()
+    variance, mean = torch.var_mean(y, (1, 2, 3), correction=0, keepdim=True)
+    scale = weight[:, None, None] * torch.rsqrt(variance + eps)
+    return ((y - mean) * scale + bias[:, None, None]).type_as(x)

@@ -24,36 +24,36 @@ help: ## list the targets
 setup: ## set up .venv: checks, packages, mmcv compiled with its operators (once, 10-20 minutes)
 	@for python in $(PYTHON) python3 python3.12 python3.11; do \
 	  if "$$python" -c '' 2>/dev/null; then \
-	    exec "$$python" tools/setup_env.py --stack $(STACK) --python "$(PYTHON)"; \
+	    exec "$$python" tools/dev/setup_env.py --stack $(STACK) --python "$(PYTHON)"; \
 	  fi; \
 	done; \
 	echo 'python3 is missing. Debian or Ubuntu: apt-get install python3 python3-venv python3-dev' >&2; \
 	exit 1
 
 demo: setup ## draw a data set, train Mask R-CNN with a tiny FasterViT on it, show what it learned
-	@$(IN_VENV) $(PY) tools/demo.py --work-dir work_dirs/demo-$(STACK) $(ARGS)
+	@$(IN_VENV) $(PY) demo/shapes_demo.py --work-dir work_dirs/demo-$(STACK) $(ARGS)
 
 demo-hat-net: setup ## the same with a small HAT-Net
-	@$(IN_VENV) $(PY) tools/demo.py configs/toy/mask-rcnn_hat-net-toy_fpn_shapes.py \
+	@$(IN_VENV) $(PY) demo/shapes_demo.py configs/toy/mask-rcnn_hat-net-toy_fpn_shapes.py \
 	  --work-dir work_dirs/demo-hat-net-$(STACK) $(ARGS)
 
 demo-seg: setup ## semantic segmentation: UPerNet with a tiny FasterViT
-	@$(IN_VENV) $(PY) tools/demo.py configs/toy/fastervit-tiny_upernet_shapes.py \
+	@$(IN_VENV) $(PY) demo/shapes_demo.py configs/toy/fastervit-tiny_upernet_shapes.py \
 	  --work-dir work_dirs/demo-seg-$(STACK) $(ARGS)
 
 demo-cls: setup ## classification with a tiny FasterViT, shows a confusion matrix
-	@$(IN_VENV) $(PY) tools/demo.py configs/toy/fastervit-tiny_shapes.py \
+	@$(IN_VENV) $(PY) demo/shapes_demo.py configs/toy/fastervit-tiny_shapes.py \
 	  --work-dir work_dirs/demo-cls-$(STACK) $(ARGS)
 
 demo-cascade: setup ## instance segmentation: Cascade Mask R-CNN with a tiny FasterViT
-	@$(IN_VENV) $(PY) tools/demo.py configs/toy/cascade-mask-rcnn_fastervit-tiny_fpn_shapes.py \
+	@$(IN_VENV) $(PY) demo/shapes_demo.py configs/toy/cascade-mask-rcnn_fastervit-tiny_fpn_shapes.py \
 	  --work-dir work_dirs/demo-cascade-$(STACK) $(ARGS)
 
 study: setup ## train networks with and without global attention, 21 runs, an hour on two cores
-	@$(IN_VENV) $(PY) tools/plugin_study.py $(ARGS)
+	@$(IN_VENV) $(PY) tools/analysis_tools/plugin_study.py $(ARGS)
 
 bench: setup ## time and memory beside Swin-T, ConvNeXt-T, ResNet-50; 15 minutes on two cores
-	@$(IN_VENV) $(PY) tools/benchmark.py --rounds 5 --processes 2 --out work_dirs/benchmark $(ARGS)
+	@$(IN_VENV) $(PY) tools/analysis_tools/benchmark models --rounds 5 --processes 2 --out work_dirs/benchmark $(ARGS)
 
 # A file's tests stay in one process, whose fixtures they share.
 test: setup ## run the tests; ARGS='-k word' passes options to pytest

@@ -549,7 +549,7 @@ def _restore_in1d(_: ModuleType) -> None:
 
 def _add_models_to_mmpretrain(module: ModuleType) -> None:
     """Let mmpretrain's ``list_models`` and ``get_model`` know the models of this package."""
-    if importlib.import_module('hat_mm.zoo').add_to_mmpretrain(module):
+    if importlib.import_module('hat_mm.zoo.models').add_to_mmpretrain(module):
         _acted('models-in-mmpretrain', "mmpretrain's functions know the models of hat_mm")
 
 

@@ -15,8 +15,8 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as _OPTIM_WRAPPER_CONST
 from mmengine.registry import Registry
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from .checkpoints import OFFICIAL_PREFIXES
-from .download import load_from_hat_mm
+from hat_mm.weights.download import load_from_hat_mm
+from hat_mm.weights.official import OFFICIAL_PREFIXES
 
 MODELS = Registry(
     'model',
@@ -24,12 +24,12 @@ MODELS = Registry(
     scope='hat_mm',
     locations=['hat_mm.backbones', 'hat_mm.necks', 'hat_mm.plugins'],
 )
-HOOKS = Registry('hook', parent=_HOOKS, scope='hat_mm', locations=['hat_mm.hooks'])
+HOOKS = Registry('hook', parent=_HOOKS, scope='hat_mm', locations=['hat_mm.engine.hooks'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optim_wrapper_constructor',
     parent=_OPTIM_WRAPPER_CONSTRUCTORS,
     scope='hat_mm',
-    locations=['hat_mm.optim'],
+    locations=['hat_mm.engine.optim'],
 )
 
 # mmengine tries the patterns in reverse alphabetical order: each has to come before the one that

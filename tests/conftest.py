@@ -14,7 +14,7 @@ from mmengine.config import config, utils
 from mmengine.utils import ManagerMixin
 
 # Its repairs apply to toolboxes that are imported later.
-from hat_mm.toy import make_dataset
+from shapes import make_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 CPUS = len(os.sched_getaffinity(0)) // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1')) or 1

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import shapes as toy
 import torch
 import yaml
 from mmdet.models import ResNet
@@ -22,7 +23,6 @@ from mmengine.registry import DefaultScope
 from repo_tools import tool
 
 import hat_mm
-from hat_mm import toy
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
@@ -278,7 +278,7 @@ def test_a_leaf_only_joins(path):
 
 def test_the_files_are_those_of_the_table():
     done = subprocess.run(
-        [sys.executable, str(ROOT / 'tools/make_configs.py'), '--check'],
+        [sys.executable, str(ROOT / 'tools/dev/make_configs.py'), '--check'],
         capture_output=True,
         text=True,
         check=False,

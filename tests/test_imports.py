@@ -22,7 +22,7 @@ ALLOWED = {
         'hat_mm.layers',
         'hat_mm.backbones',
         'hat_mm.registry',
-        'hat_mm.checkpoints',
+        'hat_mm.weights.names',
     ),
     'plugins.py': ('torch', 'hat_mm.layers', 'hat_mm.backbones', 'hat_mm.registry'),
 }

@@ -11,7 +11,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
-from hat_mm import runtime
+from hat_mm.engine import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / 'docs/large_images.md').read_text()
@@ -128,7 +128,7 @@ def test_slide_through_the_test_tool(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FasterViT, 'forward', watched)
-        metrics = runtime.test(
+        metrics = cli.test(
             [str(tmp_path / 'small.py'), str(tmp_path / 'start.pth'), '--work-dir', str(tmp_path),
              '--out', str(tmp_path / 'maps'), '--cfg-options', *options]
         )  # fmt: skip

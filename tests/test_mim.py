@@ -16,10 +16,11 @@ import yaml
 from loopback import serving
 from mmengine.config import Config
 from mmengine.hub import get_config
+from shapes import make_dataset
 from test_packaging import build, copy_sources
 
-from hat_mm import checkpoint_io, metafiles
-from hat_mm.toy import make_dataset
+from hat_mm.weights import fileio
+from hat_mm.zoo import metafiles
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = 'mask-rcnn_hat-net-toy_fpn_shapes'
@@ -199,7 +200,7 @@ def checkpoint(mim, work_dir):
 
 @needs_mim
 def test_train_by_the_name_of_a_config(checkpoint):
-    weights = checkpoint_io.read(checkpoint)['state_dict']
+    weights = fileio.read(checkpoint)['state_dict']
     assert any(name.startswith('backbone.stages.0.') for name in weights)
 
 

@@ -16,7 +16,7 @@ from mmengine.registry import DefaultScope
 from repo_tools import tool
 
 import hat_mm
-from hat_mm import runtime
+from hat_mm.engine import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -101,7 +101,7 @@ def test_the_pages_have_commands():
 def merged(words: list[str]) -> Config:
     """The config of a command with its options."""
     program, *args = words
-    parser = runtime.test_parser() if program.endswith('test.py') else runtime.train_parser()
+    parser = cli.test_parser() if program.endswith('test.py') else cli.train_parser()
     if program.endswith('.sh'):
         args = [args[0], *args[2:]]  # without the number of GPUs
     if program.endswith('print_config.py'):

@@ -2,7 +2,7 @@
 
 import sys
 
-from hat_mm.runtime import run_tool, test
+from hat_mm.engine.cli import run_tool, test
 
 if __name__ == '__main__':
     sys.exit(run_tool(test, 'test.py'))

@@ -2,7 +2,7 @@
 
 import sys
 
-from hat_mm.runtime import run_tool, train
+from hat_mm.engine.cli import run_tool, train
 
 if __name__ == '__main__':
     sys.exit(run_tool(train, 'train.py'))

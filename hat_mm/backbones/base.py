@@ -15,7 +15,6 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hat_mm.checkpoints import NameMap, adapt, is_backbone_alone, unwrap
 from hat_mm.layers import (
     Deployable,
     MapNorm,
@@ -23,6 +22,8 @@ from hat_mm.layers import (
     checkpoint_block,
     guard_group_norm,
 )
+from hat_mm.weights.loading import adapt, is_backbone_alone, unwrap
+from hat_mm.weights.names import NameMap
 
 
 def resolve_arch(arch: Any, table: Mapping[str, Any], row: type) -> tuple[str, Any]:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hat_mm.checkpoints import FASTERVIT_NAMES, rename_old
 from hat_mm.layers import (
     CarrierTokenizer,
     Deployable,
@@ -36,6 +35,8 @@ from hat_mm.layers import (
     split_windows,
 )
 from hat_mm.registry import MODELS
+from hat_mm.weights.loading import rename_old
+from hat_mm.weights.names import FASTERVIT_NAMES
 
 from .base import HierarchicalBackbone, Stage, check_ints, drop_path_rates, per_stage
 

@@ -13,7 +13,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from hat_mm.checkpoints import HAT_NET_NAMES
 from hat_mm.layers import (
     Conv2d,
     Deployable,
@@ -24,6 +23,7 @@ from hat_mm.layers import (
     folded_norm,
 )
 from hat_mm.registry import MODELS
+from hat_mm.weights.names import HAT_NET_NAMES
 
 from .base import HierarchicalBackbone, Stage, check_ints, drop_path_rates
 

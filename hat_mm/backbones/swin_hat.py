@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from hat_mm.checkpoints import SWIN_NAMES, unwrap
 from hat_mm.layers import (
     CarrierTokenizer,
     DropPath,
@@ -35,6 +34,8 @@ from hat_mm.layers import (
     split_windows,
 )
 from hat_mm.registry import MODELS
+from hat_mm.weights.loading import unwrap
+from hat_mm.weights.names import SWIN_NAMES
 
 from .base import (
     HierarchicalBackbone,

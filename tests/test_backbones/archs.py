@@ -7,7 +7,7 @@ from typing import Any
 from golden import fill
 
 import hat_mm
-from hat_mm.checkpoints import FASTERVIT_NAMES, HAT_NET_NAMES, SWIN_NAMES, NameMap
+from hat_mm.weights.names import FASTERVIT_NAMES, HAT_NET_NAMES, SWIN_NAMES, NameMap
 from test_backbones.plain_fastervit import PlainFasterViT
 from test_backbones.plain_hat_net import PlainHATNet
 from test_backbones.plain_swin_hat import PlainSwinHAT

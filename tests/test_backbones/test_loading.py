@@ -11,7 +11,7 @@ from mmengine.model import BaseModule
 from mmengine.runner import load_checkpoint
 
 import hat_mm
-from hat_mm.checkpoints import unwrap
+from hat_mm.weights.loading import unwrap
 from test_backbones.archs import FAMILIES
 
 # Fields of the tiny arch of each family, and of archs that its file does not fit, with the message.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from mmengine.runner import load_checkpoint
 
 import hat_mm
-from hat_mm.checkpoints import SWIN_NAMES
+from hat_mm.weights.names import SWIN_NAMES
 from test_backbones.archs import FAMILIES
 
 MODELS = pytest.importorskip('mmpretrain.registry').MODELS

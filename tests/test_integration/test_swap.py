@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import shapes
 import torch
 
 import hat_mm
 from hat_mm import __main__ as program
-from hat_mm import runtime, toy
+from hat_mm.engine import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = itertools.count()
@@ -114,7 +115,7 @@ def sets(tmp_path_factory):
     """A tiny set in the layout of each toolbox."""
     folder = tmp_path_factory.mktemp('sets')
     for toolbox, layout in LAYOUTS.items():
-        toy.make_dataset(folder / toolbox, layout=layout, num_train=4, num_val=2)
+        shapes.make_dataset(folder / toolbox, layout=layout, num_train=4, num_val=2)
     return folder
 
 
@@ -167,7 +168,7 @@ def test_one_step_and_one_test(name, tools, backbone, sets, tmp_path, caplog):
     work_dir = ['--work-dir', str(tmp_path)]
     changes = ['--cfg-options', *options(swap, toolbox, backbone, sets / toolbox)]
     if tools == 'ours':
-        runtime.train([config, *work_dir, *changes])
+        cli.train([config, *work_dir, *changes])
     else:
         program.main([str(packages / toolbox / '.mim/tools/train.py'), config, *work_dir, *changes])
     [checkpoint] = tmp_path.glob('*_1.pth')
@@ -186,7 +187,7 @@ def test_one_step_and_one_test(name, tools, backbone, sets, tmp_path, caplog):
     changes = ['--cfg-options', *options(swap, toolbox, backbone, sets / toolbox)]
     test = [config, str(checkpoint), *work_dir, *changes]
     if tools == 'ours':
-        assert swap.metric in runtime.test(test)
+        assert swap.metric in cli.test(test)
     else:
         program.main([str(packages / toolbox / '.mim/tools/test.py'), *test])
         assert [p for p in tmp_path.glob('*/*.json') if swap.metric in p.read_text()]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from hat_mm import runtime
+from hat_mm.engine import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY_CONFIG = str(ROOT / 'configs/toy/mask-rcnn_fastervit-tiny_fpn_shapes.py')
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures('plain_dumps')
 def trained(tmp_path_factory, toy_options):
     """Work dir of one epoch of training."""
     folder = tmp_path_factory.mktemp('trained')
-    runtime.train([TOY_CONFIG, '--work-dir', str(folder), '--cfg-options', *toy_options])
+    cli.train([TOY_CONFIG, '--work-dir', str(folder), '--cfg-options', *toy_options])
     return folder
 
 
@@ -43,7 +43,7 @@ def tool(capsys, toy_options):
         # mmengine names loggers by config and second; each run of this process needs its own.
         own_name = f'experiment_name=run{next(RUNS)}'
         argv = [TOY_CONFIG, *map(str, argv), '--cfg-options', *toy_options, own_name, *options]
-        status = runtime.run_tool(functools.partial(function, argv), f'{function.__name__}.py')
+        status = cli.run_tool(functools.partial(function, argv), f'{function.__name__}.py')
         return status, capsys.readouterr().err
 
     return run
@@ -100,14 +100,14 @@ def test_which_batches_are_warned_of(changes, processes, told):
         )
     )
     cfg.merge_from_dict(changes)
-    warning = runtime._batch_warning(cfg, processes)
+    warning = cli._batch_warning(cfg, processes)
     assert told in warning if told else warning is None
 
 
 def test_scaling_beside_accumulation_is_refused(tool, tmp_path):
     """mmengine's scaling would count the images of one forward pass only."""
     status, stderr = tool(
-        runtime.train, '--work-dir', tmp_path, '--auto-scale-lr',
+        cli.train, '--work-dir', tmp_path, '--auto-scale-lr',
         options=['optim_wrapper.accumulative_counts=4'],
     )  # fmt: skip
     assert status == 1
@@ -146,7 +146,7 @@ def test_deploy_predicts_the_same(trained, toy_options, shapes, forms, tmp_path)
 
     def tested(*flags):
         path.write_text(json.dumps(truth))
-        metrics = runtime.test(
+        metrics = cli.test(
             [TOY_CONFIG, str(trained / 'epoch_1.pth'), '--work-dir', str(tmp_path), *flags,
              '--out', str(out), '--cfg-options', *toy_options, f'test_evaluator.ann_file={path}',
              f'experiment_name=run{next(RUNS)}']
@@ -201,7 +201,7 @@ def as_annotations(predictions, categories):
 
 def test_tta(trained, tool, tmp_path):
     status, stderr = tool(
-        runtime.test, trained / 'epoch_1.pth', '--work-dir', tmp_path, '--tta',
+        cli.test, trained / 'epoch_1.pth', '--work-dir', tmp_path, '--tta',
         options=[
             'test_evaluator.metric=bbox', 'model.roi_head.mask_head=None',
             'model.roi_head.mask_roi_extractor=None',
@@ -211,7 +211,7 @@ def test_tta(trained, tool, tmp_path):
 
 
 def test_tta_of_masks_says_that_mmdet_has_none(trained, tool, tmp_path):
-    status, stderr = tool(runtime.test, trained / 'epoch_1.pth', '--work-dir', tmp_path, '--tta')
+    status, stderr = tool(cli.test, trained / 'epoch_1.pth', '--work-dir', tmp_path, '--tta')
     assert status == 1
     assert 'TTA of instance segmentation does not support now' in error_line(stderr)
 
@@ -238,7 +238,7 @@ def test_resume(named, trained, tool, tmp_path):
     (work_dir / 'last_checkpoint').write_text(str(checkpoint))
     argument = [str(checkpoint)] if named else []
     status, stderr = tool(
-        runtime.train, '--work-dir', work_dir, '--resume', *argument,
+        cli.train, '--work-dir', work_dir, '--resume', *argument,
         options=['train_cfg.max_epochs=2'],
     )  # fmt: skip
     assert status == 0, stderr
@@ -267,17 +267,17 @@ def test_malicious_checkpoint_is_refused(flag, tool, tmp_path):
     torch.save({'state_dict': {}, 'meta': {'epoch': 1, 'iter': 2, 'x': Evil(target)}}, path)
     work_dir = tmp_path / 'work'
     if flag == 'test':
-        result = tool(runtime.test, path, '--work-dir', work_dir)
+        result = tool(cli.test, path, '--work-dir', work_dir)
     elif flag == '--resume':
-        result = tool(runtime.train, '--work-dir', work_dir, '--resume', path)
+        result = tool(cli.train, '--work-dir', work_dir, '--resume', path)
     elif flag == 'load_from':
-        result = tool(runtime.train, '--work-dir', work_dir, options=[f'load_from={path}'])
+        result = tool(cli.train, '--work-dir', work_dir, options=[f'load_from={path}'])
     else:
         options = [
             'model.backbone.init_cfg.type=Pretrained',
             f'model.backbone.init_cfg.checkpoint={path}',
         ]
-        result = tool(runtime.train, '--work-dir', work_dir, options=options)
+        result = tool(cli.train, '--work-dir', work_dir, options=options)
     status, stderr = result
     assert status == 1
     assert f'{path} was not loaded: it carries code' in error_line(stderr)
@@ -290,7 +290,7 @@ def test_code_in_the_config_of_a_checkpoint_is_never_run(trained, tool, tmp_path
     content['meta']['config'] = f'import os\nos.mkdir({str(target)!r})\n'
     torch.save(content, tmp_path / 'evil.pth')
     status, stderr = tool(
-        runtime.train, '--work-dir', tmp_path / 'work', '--resume', tmp_path / 'evil.pth'
+        cli.train, '--work-dir', tmp_path / 'work', '--resume', tmp_path / 'evil.pth'
     )
     assert status == 1
     assert 'the config text it carries is code' in error_line(stderr)
@@ -300,7 +300,7 @@ def test_code_in_the_config_of_a_checkpoint_is_never_run(trained, tool, tmp_path
 def test_no_checkpoint_at_all(tool, tmp_path):
     path = tmp_path / 'text.pth'
     path.write_text('hello')
-    status, stderr = tool(runtime.test, path, '--work-dir', tmp_path)
+    status, stderr = tool(cli.test, path, '--work-dir', tmp_path)
     assert status == 1
     assert f'{path} was not loaded: it is no checkpoint' in error_line(stderr)
 
@@ -326,7 +326,7 @@ def test_no_checkpoint_at_all(tool, tmp_path):
     ],
 )  # fmt: skip
 def test_wrong_settings_are_one_line(options, parts, tool, tmp_path):
-    status, stderr = tool(runtime.train, '--work-dir', tmp_path, options=options)
+    status, stderr = tool(cli.train, '--work-dir', tmp_path, options=options)
     assert status == 1
     line = error_line(stderr)
     for part in parts:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hat_mm.backbones
-from hat_mm import runtime
+from hat_mm.engine import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,7 +122,7 @@ def trained(name, text, root, folder) -> tuple[str, str]:
     """Train one epoch; returns config and checkpoint."""
     config = folder / f'tiny_{name}.py'
     config.write_text(text.format(root=str(root), arch=TINY))
-    runtime.train([str(config), '--work-dir', str(folder / 'run')])
+    cli.train([str(config), '--work-dir', str(folder / 'run')])
     return str(config), str(folder / 'run/epoch_1.pth')
 
 
@@ -139,7 +139,7 @@ def classifier(images, tmp_path_factory):
 
 
 def test_mmseg_writes_prediction_maps_and_pictures(segmentor, tmp_path):
-    metrics = runtime.test(
+    metrics = cli.test(
         [*segmentor, '--work-dir', str(tmp_path), '--out', str(tmp_path / 'maps'),
          '--show-dir', str(tmp_path / 'painted')]
     )  # fmt: skip
@@ -149,12 +149,12 @@ def test_mmseg_writes_prediction_maps_and_pictures(segmentor, tmp_path):
 
 
 def test_mmseg_tta(segmentor, tmp_path):
-    assert 'mIoU' in runtime.test([*segmentor, '--work-dir', str(tmp_path), '--tta'])
+    assert 'mIoU' in cli.test([*segmentor, '--work-dir', str(tmp_path), '--tta'])
 
 
 def test_mmpretrain_dumps_predictions(classifier, tmp_path):
     out = tmp_path / 'out.pkl'
-    metrics = runtime.test(
+    metrics = cli.test(
         [*classifier, '--work-dir', str(tmp_path), '--out', str(out), '--show-dir',
          str(tmp_path / 'painted')]
     )  # fmt: skip
@@ -165,7 +165,7 @@ def test_mmpretrain_dumps_predictions(classifier, tmp_path):
 
 def test_mmpretrain_dumps_metrics_and_flips(classifier, tmp_path):
     out = tmp_path / 'metrics.json'
-    metrics = runtime.test(
+    metrics = cli.test(
         [*classifier, '--work-dir', str(tmp_path), '--out', str(out), '--out-item', 'metrics',
          '--tta']
     )  # fmt: skip
@@ -180,9 +180,9 @@ def test_tta_of_averaged_weights(classifier, images, tmp_path):
     path = tmp_path / 'averaged.py'
     path.write_text(text)
     work_dir = ['--work-dir', str(tmp_path)]
-    runtime.train([str(path), *work_dir])
+    cli.train([str(path), *work_dir])
     checkpoint = str(tmp_path / 'epoch_1.pth')
-    assert 'accuracy/top1' in runtime.test([str(path), checkpoint, *work_dir, '--tta'])
+    assert 'accuracy/top1' in cli.test([str(path), checkpoint, *work_dir, '--tta'])
 
 
 # --- the deploy form ------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def scores(config, checkpoint, folder, *flags) -> np.ndarray:
     """What a classifier predicts for the images, (image, class)."""
     out = folder / 'scores.pkl'
     work_dir = str(folder / 'run')  # a run writes its config there
-    runtime.test([str(config), str(checkpoint), '--work-dir', work_dir, '--out', str(out), *flags])
+    cli.test([str(config), str(checkpoint), '--work-dir', work_dir, '--out', str(out), *flags])
     return np.stack([prediction['pred_score'] for prediction in pickle.loads(out.read_bytes())])
 
 
@@ -215,7 +215,7 @@ def test_mmseg_deploy_predicts_the_same(segmentor, forms, tmp_path):
 
     def tested(checkpoint, *flags):
         work_dir = str(tmp_path / 'run')
-        metrics = runtime.test([str(path), str(checkpoint), '--work-dir', work_dir, *flags])
+        metrics = cli.test([str(path), str(checkpoint), '--work-dir', work_dir, *flags])
         logits = [sample['seg_logits']['data'] for sample in pickle.loads(out.read_bytes())]
         return metrics, torch.stack(logits)
 
@@ -290,7 +290,7 @@ def test_deploy_folds_the_loaded_weights(classifier, tmp_path, monkeypatch):
         switch(backbone)
 
     monkeypatch.setattr(hat_mm.backbones.FasterViT, 'switch_to_deploy', spy)
-    runtime.test([*classifier, '--work-dir', str(tmp_path), '--deploy'])
+    cli.test([*classifier, '--work-dir', str(tmp_path), '--deploy'])
     saved = torch.load(classifier[1], weights_only=True)['state_dict']
     assert len(switched) == 1
     assert torch.equal(switched[0], next(v for k, v in saved.items() if k.startswith('backbone.')))
@@ -303,8 +303,8 @@ def test_deploy_needs_something_of_ours(classifier, tmp_path):
         Path(config).read_text()
         + "model['backbone'] = dict(type='ResNet', depth=18)\nmodel['head']['in_channels'] = 512\n"
     )
-    with pytest.raises(runtime.UserError, match='--deploy: the model has no backbone'):
-        runtime.test([str(path), checkpoint, *rest, '--work-dir', str(tmp_path), '--deploy'])
+    with pytest.raises(cli.UserError, match='--deploy: the model has no backbone'):
+        cli.test([str(path), checkpoint, *rest, '--work-dir', str(tmp_path), '--deploy'])
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_deploy_needs_something_of_ours(classifier, tmp_path):
 def test_missing_data_name_the_page_that_helps(config, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = str(ROOT / f'configs/hat_net/{config}.py')
-    assert runtime.run_tool(lambda: runtime.train([path]), 'train.py') == 1
+    assert cli.run_tool(lambda: cli.train([path]), 'train.py') == 1
     [line] = [line for line in capsys.readouterr().err.splitlines() if 'error: ' in line]
     assert f"data folder '{folder}' does not exist" in line
     assert 'docs/datasets.md says what belongs there' in line

@@ -1,4 +1,4 @@
-# The toy set that `python tools/make_toy_dataset.py --layout classes` draws: one shape an image.
+# The toy set that `python demo/shapes.py --layout classes` draws: one shape an image.
 _base_ = ['mmpretrain::_base_/datasets/imagenet_bs32.py']
 dataset_type = 'CustomDataset'
 data_root = 'data/shapes-classes/'

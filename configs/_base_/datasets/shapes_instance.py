@@ -1,4 +1,4 @@
-# The toy instance set that `python tools/make_toy_dataset.py` draws.
+# The toy instance set that `python demo/shapes.py` draws.
 _base_ = ['mmdet::_base_/datasets/coco_instance.py']
 data_root = 'data/shapes/'
 metainfo = dict(

@@ -1,4 +1,4 @@
-# The set that `python tools/make_toy_dataset.py --relation` draws: a marker at the other end of the
+# The set that `python demo/shapes.py --relation` draws: a marker at the other end of the
 # image alone tells whether a shape is of class -a or -b.
 _base_ = ['mmdet::_base_/datasets/coco_detection.py']
 data_root = 'data/shapes-relation/'

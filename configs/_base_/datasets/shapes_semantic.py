@@ -1,4 +1,4 @@
-# The toy set that `python tools/make_toy_dataset.py --layout semantic` draws, in ADE20K's layout.
+# The toy set that `python demo/shapes.py --layout semantic` draws, in ADE20K's layout.
 _base_ = ['mmseg::_base_/datasets/ade20k.py']
 dataset_type = 'BaseSegDataset'
 data_root = 'data/shapes-semantic/'

@@ -1,0 +1,1 @@
+"""What runs: the command lines of the tools, optimizers, hooks, counting."""

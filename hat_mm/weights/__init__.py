@@ -1,0 +1,1 @@
+"""Files of weights: official names and ours, reading and writing, downloads."""

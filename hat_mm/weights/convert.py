@@ -1,0 +1,251 @@
+"""Official checkpoints into files of hat_mm and back, with a report and where they come from."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hat_mm
+
+from .loading import LoadReport, compare, unwrap
+from .names import NAME_MAPS, UNUSED, NameMap
+from .official import OfficialFile
+
+# Where official training checkpoints keep the average of the weights.
+EMA_KEYS = ('state_dict_ema', 'model_ema')
+_HEAD = 'head.fc.'
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint comes from.
+
+    Attributes:
+        name: Name of the file.
+        sha256: Its checksum.
+        url: Its address; None if it was on this machine.
+        official: Its row in the table of official files, None if it has none.
+    """
+
+    name: str
+    sha256: str
+    url: str | None = None
+    official: OfficialFile | None = None
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """As plain data. A file on this machine is what its name says."""
+        known = {'file': self.name, 'sha256': self.sha256}
+        if url := self.url or (self.official and self.official.url):
+            known['url'] = url
+        if self.official is not None:
+            known['licence'] = self.official.licence
+        return known
+
+
+def from_official(
+    checkpoint: Mapping[str, Any], source: Source, with_head: bool, ema: bool
+) -> dict[str, Any]:
+    """Makes a checkpoint of hat_mm from an official one.
+
+    Args:
+        checkpoint: What the official file holds.
+        source: The file.
+        with_head: Whether the result is an mmpretrain classifier (``backbone.…``, ``head.fc.…``)
+            instead of a backbone.
+        ema: Whether to take the average of the weights that a training keeps.
+
+    Returns:
+        A checkpoint with ``state_dict``, ``meta`` (with the load report) and, under
+        :data:`~hat_mm.weights.names.UNUSED`, the learned tensors that the network has no use for, in
+        their official names.
+
+    Raises:
+        ValueError: It is no official file, has no average or no classifier, or its tensors do not
+            fill the arch exactly.
+    """
+    state = _averaged(checkpoint) if ema else unwrap(checkpoint)
+    name_map = _official_map(state, source.name)
+    native, left = name_map.to_native(state), name_map.left_over(state)
+    archs, report = _fit(native, name_map, source, spare='(?!)')
+    said = str(report)
+    if with_head:
+        head = {k: left.pop(k) for k in [*left] if k.startswith(name_map.head)}
+        head = {_HEAD + k.removeprefix(name_map.head): v for k, v in head.items()}
+        said += f'; {_check_head(head, name_map, archs[0], source)}'
+        native = {f'backbone.{name}': value for name, value in native.items()} | head
+    meta = {
+        'family': name_map.family,
+        'arch': archs,
+        'source': source.provenance | {'weights': 'average' if ema else 'last'},
+        'report': said,
+        'time': _now(),
+        'hat_mm_version': hat_mm.__version__,
+    }
+    return {'state_dict': native, 'meta': meta, UNUSED: left}
+
+
+def to_official(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """Makes an official checkpoint from one of hat_mm: a backbone, a classifier or a detector.
+
+    Returns:
+        A checkpoint with ``state_dict`` in official names, and ``meta`` (with a report).
+
+    Raises:
+        ValueError: It holds no backbone of hat_mm, or one that fills no arch.
+    """
+    whole = unwrap(checkpoint)
+    within = {
+        name.removeprefix('backbone.'): value
+        for name, value in whole.items()
+        if name.startswith('backbone.')
+    }
+    native = within or dict(whole)
+    name_map = next((m for m in NAME_MAPS if m.matches_native(native)), None)
+    if name_map is None:
+        kind = next((m.family for m in NAME_MAPS if m.matches(whole)), None)
+        raise ValueError(
+            f'{source.name} is an official {kind} file already'
+            if kind
+            else f'{source.name} holds no backbone of hat_mm, but {_names(whole)}'
+        )
+    archs, _ = _fit(native, name_map, source, spare=r'norm\d\..*')
+    last = [f'norm3.{part}' for part in ('weight', 'bias', 'running_mean', 'running_var')]
+    if not all(name in native for name in last):  # another kind of norm, or none
+        native = {k: v for k, v in native.items() if not k.startswith('norm3.')}
+    state, lacking = name_map.to_official(native)
+    renamed = len(state)
+    head = {k: v for k, v in whole.items() if within and k.startswith(_HEAD)}
+    kept = _kept(checkpoint, name_map, source)
+    said = [f'{renamed} tensors in official names', f'{len(kept)} kept from the official file']
+    if head:
+        said.append(_check_head(head, name_map, archs[0], source))
+        state |= {name_map.head + k.removeprefix(_HEAD): v for k, v in head.items()}
+    state = {**kept, **state}
+    # A second name that differed from the first is among what was kept.
+    state |= {k: v for k, v in kept.items() if re.fullmatch(name_map.unused, k)}
+    if lacking:
+        said.append(f'{len(lacking)} left out that the published network lacks ({lacking[0]}, …)')
+    if name_map.last_norm and 'norm.weight' not in state:
+        said.append('no norm of the last map')
+    if f'{name_map.head}weight' not in state:
+        said.append('no classifier')
+    before = checkpoint.get('meta')
+    origin = before.get('source') if isinstance(before, Mapping) else None
+    meta = {
+        'family': name_map.family,
+        'arch': archs,
+        'source': source.provenance | ({'made_from': origin} if origin else {}),
+        'report': '; '.join(said),
+        'time': _now(),
+        'hat_mm_version': hat_mm.__version__,
+    }
+    return {'state_dict': state, 'meta': meta}
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime('%Y-%m-%d %H:%M:%S UTC')
+
+
+def _kept(checkpoint: Mapping[str, Any], name_map: NameMap, source: Source) -> dict[str, Tensor]:
+    """What a converted file keeps of the official one."""
+    kept = checkpoint.get(UNUSED) or {}
+    if not isinstance(kept, Mapping) or not all(
+        isinstance(value, Tensor) and re.fullmatch(name_map.dropped, str(name))
+        for name, value in kept.items()
+    ):
+        raise ValueError(
+            f'{source.name}: under {UNUSED!r} it holds other things than what official files have '
+            f'beyond the network: {_names(kept) if isinstance(kept, Mapping) else kept!r}'
+        )
+    return dict(kept)
+
+
+def _check_head(head: Mapping[str, Any], name_map: NameMap, arch: str, source: Source) -> str:
+    """Raises unless a linear layer fits the backbone; says what it is."""
+    dim = getattr(hat_mm, name_map.family).archs[arch].dims[-1]
+    weight, bias = (head.get(_HEAD + part) for part in ('weight', 'bias'))
+    if not head:
+        raise ValueError(
+            f'{source.name} has no classifier ({name_map.head}weight): leave --head out'
+        )
+    if (
+        len(head) != 2
+        or not (isinstance(weight, Tensor) and isinstance(bias, Tensor))
+        or weight.shape != (len(bias), dim)
+        or bias.ndim != 1
+    ):
+        found = ', '.join(f'{k} {tuple(getattr(v, "shape", ()))}' for k, v in head.items())
+        raise ValueError(
+            f'{source.name}: the classifier is no linear layer of {dim} inputs, with weight and '
+            f'bias: {found}'
+        )
+    return f'classifier of {len(bias)} classes'
+
+
+def _averaged(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key in EMA_KEYS:
+        if isinstance(checkpoint.get(key), Mapping):
+            return unwrap(checkpoint[key])
+    raise ValueError(
+        f'the checkpoint has no averaged weights ({" or ".join(EMA_KEYS)}), but '
+        f'{_names(checkpoint)}: leave --ema out'
+    )
+
+
+def _names(state: Mapping[str, Any]) -> str:
+    return ', '.join(map(repr, list(state)[:4])) + (', …' if len(state) > 4 else '')
+
+
+def _official_map(state: Mapping[str, Any], name: str) -> NameMap:
+    for name_map in NAME_MAPS:
+        if name_map.matches(state):
+            return name_map
+    if any(m.matches_native(n.removeprefix('backbone.') for n in state) for m in NAME_MAPS):
+        raise ValueError(f'{name} is a file of hat_mm already; --to-official makes an official one')
+    raise ValueError(
+        f'{name} is no official file of {" or ".join(m.family for m in NAME_MAPS)}: it holds '
+        f'{_names(state) or "nothing"}'
+    )
+
+
+def _fit(
+    native: Mapping[str, Any], name_map: NameMap, source: Source, spare: str
+) -> tuple[list[str], LoadReport]:
+    """The archs that the tensors fill exactly, and what they do to the first.
+
+    Names that match ``spare`` as a whole need not be there.
+    """
+    family, official = getattr(hat_mm, name_map.family), source.official
+    if official is not None and official.family != name_map.family:
+        raise ValueError(
+            f'{source.name} is the name of a {official.family} file, but it holds a '
+            f'{name_map.family}'
+        )
+    reports = {}
+    for arch in family.archs:
+        with torch.device('meta'):
+            backbone = family(arch, out_indices=(3,))
+        reports[arch] = compare(backbone.state_dict(), native, spare)
+    fitting = [arch for arch, report in reports.items() if report.complete]
+    if official is not None and fitting and official.arch not in fitting:
+        raise ValueError(
+            f'{source.name} is the name of arch {official.arch}, but its tensors are those of arch '
+            f'{" or ".join(fitting)}: was it renamed?'
+        )
+    if fitting:
+        archs = [official.arch] if official is not None else fitting
+        return archs, reports[fitting[0]]
+    nearest = min(reports, key=lambda arch: len(_wrong(reports[arch])))
+    raise ValueError(
+        f'{source.name} fits no arch of {name_map.family} ({", ".join(family.archs)}); nearest is '
+        f'{nearest}: {reports[nearest]}'
+    )
+
+
+def _wrong(report: LoadReport) -> tuple[str, ...]:
+    return report.missing + report.unexpected + report.mismatched

@@ -1,0 +1,260 @@
+"""Brings what a user loads into a backbone to the backbone's names, with a report.
+
+Everything here is a pure function of dictionaries. Backbones call :func:`adapt` while they load, so
+an official file works wherever OpenMMLab loads weights.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from .names import NAME_MAPS, SWIN_NAMES, UNUSED_PREFIX, NameMap, is_dense
+
+_COUNTER = 'num_batches_tracked'
+
+
+def rename_old(name: str) -> str:
+    """The name that a tensor has today, of one that hat_mm 0.1 saved."""
+    return re.sub(r'(^|\.)(blocks\.\d+\.(?:window|carrier))\.', r'\1\2_attn.', name)
+
+
+_ALL_NAMES = (*NAME_MAPS, SWIN_NAMES)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a checkpoint did to a backbone.
+
+    Attributes:
+        loaded: Names of the backbone's tensors that the checkpoint fills.
+        missing: Names that it does not fill, which keep their values.
+        unexpected: Names in the checkpoint that the backbone has no place for.
+        mismatched: Names that both have, with another shape or kind of number.
+        kept: Names that need not be in the checkpoint and are not, which keep their values.
+        dropped: Names in the checkpoint that a backbone has no use for.
+        new: Names of what the backbone adds to the published network, which keep their values.
+        adapted: Names of what was made for colour images and is for images of other channels now.
+    """
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    kept: tuple[str, ...]
+    dropped: tuple[str, ...]
+    new: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor was filled and none was left over."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        total = sum(map(len, (self.loaded, self.missing, self.mismatched, self.kept, self.new)))
+        parts = [f'{len(self.loaded)} of {total} tensors loaded']
+        labels = {
+            'missing': self.missing,
+            'unexpected': self.unexpected,
+            'mismatched': self.mismatched,
+            'new': self.new,
+            'kept as they were': self.kept,
+            'dropped': self.dropped,
+            'summed or repeated over colours': self.adapted,
+        }
+        for label, names in labels.items():
+            if names:
+                more = ', …' if len(names) > 4 else ''
+                parts.append(f'{len(names)} {label} ({", ".join(names[:4])}{more})')
+        return '; '.join(parts)
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Finds the tensors of a training checkpoint.
+
+    Takes ``state_dict`` (or ``model``) out of a dictionary that also holds the optimizer and so on,
+    and removes the ``module.`` that a parallel wrapper put before every name, and what a converted
+    safetensors file keeps for the way back alone.
+    """
+    for name in checkpoint:
+        if not isinstance(name, str):
+            raise ValueError(f'this is no checkpoint: {name!r} in it is no name of a tensor')
+    for key in ('state_dict', 'model'):
+        inner = checkpoint.get(key)
+        if isinstance(inner, Mapping):
+            return unwrap(inner)
+    if checkpoint and all(name.startswith('module.') for name in checkpoint):
+        checkpoint = {name.removeprefix('module.'): value for name, value in checkpoint.items()}
+    if any(name.startswith(UNUSED_PREFIX) for name in checkpoint):
+        return {k: v for k, v in checkpoint.items() if not k.startswith(UNUSED_PREFIX)}
+    return checkpoint
+
+
+def compare(own: Mapping[str, Tensor], state: Mapping[str, Any], spare: str) -> LoadReport:
+    """Compares a state dict in native names with a backbone's own.
+
+    Counters of batches count as nothing.
+
+    Args:
+        own: The backbone's ``state_dict()``.
+        state: What is to be loaded.
+        spare: Pattern of names (matched whole) that need not be in both.
+    """
+    own = {name: value for name, value in own.items() if not name.endswith(_COUNTER)}
+    state = {name: value for name, value in state.items() if not name.endswith(_COUNTER)}
+    fits = {
+        n
+        for n, tensor in own.items()
+        if is_dense(state.get(n))
+        and state[n].shape == tensor.shape
+        and state[n].is_floating_point() == tensor.is_floating_point()
+    }
+
+    def split(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        names = tuple(names)
+        needed = tuple(name for name in names if not re.fullmatch(spare, name))
+        return needed, tuple(name for name in names if name not in needed)
+
+    missing, kept = split(name for name in own if name not in state)
+    unexpected, dropped = split(name for name in state if name not in own)
+    return LoadReport(
+        loaded=tuple(name for name in own if name in fits),
+        missing=missing,
+        unexpected=unexpected,
+        mismatched=tuple(name for name in own if name in state and name not in fits),
+        kept=kept,
+        dropped=dropped,
+    )
+
+
+def is_backbone_alone(names: Collection[str]) -> bool:
+    """Tells whether names are a backbone's without a prefix, official or native, of any family."""
+    return any(m.matches(names) or m.matches_native(names) for m in _ALL_NAMES)
+
+
+def fit_channels(weight: Tensor, channels: int) -> Tensor:
+    """Brings the weight of a convolution that sees colour images to another number of channels.
+
+    As timm does it: one channel gets the sum over the colours, more get the colours in turn, scaled
+    so that the response to a grey image keeps its size.
+
+    Args:
+        weight: (out, 3, kernel height, kernel width).
+        channels: Channels of the images.
+    """
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
+
+
+def adapt(
+    state: Mapping[str, Any],
+    own: Mapping[str, Tensor],
+    name_map: NameMap,
+    arch: str,
+    unused: str,
+) -> tuple[dict[str, Any], LoadReport]:
+    """Brings what a user loads into a backbone to the backbone's names.
+
+    A first convolution for colour images is brought to the backbone's channels.
+
+    Args:
+        state: Names relative to the backbone and their tensors; a training checkpoint with the
+            state dict inside; names of an official file or native ones.
+        own: The backbone's ``state_dict()``.
+        name_map: Official names of the backbone's family.
+        arch: The backbone's arch, for messages.
+        unused: Pattern of native names (matched whole) that need not be in both: norms of outputs,
+            which each task trains for itself, and stages that this backbone does not build.
+
+    Returns:
+        The state dict in native names, with the own values of tensors that need not be in the file,
+        and the report. Of a file in native names the report need not be complete.
+
+    Raises:
+        ValueError: The state dict is of another network or no checkpoint at all, or an official
+            file that does not fill the backbone exactly.
+    """
+    state = {rename_old(name): value for name, value in unwrap(state).items()}
+    if not name_map.matches(state):
+        _refuse_foreign(state, own, name_map)
+        state, adapted = _with_channels(state, own, name_map.first_conv)
+        # A file with all but what was added starts a network with it, as an official one does.
+        spare = rf'{unused}|{name_map.added}'
+        has_added = any(re.fullmatch(name_map.added, name) for name in state)
+        if has_added or compare(own, state, spare).missing:
+            spare = unused
+        report = _with_new(compare(own, state, spare), name_map)
+        state = {**{n: v for n, v in own.items() if re.fullmatch(spare, n)}, **state}
+        return state, replace(report, adapted=adapted)
+    native, adapted = _with_channels(name_map.to_native(state), own, name_map.first_conv)
+    no_use = tuple(name for name in state if re.fullmatch(name_map.dropped, name))
+    no_use += tuple(name for name in native if re.fullmatch(unused, name))
+    native = {name: value for name, value in native.items() if name not in no_use}
+    report = _with_new(compare(own, native, rf'{unused}|{name_map.added}'), name_map)
+    if not report.complete:
+        raise ValueError(
+            f'an official {name_map.family} checkpoint with depths {name_map.depths(state)} does '
+            f'not fit arch {arch}: {report}. {_remedy(report)}'
+        )
+    optional = rf'{unused}|{name_map.added}|.*{_COUNTER}'
+    native = {**{n: v for n, v in own.items() if re.fullmatch(optional, n)}, **native}
+    return native, replace(report, dropped=no_use, adapted=adapted)
+
+
+def _with_channels(
+    state: Mapping[str, Any], own: Mapping[str, Tensor], name: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Fits the first convolution, ``name``, to the backbone's; returns what it changed, too."""
+    weight, mine = state.get(name), own.get(name)
+    if (
+        not (is_dense(weight) and is_dense(mine))
+        or not weight.ndim == mine.ndim == 4
+        or weight.shape[1] != 3
+        or mine.shape[1] == 3
+    ):
+        return dict(state), ()
+    return {**state, name: fit_channels(weight, mine.shape[1])}, (name,)
+
+
+def _with_new(report: LoadReport, name_map: NameMap) -> LoadReport:
+    """Tells what was added to the published network from what else keeps its values."""
+    new = tuple(name for name in report.kept if re.fullmatch(name_map.added, name))
+    return replace(report, kept=tuple(n for n in report.kept if n not in new), new=new)
+
+
+def _remedy(report: LoadReport) -> str:
+    if report.missing and all(re.search(r'\.running_(mean|var)$', n) for n in report.missing):
+        return (
+            'The norms of the file keep no running statistics, those of the backbone do: leave '
+            'norm_cfg at its default, None.'
+        )
+    return 'Use the file of this arch, or the arch of this file.'
+
+
+def _refuse_foreign(state: Collection[str], own: Collection[str], name_map: NameMap) -> None:
+    """Raises ValueError unless names that are no official ones are a backbone's, or some of it."""
+    if not state:
+        raise ValueError(f'no tensors to load into a {name_map.family}: the checkpoint is empty')
+    strange = [name for name in state if name not in own]
+    others = (m for m in _ALL_NAMES if m.family != name_map.family)
+    other = next((m.family for m in others if m.matches(strange) or m.matches_native(strange)), '')
+    # Other networks have some names in common with ours, norms of outputs for example.
+    num_known = len(state) - len(strange)
+    native = num_known > len(strange) or (num_known and name_map.matches_native(state))
+    if native and not other:
+        return
+    names = ', '.join(map(repr, strange[:3]))
+    hint = f' It looks like a {other}.' if other else ''
+    if any('.backbone.' in f'.{name}' for name in state):
+        hint = (
+            " It looks like a whole detector's or segmentor's: take the backbone out of it with "
+            "init_cfg=dict(type='Pretrained', checkpoint=FILE, prefix='backbone.')."
+        )
+    raise ValueError(
+        f'this is no {name_map.family} checkpoint: it holds names such as {names}; expected the '
+        f'names of an official file or of this backbone ({next(iter(own))!r}, …).{hint}'
+    )

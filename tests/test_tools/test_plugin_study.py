@@ -1,0 +1,294 @@
+"""The study of global attention: its set-up trains, and its tool reads, averages and draws."""
+
+import copy
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapes
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from PIL import Image
+from repo_tools import tool
+
+import hat_mm
+from hat_mm.engine import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+study = tool('plugin_study')
+
+CATEGORIES = [{'id': i + 1, 'name': name} for i, name in enumerate(shapes.RELATION.classes)]
+
+
+@functools.cache
+def parsed(backbone: str) -> Config:
+    return Config.fromfile(study.config_of(backbone))
+
+
+def config(backbone: str) -> dict:
+    return copy.deepcopy(parsed(backbone).to_dict())
+
+
+# --- what is trained ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def overrides(tmp_path_factory) -> dict:
+    """Changes to the configs: four images of the relation set, two steps of two of them."""
+    folder = tmp_path_factory.mktemp('data') / 'relation'
+    shapes.make_dataset(folder, num_train=2, num_val=2, relation=True)
+    return {
+        'train_dataloader.dataset.data_root': f'{folder}/',
+        'train_dataloader.batch_size': 2,
+        'val_dataloader.dataset.data_root': f'{folder}/',
+        'val_evaluator.ann_file': f'{folder}/annotations/val.json',
+        'train_cfg.max_iters': 2,
+        'train_cfg.val_interval': 2,
+    }
+
+
+def test_every_detector_trains_and_is_timed(overrides):
+    found = study.costs(overrides, rounds=1)
+    assert list(found) == list(study.BACKBONES)
+    assert all(0 < row['seconds'] < 60 for row in found.values())
+    parameters = {name: row['parameters'] for name, row in found.items()}
+    assert parameters['ResNet'] < parameters['ResNet + H-MHSA'] < parameters['ResNet + HAT']
+    assert parameters['Swin'] < parameters['SwinHAT']
+    assert parameters['FasterViT without carriers'] < parameters['FasterViT']
+
+
+def test_a_run_is_an_ordinary_training_and_is_not_repeated(overrides, tmp_path, capsys):
+    options = [f'{key}={value}' for key, value in overrides.items()]
+    arguments = (tmp_path / 'run', 'resnet-hat-toy', 5, 'key', options)
+    metrics = study.train(*arguments)
+    assert metrics.mAP >= -1  # COCO's for nothing to find
+    assert 'tools/train.py configs/toy/faster-rcnn_resnet-hat-toy' in capsys.readouterr().out
+    assert 'seed: 5\n' in (tmp_path / 'run/output.log').read_text()
+    assert str(study.train(*arguments)) == str(metrics)  # nan is unlike itself
+    assert 'done before' in capsys.readouterr().out
+    with pytest.raises(cli.UserError, match=r'training failed; the cause stands in .*output'):
+        study.train(*arguments[:3], 'other', ['train_cfg=1'])
+
+
+def test_all_have_one_recipe():
+    """Nothing but the backbone and the channels it gives differs."""
+    recipes = []
+    for backbone in study.BACKBONES.values():
+        cfg = config(backbone)
+        cfg['model']['backbone'] = cfg['model']['neck']['in_channels'] = None
+        recipes.append({k: v for k, v in cfg.items() if k not in ('backbone', 'channels')})
+    assert all(recipe == recipes[0] for recipe in recipes)
+    assert tuple(recipes[0]['metainfo']['classes']) == shapes.RELATION.classes
+    assert Path(recipes[0]['data_root']) == Path(shapes.RELATION_SET.folder)
+    [resize] = [step for step in recipes[0]['test_pipeline'] if step['type'] == 'Resize']
+    assert resize['scale'] == shapes.RELATION_SIZE[::-1]
+
+
+def test_peers_differ_in_the_attention_alone():
+    backbones = {
+        name: config(backbone)['model']['backbone'] for name, backbone in study.BACKBONES.items()
+    }
+    for name in ('ResNet + HAT', 'ResNet + H-MHSA'):
+        [plugin] = backbones[name].pop('plugins')
+        assert plugin['cfg']['type'] in ('hat_mm.HATPlugin', 'hat_mm.HMHSAPlugin')
+        assert backbones[name] == backbones['ResNet']
+    for name, peer, fields in (
+        ('SwinHAT', 'Swin', ('hat_stages',)),
+        ('FasterViT', 'FasterViT without carriers', ('carriers', 'propagate')),
+    ):
+        for field in fields:
+            assert backbones[name]['arch'].pop(field)
+            assert not backbones[peer]['arch'].pop(field)
+        assert backbones[name] == backbones[peer]
+
+
+@pytest.mark.parametrize('name', study.BACKBONES)
+def test_the_marker_is_in_reach_of_those_that_are_global(name):
+    """Theirs alone change where objects are; the plugins' last layers are made other than zero."""
+    cfg = config(study.BACKBONES[name])['model']['backbone']
+    register_all_modules()
+    torch.manual_seed(0)
+    backbone = MODELS.build(cfg).double()
+    backbone.eval()
+    for module in backbone.modules():
+        if isinstance(module, hat_mm.HATPlugin | hat_mm.HMHSAPlugin):
+            torch.nn.init.normal_(module.expand.weight)
+    scenes = [shapes.draw_relation(np.random.default_rng(0), mark, left=True) for mark in (0, 1)]
+    first, second = (
+        torch.from_numpy(scene.image).permute(2, 0, 1)[None].double() / 255 for scene in scenes
+    )
+    where = torch.from_numpy(scenes[0].masks.any(axis=0)).any(0).nonzero()
+    with torch.inference_mode():
+        maps = list(zip(backbone(first), backbone(second), strict=True))
+    changed = []
+    for stride, (a, b) in zip((4, 8, 16, 32), maps, strict=True):
+        start = int(where.min()) // stride
+        changed.append(not torch.equal(a[..., start:], b[..., start:]))
+    assert any(changed) == (name in study.GLOBAL)
+
+
+# --- the tool -------------------------------------------------------------------------------------
+
+
+def box(image: int, name: str, x: float, score: float | None = None, y: float = 0) -> dict:
+    """A box of 20 pixels a side in COCO's form, of the truth or, with a score, predicted."""
+    record = {'image_id': image, 'category_id': shapes.RELATION.classes.index(name) + 1}
+    record['bbox'] = [x, y, 20, 20]
+    return record if score is None else {**record, 'score': score}
+
+
+def truth(*objects: dict) -> dict:
+    return {'categories': CATEGORIES, 'annotations': list(objects)}
+
+
+def test_the_best_box_of_the_outline_says_the_kind():
+    objects = truth(
+        *(box(1, 'circle-a', 0), box(1, 'square-b', 40), box(2, 'circle-b', 0)),
+        *(box(2, 'circle-b', 80), box(2, 'triangle-a', 120)),
+    )
+    predictions = [
+        # Right: the highest score at the place counts, whatever lies elsewhere or in other images.
+        *(box(1, 'circle-a', 1, 0.6), box(1, 'circle-b', 0, 0.4), box(1, 'circle-b', 90, 0.9)),
+        # Wrong.
+        *(box(1, 'square-a', 42, 0.3), box(1, 'square-b', 40, 0.2)),
+        # Wrong: another outline at the same place has no say.
+        *(box(2, 'circle-a', 0, 0.3), box(2, 'square-b', 0, 0.9)),
+        # Not found: too far off, or of another outline; neither right nor wrong.
+        *(box(2, 'circle-b', 95, 0.9), box(2, 'square-a', 120, 0.9)),
+    ]
+    assert study.marker_right(objects, predictions) == pytest.approx(1 / 3)
+
+
+def test_nothing_found_is_no_number():
+    assert str(study.marker_right(truth(box(1, 'circle-a', 0)), [])) == 'nan'
+
+
+def write_run(folder: Path, annotations: Path, *lines: dict) -> None:
+    """The files that a training leaves behind, as far as they are read."""
+    log = folder / '20261121_120000/vis_data'
+    log.mkdir(parents=True)
+    (log / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+    (log / 'config.py').write_text(f'val_evaluator = dict(ann_file={str(annotations)!r})\n')
+    (folder / 'predictions.bbox.json').write_text(json.dumps([box(1, 'circle-a', 0, 0.9)]))
+
+
+def test_metrics_are_those_of_the_last_validation(tmp_path):
+    annotations = tmp_path / 'val.json'
+    annotations.write_text(json.dumps(truth(box(1, 'circle-a', 2))))
+    write_run(
+        tmp_path / 'run',
+        annotations,
+        {'lr': 0.1, 'loss': 1.5, 'time': 0.5, 'iter': 20, 'step': 20},
+        {'coco/bbox_mAP': 0.1, 'coco/AR@100': 0.2, 'step': 20},
+        {'lr': 0.1, 'loss': 0.5, 'time': 0.5, 'iter': 40, 'step': 40},
+        {'coco/bbox_mAP': 0.3, 'coco/AR@100': 0.4, 'step': 40},
+    )
+    assert study.read_metrics(tmp_path / 'run') == study.Metrics(0.3, 0.4, 1.0)
+
+
+def test_a_run_without_a_validation_is_an_error(tmp_path):
+    with pytest.raises(cli.UserError, match='no validation with coco/bbox_mAP'):
+        study.read_metrics(tmp_path)
+    write_run(tmp_path, tmp_path / 'val.json', {'loss': 1.5, 'iter': 20, 'step': 20})
+    with pytest.raises(cli.UserError, match='no validation with coco/bbox_mAP'):
+        study.read_metrics(tmp_path)
+
+
+def test_only_a_result_of_the_same_run_is_taken_for_it(tmp_path):
+    assert study.finished(tmp_path, 'key') is None
+    content = {'key': 'key', 'metrics': {'mAP': 0.1, 'recall': 0.2, 'right': 0.5}}
+    (tmp_path / study.RESULT).write_text(json.dumps(content))
+    assert study.finished(tmp_path, 'key') == study.Metrics(0.1, 0.2, 0.5)
+    assert study.finished(tmp_path, 'other') is None
+    (tmp_path / study.RESULT).write_text('{"key"')
+    assert study.finished(tmp_path, 'key') is None
+
+
+def test_the_fingerprint_follows_config_seed_and_data(tmp_path):
+    def key(seed=0, **overrides):
+        cfg = study.load_config('resnet-toy', {'data_root': str(tmp_path), **overrides})
+        return study.fingerprint(cfg, seed)
+
+    (tmp_path / shapes.MARKER).write_text('{"seed": 0}')
+    first = key()
+    assert key() == first
+    assert len({first, key(seed=1), key(**{'train_cfg.max_iters': 3})}) == 3
+    (tmp_path / shapes.MARKER).write_text('{"seed": 1}')
+    assert key() != first
+
+
+def results() -> dict:
+    """Results as in the file of ``--out``, with mAPs around i/10 for the i-th backbone."""
+    rows = {}
+    for i, name in enumerate(study.BACKBONES, 1):
+        runs = {
+            str(seed): {
+                'mAP': i / 10 + 0.02 * (seed - 1),
+                'recall': 0.5,
+                'right': 0.25 * (seed + 1),
+            }
+            for seed in range(3)
+        }
+        rows[name] = {'parameters': i * 1_000_000, 'seconds': i / 4, 'runs': runs}
+    return {
+        'command': 'python tools/analysis_tools/plugin_study.py',
+        'measured': '2 cores',
+        'backbones': rows,
+    }
+
+
+def test_mean_and_sample_deviation():
+    assert study.mean_sd([1.0, 2.0, 6.0]) == pytest.approx((3.0, 7**0.5))
+
+
+def test_table():
+    lines = study.table(results()).splitlines()
+    assert lines[0].count('|') == lines[1].count('|') == 7
+    assert lines[2] == '| ResNet | 0.100 ± 0.020 | 50% ± 25% | 0.500 ± 0.000 | 1.00 M | 0.25 s |'
+    assert [line.split('|')[1].strip() for line in lines[2:9]] == list(study.BACKBONES)
+    assert lines[-1] == '`python tools/analysis_tools/plugin_study.py`; 2 cores'
+
+
+def test_render_needs_no_run(tmp_path, capsys):
+    """Table and plot come from the file of results alone."""
+    (tmp_path / 'study.json').write_text(json.dumps(results()))
+    paths = ['--out', str(tmp_path / 'study.json'), '--plot', str(tmp_path / 'images/study.png')]
+    study.main(['--render', *paths])
+    assert capsys.readouterr().out == study.table(results()) + '\n'
+    with Image.open(tmp_path / 'images/study.png') as picture:
+        assert picture.width > picture.height > 300
+        reds = [
+            count
+            for count, colour in picture.convert('RGB').getcolors(1 << 20)
+            if colour == (214, 39, 40)
+        ]
+    assert sum(reds) > 100  # those with global attention
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--seeds', '0'], '--seeds must be two or more different ones'),
+        (['--seeds', '1', '1'], '--seeds must be two or more different ones'),
+        (['--seeds', '0', '-1'], '--seeds at least 0'),
+        (['--jobs', '0'], '--jobs and --rounds must be at least 1'),
+    ],
+)
+def test_bad_arguments(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        study.parse_args(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_results_are_an_error_in_one_line(run_python, tmp_path):
+    done = run_python(
+        'tools/analysis_tools/plugin_study.py', '--render', '--out', str(tmp_path / 'none.json')
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith('plugin_study.py: error: ')
+    assert 'none.json' in done.stderr

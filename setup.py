@@ -1,4 +1,4 @@
-"""Ships the configs and tools of the repository as `hat_mm/.mim`; all else is in pyproject.toml."""
+"""Ships configs, demos, tools and the model index as `hat_mm/.mim`; the rest: pyproject.toml."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
-SHIPPED = ('configs', 'tools', 'model-index.yml')
+SHIPPED = ('configs', 'demo', 'tools', 'model-index.yml')
 
 
 def ship(package: Path) -> None:

@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(f'\n{demo(args)}')
     except (DemoError, OSError, compat.DependencyError) as error:
-        print(f'demo.py: error: {error}', file=sys.stderr)
+        print(f'shapes_demo.py: error: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print('\ninterrupted: run the same command again to go on', file=sys.stderr)

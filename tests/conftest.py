@@ -12,9 +12,9 @@ import pytest
 import torch
 from mmengine.config import config, utils
 from mmengine.utils import ManagerMixin
-
-# Its repairs apply to toolboxes that are imported later.
 from shapes import make_dataset
+
+import hat_mm  # noqa: F401  its repairs apply to toolboxes that are imported later
 
 ROOT = Path(__file__).resolve().parents[1]
 CPUS = len(os.sched_getaffinity(0)) // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1')) or 1

@@ -227,10 +227,18 @@ def test_two_processes_of_the_pytorch_launcher(mim, work_dir):
 
 
 @needs_mim
-def test_tools_of_the_package_run(mim, tmp_path):
+def test_tools_of_the_package_run(mim):
+    said = mim('run', 'hat_mm', 'get_flops', 'hat_mm.HATNet:arch=tiny', '--shape', 32, 32)
+    assert re.search(r'^\| \*\*all\*\* \| [\d.]+ \|', said, re.MULTILINE)
+
+
+def test_programs_of_the_package_run_without_mim(run, tmp_path):
     small = ('--num-train', 1, '--num-val', 1)
-    mim('run', 'hat_mm', 'make_toy_dataset', *small, cwd=tmp_path)
+    done = run('-m', 'hat_mm', 'demo/shapes.py', *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / 'data' / 'shapes' / 'annotations' / 'train.json').is_file()
+    done = run('-m', 'hat_mm', 'tools/none.py', cwd=tmp_path)
+    assert "'tools/none.py' is no file" in done.stderr
 
 
 # --- hat_mm:: in configs --------------------------------------------------------------------------

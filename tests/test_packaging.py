@@ -15,7 +15,7 @@ import pytest
 import hat_mm
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ('configs', 'tools', 'model-index.yml')
+SHIPPED = ('configs', 'demo', 'tools', 'model-index.yml')
 METADATA = ('pyproject.toml', 'setup.py', 'MANIFEST.in', 'LICENSE', 'README.md')
 
 

@@ -61,8 +61,8 @@ def from_official(
 
     Returns:
         A checkpoint with ``state_dict``, ``meta`` (with the load report) and, under
-        :data:`~hat_mm.weights.names.UNUSED`, the learned tensors that the network has no use for, in
-        their official names.
+        :data:`~hat_mm.weights.names.UNUSED`, the learned tensors that the network has no use for,
+        in their official names.
 
     Raises:
         ValueError: It is no official file, has no average or no classifier, or its tensors do not

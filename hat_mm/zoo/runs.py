@@ -87,8 +87,8 @@ def read_run(
     published = meta.get('published') if isinstance(meta, Mapping) else None
     if not isinstance(published, Mapping):
         raise ValueError(
-            f'{weights} is no published file: it has no metadata of one; tools/model_converters/publish_model.py '
-            'makes one'
+            f'{weights} is no published file: it has no metadata of one; '
+            'tools/model_converters/publish_model.py makes one'
         )
     if published.get('weights') == NOT_VALIDATED:
         raise ValueError(

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import shapes_demo as demo
 from PIL import Image
-from repo_tools import tool
 
 ROOT = Path(__file__).resolve().parents[2]
 TOYS = ROOT / 'configs/toy'
@@ -18,11 +18,6 @@ SMALL = (
     'train_cfg.val_interval=10',
 )
 SMALL_RCNN = (*SMALL, 'model.test_cfg.rcnn.max_per_img=5')
-
-
-@pytest.fixture(scope='module')
-def demo():
-    return tool('demo')
 
 
 def run_demo(folder, *args):
@@ -98,16 +93,16 @@ def test_a_foreign_data_folder_stops_it(tmp_path):
     done = run_demo(tmp_path, *SMALL_RCNN)
     assert done.returncode == 1
     assert 'is not a toy set' in done.stderr
-    assert done.stderr.splitlines()[-1].startswith('demo.py: error: Data set failed')
+    assert done.stderr.splitlines()[-1].startswith('shapes_demo.py: error: Data set failed')
     assert 'Traceback' not in done.stderr
 
 
-def test_a_failing_step_is_an_error_with_its_name(demo):
+def test_a_failing_step_is_an_error_with_its_name():
     with pytest.raises(demo.DemoError, match='Training failed with status 3'):
         demo.run_step('Training', ['-c', 'raise SystemExit(3)'])
 
 
-def test_memory_counts_child_processes(demo):
+def test_memory_counts_child_processes():
     child = 'x = b"x" * (200 << 20); import time; time.sleep(1.5)'
     parent = f'import subprocess, sys; subprocess.run([sys.executable, "-c", {child!r}])'
     seconds, peak = demo.run_step('Child', ['-c', parent])
@@ -115,7 +110,7 @@ def test_memory_counts_child_processes(demo):
     assert 200 << 20 <= peak < 400 << 20
 
 
-def steps_of(demo, monkeypatch, args, fail=()):
+def steps_of(monkeypatch, args, fail=()):
     """Runs the demo with tools that only leave what the next step needs; returns their names."""
     calls = []
 
@@ -147,41 +142,41 @@ def arguments(folder, *options, config=TOYS / 'mask-rcnn_fastervit-tiny_fpn_shap
     )
 
 
-def test_goes_on_where_it_stopped(demo, monkeypatch, tmp_path):
+def test_goes_on_where_it_stopped(monkeypatch, tmp_path):
     args = arguments(tmp_path)
-    assert steps_of(demo, monkeypatch, args, fail=('Training',)) == [
+    assert steps_of(monkeypatch, args, fail=('Training',)) == [
         *('Data set', 'Training', 'error'),
     ]
     (tmp_path / 'last_checkpoint').write_text('epoch_2.pth')  # training got this far
-    assert steps_of(demo, monkeypatch, args, fail=('Test',)) == [
+    assert steps_of(monkeypatch, args, fail=('Test',)) == [
         *('Data set', 'Training --resume', 'Test', 'error'),
     ]
-    assert steps_of(demo, monkeypatch, args) == ['Data set', 'Test']
-    assert steps_of(demo, monkeypatch, args) == ['Data set']
+    assert steps_of(monkeypatch, args) == ['Data set', 'Test']
+    assert steps_of(monkeypatch, args) == ['Data set']
 
 
-def test_another_config_starts_anew(demo, monkeypatch, tmp_path):
+def test_another_config_starts_anew(monkeypatch, tmp_path):
     everything = ['Data set', 'Training', 'Test']
-    assert steps_of(demo, monkeypatch, arguments(tmp_path)) == everything
+    assert steps_of(monkeypatch, arguments(tmp_path)) == everything
     other = arguments(tmp_path, 'train_cfg.max_epochs=2')
-    assert steps_of(demo, monkeypatch, other) == everything
+    assert steps_of(monkeypatch, other) == everything
     hat_net = TOYS / 'mask-rcnn_hat-net-toy_fpn_shapes.py'
-    assert steps_of(demo, monkeypatch, arguments(tmp_path, config=hat_net)) == everything
+    assert steps_of(monkeypatch, arguments(tmp_path, config=hat_net)) == everything
     more = arguments(tmp_path, config=hat_net)
     more.num_train = 300
-    assert steps_of(demo, monkeypatch, more) == everything
+    assert steps_of(monkeypatch, more) == everything
 
 
-def test_a_config_that_is_not_there_is_one_line(demo, tmp_path, capsys):
+def test_a_config_that_is_not_there_is_one_line(tmp_path, capsys):
     assert demo.main(['configs/toy/none.py', '--work-dir', str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert error.startswith('demo.py: error: there is no config configs/toy/none.py; ')
+    assert error.startswith('shapes_demo.py: error: there is no config configs/toy/none.py; ')
     assert error.count('\n') == 1
 
 
-def test_no_write_permission_is_one_line(demo, tmp_path, capsys):
+def test_no_write_permission_is_one_line(tmp_path, capsys):
     (tmp_path / 'file').touch()
     assert demo.main(['--work-dir', str(tmp_path / 'file/work')]) == 1
     error = capsys.readouterr().err
-    assert error.startswith('demo.py: error: ')
+    assert error.startswith('shapes_demo.py: error: ')
     assert error.count('\n') == 1

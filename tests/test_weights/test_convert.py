@@ -1,4 +1,4 @@
-"""tools/model_converters/convert_weights.py: there and back, the classifier's numbers, and what is refused."""
+"""The converter of weights: there and back, the classifier's numbers, and what is refused."""
 
 import copy
 import hashlib
@@ -6,7 +6,9 @@ import importlib
 import json
 import re
 import sys
+from pathlib import Path
 
+import convert_weights
 import pytest
 import torch
 from golden import Golden, fill, official_shapes, official_state
@@ -14,7 +16,6 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 from mmengine.runner.checkpoint import load_state_dict
-from repo_tools import TOOLS, tool
 from test_backbones.archs import FAMILIES
 from test_backbones.test_loading import Malicious, training_file
 
@@ -26,7 +27,7 @@ from hat_mm.weights.loading import unwrap
 from hat_mm.weights.names import NAME_MAPS, UNUSED
 from hat_mm.weights.official import OFFICIAL_FILES
 
-CONFIGS = TOOLS.parent / 'configs'
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 KEYS = (
     'fastervit_0', 'fastervit_2', 'fastervit_3', 'fastervit_4', 'fastervit_4_21k', 'hat_net_tiny',
     'hat_net_small', 'hat_net_medium',
@@ -35,10 +36,9 @@ KEYS = (
 
 def convert(*arguments):
     """Runs the tool in this process; returns its exit status."""
-    converter = tool('convert_weights')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['convert_weights.py', *map(str, arguments)])
-        return run_tool(converter.main, 'convert_weights.py')
+        return run_tool(convert_weights.main, 'convert_weights.py')
 
 
 @pytest.fixture(scope='module', params=['fastervit_0', 'hat_net_tiny'])
@@ -412,10 +412,9 @@ def test_an_altered_official_file_is_refused(tmp_path, monkeypatch, capsys):
     path = tmp_path / row.name
     torch.save(official_state('hat_net_tiny'), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    converter = tool('convert_weights')
     for known, status in ((digest, 0), ('0' * 64, 1)):
         known = type(row)(**{**vars(row), 'sha256': known})
-        monkeypatch.setattr(converter, 'official_file', lambda _, known=known: known)
+        monkeypatch.setattr(convert_weights, 'official_file', lambda _, known=known: known)
         assert convert(path, tmp_path / f'{status}.pth') == status
     assert 'is not the file that its authors publish' in capsys.readouterr().err
 
@@ -424,7 +423,7 @@ def test_the_address_is_where_it_came_from(tmp_path, monkeypatch):
     """An official name on another host is no official file."""
     path = tmp_path / 'HAT-Net_Tiny.pth'
     torch.save(official_state('hat_net_tiny'), path)
-    monkeypatch.setattr(tool('convert_weights'), 'fetch', lambda url: path)
+    monkeypatch.setattr(convert_weights, 'fetch', lambda url: path)
     for i, (address, licence) in enumerate(
         (
             ('https://example.com/HAT-Net_Tiny.pth', None),

@@ -6,10 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
+import make_metafile_entry
 import pytest
 import torch
 import yaml
-from repo_tools import tool
 from shapes import make_dataset
 
 from hat_mm.engine import cli
@@ -83,10 +83,9 @@ TASKS = {
 
 def run(capsys, *argv):
     """Exit status, standard output and standard error of the tool."""
-    program = tool('make_metafile_entry')
     argv = [str(word) for word in argv]
     capsys.readouterr()  # of a training before
-    status = cli.run_tool(lambda: program.main(argv), 'make_metafile_entry.py')
+    status = cli.run_tool(lambda: make_metafile_entry.main(argv), 'make_metafile_entry.py')
     return status, *capsys.readouterr()
 
 

@@ -6,13 +6,13 @@ import runpy
 import shutil
 from pathlib import Path
 
+import make_configs
 import pytest
 import torch
 from mmdet.models import ResNet
 from mmengine.config import Config
 from mmengine.config.utils import _get_cfg_metainfo
 from modelindex.load_model_index import load as load_index
-from repo_tools import tool
 
 import hat_mm
 from hat_mm.weights.official import OFFICIAL_FILES
@@ -24,7 +24,6 @@ CONFIGS = ROOT / 'configs'
 PAPER_FAMILIES = ('fastervit', 'hat_net')  # with weights and figures of their authors
 PLUGGED_FAMILIES = ('resnet_hat', 'swin_hat')
 FAMILIES = (*PAPER_FAMILIES, *PLUGGED_FAMILIES)
-make_configs = tool('make_configs')
 
 
 @functools.cache

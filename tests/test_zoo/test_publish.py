@@ -10,13 +10,13 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import publish_model
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, DefaultScope
 from mmengine.runner import load_checkpoint
-from repo_tools import tool
 from shapes import make_dataset
 
 from hat_mm.engine import cli
@@ -88,8 +88,7 @@ def source(tmp_path):
 
 def run(capsys, *argv):
     """Exit status, standard output and standard error of the tool."""
-    program = tool('publish_model')
-    status = cli.run_tool(lambda: program.main([str(a) for a in argv]), 'publish_model.py')
+    status = cli.run_tool(lambda: publish_model.main([str(a) for a in argv]), 'publish_model.py')
     return status, *capsys.readouterr()
 
 
@@ -411,7 +410,7 @@ def test_a_checkpoint_without_metadata(tmp_path):
 
 
 def test_what_is_converted_is_published_too(tmp_path):
-    """A file of tools/model_converters/convert_weights.py keeps where it comes from; unused tensors go."""
+    """A converted file keeps where it comes from; unused tensors go."""
     meta = dict(family='FasterViT', source=dict(url='https://example.org/x.pth.tar'))
     source = saved(tmp_path / 'x.pth', state_dict=STATE, meta=meta, unused=dict(a=torch.ones(1)))
     done = publish.publish(source, tmp_path / 'm.safetensors')

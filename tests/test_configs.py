@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import check_configs
+import make_configs
 import pytest
 import shapes as toy
 import torch
@@ -20,9 +22,9 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
-from repo_tools import tool
 
 import hat_mm
+from hat_mm.engine.build import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
@@ -33,9 +35,6 @@ PAPER_LEAVES = [path for path in LEAVES if path not in TOYS]
 FASTERVIT_TOY = CONFIGS / 'toy/mask-rcnn_fastervit-tiny_fpn_shapes.py'
 HAT_NET_TOY = CONFIGS / 'toy/mask-rcnn_hat-net-toy_fpn_shapes.py'
 
-
-make_configs = tool('make_configs')
-check_configs = tool('check_configs')
 
 # --- what a leaf's name promises ------------------------------------------------------------------
 
@@ -231,7 +230,7 @@ def load(path: Path) -> Config:
 def on_meta(path: Path) -> torch.nn.Module:
     """The model of a leaf with its real arch, without memory for weights; not to be changed."""
     with torch.device('meta'):
-        return check_configs.build(load(path))
+        return build_model(load(path))
 
 
 def backbone_of(path: Path) -> tuple[str, str]:

@@ -1,9 +1,9 @@
 """Counts of parameters and FLOPs: handles, parts, the tool and the published tables."""
 
-import importlib
 import re
 from pathlib import Path
 
+import get_flops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -190,13 +190,11 @@ def tables(text):
 @pytest.fixture
 def tool(monkeypatch, capsys):
     """Runs the tool in this process; returns its exit status, standard output and error."""
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    module = importlib.import_module('get_flops')
     monkeypatch.chdir(ROOT)
 
     def run(*arguments):
         try:
-            status = run_tool(lambda: module.main(list(arguments)), 'get_flops.py')
+            status = run_tool(lambda: get_flops.main(list(arguments)), 'get_flops.py')
         except SystemExit as stop:
             status = stop.code
         return status, *capsys.readouterr()

@@ -8,22 +8,21 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import attention as scaling
+import candidates
+import measuring
+import models as benchmark
 import pytest
+import report
 import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from repo_tools import tool
 from test_backbones.archs import FAMILIES
 
 from hat_mm.engine.analysis import count
 from hat_mm.engine.cli import UserError, run_tool
-
-measuring = tool('measuring')
-candidates = tool('candidates')
-report = tool('benchmark_report')
-benchmark = tool('benchmark')
-scaling = tool('attention_scaling')
+from hat_mm.engine.environment import circumstances
 
 ROOT = Path(__file__).resolve().parents[2]
 TOYS = {
@@ -147,8 +146,8 @@ def test_product_of_matrices():
 
 
 @pytest.fixture
-def child(tmp_path):
-    """A program that answers at once and to each request, and ends with a third one."""
+def child(tmp_path, monkeypatch):
+    """Starts a program that answers at once and to each request, and ends with a third one."""
     script = tmp_path / 'child.py'
     script.write_text(
         'import json, os, sys\n'
@@ -162,19 +161,21 @@ def child(tmp_path):
         '    print("and talks", answer, flush=True)\n'
         'sys.stderr.write("had enough\\n")\n'
     )
-    return str(script)
+    monkeypatch.setattr(measuring, 'PROGRAM', script)
 
 
-def test_memory_of_fresh_processes(child):
+@pytest.mark.usefixtures('child')
+def test_memory_of_fresh_processes():
     job = dict(answer=dict(peak=7, held=None), status=0)
-    found = measuring.memory_of(child, job, processes=2)
+    found = measuring.memory_of(job, processes=2)
     assert found == {'peak': 7, 'held': None, 'peaks': [7, 7]}
     with pytest.raises(UserError, match=r'no message \(status 3\)'):
-        measuring.in_fresh_process(child, job | dict(status=3))
+        measuring.in_fresh_process(job | dict(status=3))
 
 
-def test_a_worker_answers_as_long_as_it_lives(child):
-    with measuring.start(child, dict(answer=1.5, status=0)) as worker:
+@pytest.mark.usefixtures('child')
+def test_a_worker_answers_as_long_as_it_lives():
+    with measuring.start(dict(answer=1.5, status=0)) as worker:
         assert [worker.answer(), worker.ask(), worker.ask()] == [1.5] * 3
         with pytest.raises(UserError, match=r'had enough \(status 0\)'):
             worker.ask()
@@ -183,8 +184,9 @@ def test_a_worker_answers_as_long_as_it_lives(child):
     assert worker._process.returncode == 0
 
 
-def test_a_worker_ends_with_its_block(child):
-    with measuring.start(child, dict(answer=1.5, status=0)) as worker:
+@pytest.mark.usefixtures('child')
+def test_a_worker_ends_with_its_block():
+    with measuring.start(dict(answer=1.5, status=0)) as worker:
         worker.answer()
     assert worker._process.returncode == -9
 
@@ -317,7 +319,7 @@ def test_models_of_other_packages_are_made_for_the_size(monkeypatch):
     ],
 )
 def test_peers_are_what_they_are_called(name, millions):
-    peer = candidates.build(name)
+    peer = candidates.build(candidates.parse(name), (32, 64))
     assert sum(p.numel() for p in peer.parameters()) / 1e6 == pytest.approx(millions, abs=0.08)
     with torch.no_grad():
         maps = peer(torch.zeros(1, 3, 32, 64))
@@ -350,10 +352,8 @@ def test_flags_keep_the_result(flags):
 
 def test_flags_reach_the_model(monkeypatch):
     made, compiled = [], []
-    build = candidates._backbone
-    monkeypatch.setattr(
-        candidates, '_backbone', lambda *args: made.append(build(*args)) or made[-1]
-    )
+    build = candidates.build
+    monkeypatch.setattr(candidates, 'build', lambda *args: made.append(build(*args)) or made[-1])
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compiled.append(self))
     config = str(ROOT / 'configs/toy/fastervit-tiny_shapes.py')
     for text, training in (
@@ -391,7 +391,7 @@ def test_configs_predict_and_train(name, training):
 
 def test_complexity():
     parameters, macs = candidates.complexity(FASTERVIT, (64, 64))
-    backbone = candidates.build(FASTERVIT)
+    backbone = candidates.build(candidates.parse(FASTERVIT), (64, 64))
     assert parameters == sum(p.numel() for p in backbone.parameters())
     whole = count(backbone, (64, 64)).whole
     assert whole.flops['position'] > 0
@@ -408,7 +408,7 @@ def test_what_cannot_be_traced_has_no_flops(monkeypatch):
     assert candidates.complexity('timm/black_box', (64, 64)) == (9, None)
 
 
-# --- benchmark_report.py --------------------------------------------------------------------------
+# --- report.py --------------------------------------------------------------------------
 
 
 def row(candidate, mode='forward', size=(32, 32), **fields):
@@ -474,7 +474,7 @@ def test_published_accuracy(text, top1, box_ap):
     assert report.published(candidates.parse(text)) == dict(top1=top1, box_ap=box_ap)
 
 
-# --- benchmark.py ---------------------------------------------------------------------------------
+# --- models.py ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -553,7 +553,7 @@ def test_what_is_measured_without_candidates(monkeypatch):
 def test_benchmark_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, 'product_side', lambda precision, device: 64)
 
-    def here(script, job, work_of, stack):  # processes of their own have a test below
+    def here(job, work_of, stack):  # processes of their own have a test below
         timer = partial(measuring.seconds_of, work_of(job), 'cpu')
         return timer, timer()
 
@@ -588,7 +588,7 @@ def test_benchmark_from_end_to_end(tmp_path, monkeypatch):
 
 
 def test_without_the_product_there_is_no_share_of_it(monkeypatch, capsys):
-    def no_product(script, job, work_of, stack):
+    def no_product(job, work_of, stack):
         if 'product' in job:
             raise RuntimeError('out of memory')
         return lambda: 1.0, 2.0
@@ -643,7 +643,7 @@ def test_cells_of_a_row():
         row('swin-t', size=(800, 1280)) | dict(batch=8, error='ValueError: too small'),
     ]
     results = dict(rows=rows, peers=['resnet50'], rounds=3, processes=1, command='python x')
-    text = report.markdown(results | measuring.circumstances('cpu'))
+    text = report.markdown(results | circumstances('cpu'))
     compiled, plain, failed = table(text)
     assert compiled[3:] == ['0.2000', '0.100–0.300', '40.0', '2.00', '31.4', '1.00', '400%', '60']
     assert plain[3:] == ['0.4000', '0.400–0.400', '20.0', '1.00', '31.4', '1.00', '200%', '']
@@ -662,7 +662,7 @@ def test_plot_of_accuracy(tmp_path):
     assert paths[0].read_bytes().startswith(b'\x89PNG')
 
 
-# --- attention_scaling.py -------------------------------------------------------------------------
+# --- attention.py -------------------------------------------------------------------------
 
 
 def test_a_window_on_the_whole_map_is_full_attention():
@@ -684,10 +684,10 @@ def test_full_attention_without_bias():
 
 def test_attention_scaling(tmp_path, monkeypatch):
     # Processes of their own have a test below.
-    def memory_here(script, job, processes):
+    def memory_here(job, processes):
         return scaling.memory_of_job(job) | {'peaks': []}
 
-    def timer_here(script, job, work_of, stack):
+    def timer_here(job, work_of, stack):
         timer = partial(measuring.seconds_of, work_of(job), 'cpu')
         return timer, timer()
 
@@ -708,7 +708,7 @@ def test_attention_scaling(tmp_path, monkeypatch):
 
 
 def test_what_fails_is_named(tmp_path, monkeypatch):
-    def fail(script, job, *_):
+    def fail(job, *_):
         raise UserError(f'no {job["form"]}')
 
     monkeypatch.setattr(scaling.measuring, 'memory_of', fail)
@@ -721,11 +721,11 @@ def test_what_fails_is_named(tmp_path, monkeypatch):
 
 def test_attention_scaling_in_processes_of_their_own():
     job = dict(form='full-no-bias', size=(28, 28), dim=16, heads=2, device='cpu', dtype='float32')
-    found = measuring.in_fresh_process(scaling.__file__, job | {'mode': 'memory'})
+    found = measuring.in_fresh_process(job | {'mode': 'memory'})
     assert found['peak'] >= 4 * 28 * 28 * 16 * 4  # the hidden layer of the MLP
     with ExitStack() as stack:
         job['mode'] = 'forward'
-        timer, first = measuring.timer_of(scaling.__file__, job, scaling.work_of, stack)
+        timer, first = measuring.timer_of(job, scaling.work_of, stack)
         assert 0 < timer() < first + 5
 
 
@@ -768,17 +768,36 @@ def test_padding_effect_of_no_detector_is_one_line(run_python, tmp_path):
     assert re.search('has no model.backbone', done.stderr.splitlines()[-1])
 
 
-@pytest.mark.parametrize('name', ['benchmark', 'attention_scaling'])
-def test_a_folder_that_cannot_be_written_is_known_before_measuring(
-    name, tmp_path, monkeypatch, capsys
-):
+# --- the program ----------------------------------------------------------------------------------
+
+PROGRAM = 'tools/analysis_tools/benchmark'
+
+
+@pytest.mark.parametrize('command', [benchmark, scaling], ids=['models', 'attention'])
+def test_a_folder_that_cannot_be_written_is_known_before_measuring(command, tmp_path, monkeypatch):
     (tmp_path / 'file').write_text('')
-    argv = [name, '--out', str(tmp_path / 'file' / 'folder')]
-    monkeypatch.setattr(sys, 'argv', argv)
-    module = tool(name)
-    monkeypatch.setattr(module, 'measure', lambda args: pytest.fail('measured'))
-    # What a tool sets for its whole process.
-    monkeypatch.setattr(module.logging, 'disable', lambda level: None)
-    monkeypatch.setattr(module.warnings, 'simplefilter', lambda action: None)
-    assert run_tool(module.main, name) == 1
-    assert 'cannot write to --out' in capsys.readouterr().err
+    monkeypatch.setattr(command, 'measure', lambda args: pytest.fail('measured'))
+    with pytest.raises(UserError, match='cannot write to --out'):
+        command.main(['--out', str(tmp_path / 'file' / 'folder')])
+
+
+@pytest.mark.parametrize('command', ['models', 'attention', 'report'])
+def test_commands_say_how(command, run_python):
+    assert f'{command}  ' in run_python(PROGRAM, '--help').stdout
+    assert f'usage: benchmark {command} ' in run_python(PROGRAM, command, '--help').stdout
+
+
+def test_an_earlier_result_is_reported_once_more(tmp_path, run_python):
+    results = dict(rows=[row('resnet50', 'memory', peak=2**20, held=None)], peers=[])
+    results |= dict(rounds=1, processes=1) | circumstances('cpu')
+    (tmp_path / 'benchmark.json').write_text(json.dumps(results))
+    done = run_python(PROGRAM, 'report', str(tmp_path / 'benchmark.json'))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'benchmark.md').read_text() == report.markdown(results)
+
+
+def test_errors_are_one_line(run_python):
+    done = run_python(PROGRAM, 'models', 'swin-t@deplyo')
+    assert done.returncode == 1
+    assert done.stderr.startswith("benchmark: error: unknown flag 'deplyo'")
+    assert done.stderr.count('\n') == 1

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import plugin_study as study
 import pytest
 import shapes
 import torch
@@ -13,13 +14,11 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from PIL import Image
-from repo_tools import tool
 
 import hat_mm
 from hat_mm.engine import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-study = tool('plugin_study')
 
 CATEGORIES = [{'id': i + 1, 'name': name} for i, name in enumerate(shapes.RELATION.classes)]
 

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from candidates import build as build_backbone
-from measuring import processor
 from torch import nn
 
-import hat_mm
 from hat_mm import compat
+from hat_mm.engine.build import build_model, build_type, read_type
 from hat_mm.engine.cli import UserError, run_tool
+from hat_mm.engine.environment import versions
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 # Image of a config unless --shape says otherwise: what papers count at.
@@ -177,9 +176,7 @@ def build_config(
     scope = cfg.get('default_scope')
     if scope not in SHAPES or 'model' not in cfg:
         raise UserError(f'{path} is no config of a model of {", ".join(SHAPES)}')
-    compat.require(f'{scope}.utils').register_all_modules()
-    registry = compat.require('mmengine.registry')
-    model = registry.MODELS.build(cfg.model)
+    model = build_model(cfg)
     divisor = (cfg.model.get('data_preprocessor') or {}).get('pad_size_divisor') or 1
     height, width = (-(-side // divisor) * divisor for side in shape or SHAPES[scope])
     return model, (height, width)
@@ -201,15 +198,8 @@ def head(*names: str) -> None:
 
 def show_versions() -> None:
     """Prints what the figures were counted with; they depend on the versions, not the hardware."""
-    toolboxes = [
-        f'{name} {compat.require(name).__version__}'
-        for name in ('mmengine', 'mmdet', 'mmseg', 'mmpretrain')
-        if name in sys.modules
-    ]
-    print(
-        f'\n{", ".join([f"torch {torch.__version__}", *toolboxes])}, hat_mm {hat_mm.__version__}; '
-        f'{processor()}; {datetime.date.today()}'
-    )
+    names = ', '.join(f'{name} {version}' for name, version in versions().items())
+    print(f'\n{names}; {datetime.date.today()}')
 
 
 def show(args: argparse.Namespace) -> None:
@@ -223,7 +213,7 @@ def show(args: argparse.Namespace) -> None:
         if args.cfg_options:
             raise UserError('--cfg-options are for configs; write the arguments of a backbone '
                             'behind its type, as in hat_mm.FasterViT:arch=0', 2)  # fmt: skip
-        model, shape = build_backbone(args.model), shape or BACKBONE_SHAPE
+        model, shape = build_type(*read_type(args.model)), shape or BACKBONE_SHAPE
     found = count(model, shape, proposals=args.proposals)
     used = [kind for kind in KINDS if found.whole.flops[kind]]
     print(f'{args.model}, image of {shape[0]}×{shape[1]}\n')
@@ -252,7 +242,7 @@ def show_published() -> None:
             if is_config(published.model):
                 model, shape = build_config(CONFIGS / published.model, {}, shape)
             else:
-                model = Classifier(build_backbone(published.model))
+                model = Classifier(build_type(*read_type(published.model)))
             whole = count(model, shape).whole
             del model  # the next one may need the memory
             attention, position = whole.flops['attention'], whole.flops['position']

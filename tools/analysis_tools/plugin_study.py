@@ -1,6 +1,6 @@
 """Trains small backbones where only global context tells classes apart, and compares them.
 
-The set is that of ``make_toy_dataset.py --relation``. Each run is an ordinary one of
+The set is that of ``demo/shapes.py --relation``. Each run is an ordinary one of
 ``tools/train.py`` in a process of its own. The runs of a seed come one after the other before the
 next seed's, so whatever happens to the machine meanwhile happens to all backbones. Runs that are
 done are skipped, so the same command goes on where an interrupted one stopped. Steps are timed at
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import hashlib
 import json
 import os
@@ -24,9 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import hat_mm
 from hat_mm import compat
 from hat_mm.engine.cli import UserError, run_tool
+from hat_mm.engine.environment import circumstances, describe
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKBONES = {
@@ -344,19 +343,10 @@ def plot(results: dict, out: Path) -> None:
 
 def measured_on(cfg: Any, args: argparse.Namespace) -> str:
     """Steps, hardware, versions and date, in a line."""
-    import torch
-
-    sys.path.insert(0, str(ROOT / 'tools'))  # measuring.py is there
-    from measuring import processor
-
-    modules = [compat.require(name) for name in ('mmcv', 'mmdet')]
-    versions = ', '.join(f'{m.__name__} {m.__version__}' for m in (torch, *modules, hat_mm))
-    python = '.'.join(map(str, sys.version_info[:3]))
     return (
         f'{cfg.train_cfg.max_iters} steps of {cfg.train_dataloader.batch_size} images, seeds '
-        f'{", ".join(map(str, args.seeds))}; {args.jobs} runs at once of one thread each on '
-        f'{os.cpu_count()} cores of {processor()}, no GPU; Python {python}, {versions}; '
-        f'{datetime.date.today()}'
+        f'{", ".join(map(str, args.seeds))}, {args.jobs} runs at once; '
+        f'{describe(circumstances("cpu"))}'
     )
 
 

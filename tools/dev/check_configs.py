@@ -21,6 +21,7 @@ import make_configs
 import torch
 
 import hat_mm  # repairs the toolboxes before they are imported
+from hat_mm.engine.build import build_model
 
 SIZES = ((64, 96), (80, 64))
 """Height and width of the two images; a classifier gets both at the first size."""
@@ -34,20 +35,10 @@ def parse(path: Path) -> Any:
     return importlib.import_module('mmengine.config').Config.fromfile(str(path))
 
 
-def build(cfg: Any) -> torch.nn.Module:
-    """Builds the model of a resolved config under its own scope, without loading weights."""
-    scope = cfg.default_scope
-    importlib.import_module(f'{scope}.utils').register_all_modules(init_default_scope=False)
-    cfg.model.backbone.init_cfg = None
-    if 'data_preprocessor' in cfg:  # as mmengine's runner does
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    with _scope(cfg):
-        return importlib.import_module(f'{scope}.registry').MODELS.build(cfg.model)
-
-
 def shorten(cfg: Any) -> None:
-    """Leaves the fewest blocks in each stage of our backbones, and as many boxes as images have."""
+    """Leaves few blocks in each stage of our backbones, few boxes, and no weights to load."""
     model = cfg.model
+    model.backbone.init_cfg = None
     if model.backbone.type.startswith('hat_mm.'):
         kind = getattr(hat_mm, model.backbone.type.removeprefix('hat_mm.'))
         fields = dataclasses.asdict(kind.archs[str(model.backbone.arch)])
@@ -78,7 +69,7 @@ def step(cfg: Any) -> tuple[dict[str, float], list]:
     torch.manual_seed(0)
     shorten(cfg)
     optim = importlib.import_module('mmengine.optim')
-    model = importlib.import_module('mmengine.model').revert_sync_batchnorm(build(cfg))
+    model = importlib.import_module('mmengine.model').revert_sync_batchnorm(build_model(cfg))
     model.init_weights()
     with _scope(cfg):
         optim_wrapper = optim.build_optim_wrapper(model, cfg.optim_wrapper)
@@ -137,7 +128,7 @@ def check(path: Path, steps: bool) -> tuple[str, str]:
         cfg = parse(path)
         marks += 'p'
         with torch.device('meta'):
-            build(cfg.copy())
+            build_model(cfg.copy())
         marks += 'b'
         if steps:
             step(parse(path))

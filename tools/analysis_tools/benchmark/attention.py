@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +24,8 @@ from models import make_folder, one_line, read_positive, read_size
 from report import MIB, cell, plot_growth, significant, table
 from torch import Tensor, nn
 
-from hat_mm.engine.cli import UserError, run_tool
+from hat_mm.engine.cli import UserError
+from hat_mm.engine.environment import circumstances, describe
 from hat_mm.layers import AttentionStage, EvalCache, SelfAttention, TransformerLayer
 
 SIZES = [(14, 14), (28, 28), (56, 56), (80, 112), (112, 160), (160, 224)]
@@ -152,10 +151,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 job = dict(form=form, size=size, dim=args.dim, heads=args.heads)
                 job |= dict(device=args.device, dtype=args.dtype)
                 try:
-                    memory = measuring.memory_of(__file__, job | {'mode': 'memory'}, args.processes)
+                    memory = measuring.memory_of(job | {'mode': 'memory'}, args.processes)
                     row['memory'], row['memories'] = memory['peak'], memory['peaks']
                     job['mode'] = 'forward'
-                    timers[form], _ = measuring.timer_of(__file__, job, work_of, stack)
+                    timers[form], _ = measuring.timer_of(job, work_of, stack)
                 except Exception as error:  # the others can still be measured
                     row['error'] = one_line(error)
             warm_up = 3 if args.device == 'cuda' else 1
@@ -167,7 +166,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         rows += found.values()
     kept = ('dim', 'heads', 'dtype', 'rounds', 'processes', 'max_bias')
     options = {name: getattr(args, name) for name in kept}
-    return {**measuring.circumstances(args.device), **options, 'rows': rows}
+    return {**circumstances(args.device), **options, 'rows': rows}
 
 
 # --- output ---------------------------------------------------------------------------------------
@@ -221,7 +220,7 @@ def markdown(results: dict[str, Any]) -> str:
     )
     parts.append(f'```bash\n{results["command"]}\n```')
     how = f'{results["rounds"]} rounds; memory: {results["processes"]} processes each'
-    parts.append(f'({how}; medians; {measuring.describe(results)}.)')
+    parts.append(f'({how}; medians; {describe(results)}.)')
     return '\n\n'.join(parts) + '\n'
 
 
@@ -252,7 +251,9 @@ def read_gib(text: str) -> float:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog='benchmark attention',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add('--size', nargs='+', type=read_size, default=SIZES, metavar='HxW',
@@ -279,18 +280,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures, writes and prints."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter('ignore')
-    job = measuring.job()
-    if job is not None:
-        if job['mode'] == 'memory':
-            measuring.answer(memory_of_job(job))
-        else:
-            measuring.answer_times(work_of(job), job['device'])
-        return
-    args = parse_args()
+    args = parse_args(argv)
     make_folder(args.out)
     results = measure(args)
     save(results, args.out)
@@ -298,7 +290,3 @@ def main() -> None:
     failed = [row for row in results['rows'] if 'error' in row]
     if failed:
         raise UserError(f'{len(failed)} of {len(results["rows"])} measurements failed; see above')
-
-
-if __name__ == '__main__':
-    sys.exit(run_tool(main, 'attention_scaling.py'))

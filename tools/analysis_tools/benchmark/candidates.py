@@ -1,4 +1,4 @@
-"""The models that tools/analysis_tools/benchmark measures: their names, and how they are built and run.
+"""The models that can be measured: their names, and how they are built and run.
 
 A candidate is written NAME[:KEY=VALUE,...][@FLAG+FLAG...]. NAME is a registered type with its
 scope, a config (SCOPE::CONFIG is one that a toolbox ships), one of PEERS, timm/MODEL, or
@@ -7,8 +7,6 @@ authors/MODEL for the authors' own FasterViT.
 
 from __future__ import annotations
 
-import ast
-import copy
 import importlib
 import re
 from contextlib import nullcontext
@@ -22,6 +20,7 @@ from measuring import PRECISIONS, Work, set_tf32
 
 import hat_mm
 from hat_mm import compat
+from hat_mm.engine.build import build_model, build_type, read_type
 from hat_mm.engine.cli import UserError
 
 Size = tuple[int, int]
@@ -127,18 +126,6 @@ class Candidate:
         return ' '.join([short, *words, *self.flags])
 
 
-def split_arguments(arguments: str) -> list[str]:
-    """Splits ``KEY=VALUE,...`` at commas that are in no brackets."""
-    parts, depth = [''], 0
-    for char in arguments:
-        depth += (char in '([{') - (char in ')]}')
-        if char == ',' and depth == 0:
-            parts.append('')
-        else:
-            parts[-1] += char
-    return parts
-
-
 def parse(text: str) -> Candidate:
     """Reads a candidate as written on the command line.
 
@@ -155,58 +142,28 @@ def parse(text: str) -> Candidate:
         raise UserError(f'{text!r} has flags that exclude each other, or one twice')
     if {'deploy', 'cp'} <= set(flags):
         raise UserError(f'{text!r}: the deploy form cannot be trained, and cp is for training')
-    name, words = re.fullmatch(r'((?:[^:]|::)*):?(.*)', base, re.DOTALL).groups()
-    arguments = {}
-    for word in filter(None, split_arguments(words)):
-        key, equals, value = word.partition('=')
-        if not equals:
-            raise UserError(f'{word!r} in {text!r} is not KEY=VALUE')
-        try:
-            arguments[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            arguments[key] = value
+    name, arguments = read_type(base)
     return Candidate(text, name, arguments, flags)
 
 
 # --- building -------------------------------------------------------------------------------------
 
 
-def build(text: str) -> torch.nn.Module:
-    """Builds a backbone from ``TYPE:KEY=VALUE,...`` with random weights, in eval mode."""
-    candidate = parse(text)
-    if candidate.flags:
-        raise UserError(f'{text!r} has flags, which are for tools/analysis_tools/benchmark')
-    return _registered(candidate)
-
-
-def _backbone(candidate: Candidate, size: Size) -> torch.nn.Module:
-    return _created(candidate, size) if '/' in candidate.name else _registered(candidate)
-
-
-def _registered(candidate: Candidate) -> torch.nn.Module:
-    peer = PEERS.get(candidate.name)
-    kind, cfg = candidate.name, dict(candidate.arguments)
-    if peer is not None:
-        kind, cfg = peer.type, peer.arguments | cfg
+def build(candidate: Candidate, size: Size) -> torch.nn.Module:
+    """Builds a backbone with random weights, in eval mode, for images of a size."""
+    if '/' in candidate.name:
+        return _created(candidate, size)
+    kind, arguments = candidate.name, candidate.arguments
+    if kind in PEERS:
+        kind, arguments = PEERS[kind].type, PEERS[kind].arguments | arguments
     if '.' not in kind:
         raise UserError(
             f'{kind!r} has no scope; write for example hat_mm.{kind} or mmdet.{kind}, a config, '
             f'timm/{kind}, authors/faster_vit_0_any_res, or one of {", ".join(PEERS)}'
         )
-    scope = kind.partition('.')[0]
-    if scope in ('mmdet', 'mmseg', 'mmpretrain'):
-        compat.require(f'{scope}.models')
     if 'cp' in candidate.flags:
-        cfg['with_cp'] = True
-    cfg = copy.deepcopy({'type': kind, **cfg})  # some backbones change their arguments
-    backbone = compat.require('mmengine.registry').MODELS.build(cfg)
-    backbone.eval()
-    with torch.inference_mode():
-        try:
-            backbone(torch.zeros(1, 3, 32, 32))  # also what libraries allocate once
-        except Exception as error:
-            raise UserError(f'{candidate.base} takes no image of 3 channels: {error}') from error
-    return backbone
+        arguments = arguments | {'with_cp': True}
+    return build_type(kind, arguments)
 
 
 def _optional(module: str, command: str) -> Any:
@@ -269,15 +226,13 @@ def _samples(scope: str, size: Size, batch: int, masks: bool) -> dict:
 
 def _whole(candidate: Candidate, size: Size, batch: int) -> tuple[Any, dict, str]:
     """Builds the model of a config, and the data that makes its batches."""
-    from check_configs import build, parse
-
     if '::' in candidate.name:
         try:
             cfg = compat.require('mmengine.hub').get_config(candidate.name)
         except Exception as error:  # one for each part of the name that can be wrong
             raise UserError(f'no config {candidate.name!r} can be had: {error}') from error
     elif Path(candidate.name).is_file():
-        cfg = parse(Path(candidate.name))
+        cfg = compat.require('mmengine').Config.fromfile(candidate.name)
     else:
         raise UserError(f'config {candidate.name!r} does not exist')
     if cfg.get('default_scope') not in ('mmdet', 'mmseg', 'mmpretrain') or 'model' not in cfg:
@@ -285,7 +240,7 @@ def _whole(candidate: Candidate, size: Size, batch: int) -> tuple[Any, dict, str
     cfg.merge_from_dict({f'model.{key}': value for key, value in candidate.arguments.items()})
     if 'cp' in candidate.flags:
         cfg.model.backbone.with_cp = True
-    model = build(cfg)
+    model = build_model(cfg)
     model = compat.require('mmengine.model').revert_sync_batchnorm(model)
     if cfg.default_scope == 'mmseg':
         model.data_preprocessor.size = size  # instead of whole crops
@@ -325,7 +280,7 @@ def prepare(candidate: Candidate, size: Size, batch: int, training: bool, device
     if candidate.is_config:
         model, data, scope = _whole(candidate, size, batch)
     else:
-        model = _backbone(candidate, size)
+        model = build(candidate, size)
     model.train(training)  # mmpretrain's return nothing
     if 'deploy' in candidate.flags:
         _deploy(candidate, model)
@@ -402,7 +357,7 @@ def complexity(base: str, size: Size) -> tuple[int, int | None]:
     from hat_mm.engine.analysis import count
 
     candidate = parse(base)
-    model = _whole(candidate, size, 1)[0] if candidate.is_config else _backbone(candidate, size)
+    model = _whole(candidate, size, 1)[0] if candidate.is_config else build(candidate, size)
     parameters = sum(p.numel() for p in model.parameters())
     try:
         whole = count(model, size).whole

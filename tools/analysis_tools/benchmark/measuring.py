@@ -1,16 +1,12 @@
-"""What the tools measure with: seconds in turns, memory in fresh processes, what it ran on."""
+"""What is measured with: seconds in turns, memory in fresh processes."""
 
 from __future__ import annotations
 
 import ctypes
-import datetime
 import gc
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -28,10 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 from hat_mm.engine.cli import UserError
 
+PROGRAM = Path(__file__).parent
+"""What is started to measure in a process of its own; it asks :func:`job`."""
 JOB = 'HAT_MM_MEASURING_JOB'
 """Environment variable by which a fresh process is told what to measure, in JSON."""
 _RESULT = 'HAT_MM_MEASURING_RESULT '  # starts the line with its answer
-MODULES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'fastervit')
 
 PRECISIONS = {
     'float32': torch.float32,
@@ -254,7 +251,7 @@ def answer(result: Any) -> None:
 
 
 class Worker:
-    """A Python program that measures in a process of its own; see :func:`start`.
+    """The program in a process of its own; see :func:`start`.
 
     Args:
         process: The process.
@@ -293,16 +290,11 @@ class Worker:
 
 
 @contextmanager
-def start(script: str, job: dict) -> Iterator[Worker]:
-    """Starts a Python program in a process of its own, and ends it whatever it does.
-
-    Args:
-        script: Path of the program, which asks :func:`job` and calls :func:`answer`.
-        job: What to measure.
-    """
+def start(job: dict) -> Iterator[Worker]:
+    """Starts the program in a process of its own for a job, and ends it whatever it does."""
     with tempfile.TemporaryFile('w+') as errors:
         process = subprocess.Popen(
-            [sys.executable, script],
+            [sys.executable, str(PROGRAM)],
             env={**os.environ, JOB: json.dumps(job)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -316,25 +308,18 @@ def start(script: str, job: dict) -> Iterator[Worker]:
             process.communicate()
 
 
-def in_fresh_process(script: str, job: dict) -> Any:
-    """Has a Python program measure something in a process of its own.
-
-    Args:
-        script: As for :func:`start`.
-        job: What to measure.
-
-    Returns:
-        What the program answered.
+def in_fresh_process(job: dict) -> Any:
+    """Has a job measured in a process of its own.
 
     Raises:
-        UserError: It did not; the message is its last line on stderr.
+        UserError: As :meth:`Worker.answer`.
     """
-    with start(script, job) as worker:
+    with start(job) as worker:
         return worker.answer()
 
 
 def timer_of(
-    script: str, job: dict[str, Any], work_of: Callable[[dict], Work], stack: ExitStack
+    job: dict[str, Any], work_of: Callable[[dict], Work], stack: ExitStack
 ) -> tuple[Callable[[], float], float]:
     """Makes what times a job.
 
@@ -343,7 +328,6 @@ def timer_of(
     has, and a process for each model would multiply that.
 
     Args:
-        script: As for :func:`start`; it calls :func:`answer_times`.
         job: What to time, with the ``device``.
         work_of: Makes the work of a job.
         stack: Where the end of the process is arranged.
@@ -352,7 +336,7 @@ def timer_of(
         The timer, and the seconds of a first run.
     """
     if job['device'] == 'cpu':
-        worker = stack.enter_context(start(script, job))
+        worker = stack.enter_context(start(job))
         return worker.ask, worker.answer()
     work = work_of(job)
     return partial(turn, work, job['device']), seconds_of(work, job['device'])
@@ -365,13 +349,13 @@ def answer_times(work: Work, device: str) -> None:
         answer(turn(work, device))
 
 
-def memory_of(script: str, job: dict, processes: int) -> dict[str, Any]:
+def memory_of(job: dict, processes: int) -> dict[str, Any]:
     """Measures memory in several fresh processes.
 
     Returns:
         ``peak`` and ``held`` in bytes, medians, and all ``peaks``.
     """
-    found = [in_fresh_process(script, job) for _ in range(processes)]
+    found = [in_fresh_process(job) for _ in range(processes)]
     peaks = [result['peak'] for result in found]
     held = [result['held'] for result in found if result['held'] is not None]
     return {
@@ -379,50 +363,3 @@ def memory_of(script: str, job: dict, processes: int) -> dict[str, Any]:
         'held': statistics.median(held) if held else None,
         'peaks': peaks,
     }
-
-
-# --- what it ran on -------------------------------------------------------------------------------
-
-
-def processor() -> str:
-    """Model of the processor, as the system calls it."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(':')[1].strip() for line in lines if 'model name' in line), 'unknown')
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, hat_mm and those of :data:`MODULES` that have been imported."""
-    found = {'Python': platform.python_version()}
-    for name in (*MODULES, 'hat_mm'):
-        if name in sys.modules:
-            version = getattr(sys.modules[name], '__version__', None)
-            found[name] = version or importlib.metadata.version(name)
-    return found
-
-
-def circumstances(device: str) -> dict[str, Any]:
-    """Command, date, hardware and versions of a measurement, for its results."""
-    words = [os.path.relpath(sys.argv[0]), *sys.argv[1:]]
-    return {
-        'command': f'python {shlex.join(words)}',
-        'date': str(datetime.date.today()),
-        'device': device,
-        'gpu': torch.cuda.get_device_name() if device == 'cuda' else None,
-        'processor': processor(),
-        'cores': os.cpu_count(),
-        'threads': torch.get_num_threads(),
-        'versions': versions(),
-    }
-
-
-def describe(found: dict[str, Any]) -> str:
-    """:func:`circumstances` as a sentence, without the command."""
-    threads = f'{found["threads"]} thread{"s" * (found["threads"] != 1)}'
-    where = f'{threads} on {found["cores"]} cores of {found["processor"]}'
-    if found['gpu']:
-        where = f'{found["gpu"]}; {where}'
-    names = ', '.join(f'{name} {version}' for name, version in found['versions'].items())
-    return f'{where}; {names}; {found["date"]}'

@@ -19,10 +19,8 @@ import argparse
 import gc
 import importlib.util
 import itertools
-import logging
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,7 +32,8 @@ import torch
 from candidates import FLAGS, PEERS, Candidate, Size, complexity, parse, prepare
 from measuring import Work
 
-from hat_mm.engine.cli import UserError, run_tool
+from hat_mm.engine.cli import UserError
+from hat_mm.engine.environment import circumstances
 
 MODES = ('forward', 'train', 'memory', 'train-memory')
 AUTHORS = 'authors/faster_vit_0_any_res'
@@ -78,6 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     flags = '\n'.join(f'  {name:14}{meaning}' for name, meaning in FLAGS.items())
     parser = argparse.ArgumentParser(
+        prog='benchmark models',
         description=__doc__.format(peers=', '.join(PEERS), flags=flags),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -212,7 +212,7 @@ def time_rows(
             row: dict[str, Any] = rows[candidate.text]
             try:
                 row['parameters'], row['macs'] = complexity(candidate.base, size)
-                timer, row['first_seconds'] = measuring.timer_of(__file__, job, work_of, stack)
+                timer, row['first_seconds'] = measuring.timer_of(job, work_of, stack)
             except Exception as error:  # the others can still be measured
                 row['error'] = one_line(error)
             else:
@@ -220,7 +220,7 @@ def time_rows(
         for precision in {c.precision for c in candidates if c.text in timers}:
             job = dict(product=precision, device=device)
             try:
-                timer, _ = measuring.timer_of(__file__, job, work_of, stack)
+                timer, _ = measuring.timer_of(job, work_of, stack)
             except Exception as error:  # the candidates go without their share of it
                 print(f'product in {precision}: {one_line(error)}', file=sys.stderr)
             else:
@@ -252,7 +252,7 @@ def memory_rows(
     for candidate in candidates:
         job = dict(candidate=candidate.text, mode=mode, size=size, batch=batch, device=device)
         try:
-            found = measuring.memory_of(__file__, job, processes)
+            found = measuring.memory_of(job, processes)
         except UserError as error:
             found = {'error': one_line(error)}
         rows.append({'candidate': candidate.text, **found})
@@ -268,14 +268,6 @@ def memory_of_job(job: dict[str, Any]) -> dict[str, int | None]:
         work.reset()
         work.run()
     return measuring.peak_memory(work, job['device'])
-
-
-def answer_job(job: dict[str, Any]) -> None:
-    """Does what this process was started for."""
-    if 'product' not in job and job['mode'].endswith('memory'):
-        measuring.answer(memory_of_job(job))
-        return
-    measuring.answer_times(work_of(job), job['device'])
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -303,7 +295,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         else:
             found = time_rows(*where, args.rounds, args.device)
         rows += [{'mode': mode, 'size': list(size), 'batch': batch, **row} for row in found]
-        results = {**measuring.circumstances(args.device), 'peers': peers, 'rows': rows}
+        results = {**circumstances(args.device), 'peers': peers, 'rows': rows}
         results |= {'rounds': args.rounds, 'processes': args.processes}
         if args.out is not None:
             report.save(results, args.out)
@@ -313,15 +305,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter('ignore')  # of the toolboxes
-    job = measuring.job()
-    if job is not None:
-        answer_job(job)
-        return
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, writes and prints."""
+    args = parse_args(argv)
     if args.out is not None:
         make_folder(args.out)
     results = measure(args)
@@ -332,7 +318,3 @@ def main() -> None:
     failed = [row for row in results['rows'] if 'error' in row]
     if failed:
         raise UserError(f'{len(failed)} of {len(results["rows"])} measurements failed; see above')
-
-
-if __name__ == '__main__':
-    sys.exit(run_tool(main, 'benchmark.py'))

@@ -1,7 +1,4 @@
-"""Writes what tools/analysis_tools/benchmark has measured as Markdown and plots.
-
-As a program it does so again for a benchmark.json, beside it.
-"""
+"""Writes tables and plots of measured models, beside their benchmark.json."""
 
 from __future__ import annotations
 
@@ -10,16 +7,15 @@ import json
 import math
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from candidates import PEERS, Candidate, parse
-from measuring import describe, fit_exponent
+from measuring import fit_exponent
 
-from hat_mm.engine.cli import run_tool
+from hat_mm.engine.environment import describe
 
 ROOT = Path(__file__).resolve().parents[3]
 TITLES = {
@@ -385,7 +381,9 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes tables and plots of earlier results."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog='benchmark report',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('results', type=Path, help='a benchmark.json')
     path = parser.parse_args(argv).results
@@ -393,7 +391,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     save(results, path.parent)
     for png in plot(results, path.parent):
         print(png)
-
-
-if __name__ == '__main__':
-    sys.exit(run_tool(main, 'benchmark_report.py'))

@@ -1,0 +1,83 @@
+"""Builds the models that command lines name: a registered type with arguments, or a config."""
+
+import ast
+import copy
+import importlib
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from hat_mm import compat
+
+from .cli import UserError
+
+
+def read_type(text: str) -> tuple[str, dict[str, Any]]:
+    """Reads ``TYPE[:KEY=VALUE,...]``.
+
+    Args:
+        text: A type with its scope, such as ``hat_mm.FasterViT:arch=0``. A double colon belongs to
+            the type, commas in brackets to a value, and what is no Python literal is a string.
+
+    Returns:
+        The type and its arguments.
+
+    Raises:
+        UserError: An argument is not KEY=VALUE.
+    """
+    kind, words = re.fullmatch(r'((?:[^:]|::)*):?(.*)', text, re.DOTALL).groups()
+    arguments = {}
+    for word in filter(None, _split(words)):
+        key, equals, value = word.partition('=')
+        if not equals:
+            raise UserError(f'{word!r} in {text!r} is not KEY=VALUE')
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = value
+    return kind, arguments
+
+
+def _split(arguments: str) -> list[str]:
+    """Splits at commas that are in no brackets."""
+    parts, depth = [''], 0
+    for char in arguments:
+        depth += (char in '([{') - (char in ')]}')
+        if char == ',' and depth == 0:
+            parts.append('')
+        else:
+            parts[-1] += char
+    return parts
+
+
+def build_type(kind: str, arguments: dict[str, Any]) -> nn.Module:
+    """Builds a backbone by its registered type, with random weights, in eval mode.
+
+    Raises:
+        UserError: It takes no images of three channels.
+    """
+    scope = kind.partition('.')[0]
+    if scope in ('mmdet', 'mmseg', 'mmpretrain'):
+        compat.require(f'{scope}.models')
+    cfg = copy.deepcopy({'type': kind, **arguments})  # some backbones change their arguments
+    backbone = compat.require('mmengine.registry').MODELS.build(cfg)
+    backbone.eval()
+    with torch.inference_mode():
+        try:
+            backbone(torch.zeros(1, 3, 32, 32))  # also what libraries allocate once
+        except Exception as error:
+            raise UserError(f'{kind} takes no image of 3 channels: {error}') from error
+    return backbone
+
+
+def build_model(cfg: Any) -> nn.Module:
+    """Builds the model of a config under the config's own scope, with random weights."""
+    scope = cfg.default_scope
+    compat.require(f'{scope}.utils').register_all_modules(init_default_scope=False)
+    if cfg.get('data_preprocessor') is not None:  # as mmengine's runner does
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    scopes = importlib.import_module('mmengine.registry').DefaultScope
+    with scopes.overwrite_default_scope(scope):
+        return importlib.import_module(f'{scope}.registry').MODELS.build(cfg.model)

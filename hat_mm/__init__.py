@@ -9,7 +9,7 @@ from typing import Any
 
 from . import compat
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 # Public name -> module that defines it.
 _PUBLIC = {

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from hat_mm.engine.cli import UserError
 from hat_mm.engine.environment import circumstances, describe
-from hat_mm.layers import AttentionStage, EvalCache, SelfAttention, TransformerLayer
+from hat_mm.backbones.fastervit import HATStage
+from hat_mm.layers import SelfAttention, TransformerLayer
 
 SIZES = [(14, 14), (28, 28), (56, 56), (80, 112), (112, 160), (160, 224)]
 FORMS = {
@@ -53,7 +54,7 @@ class FusedAttention(SelfAttention):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__(dim, num_heads, nn.Identity())
 
-    def forward(self, x: Tensor, sides: tuple[int, int], mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         """Maps (B, N, C) to (B, N, C)."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
@@ -78,10 +79,10 @@ class FullBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""
-        sides = (x.shape[2], x.shape[3])
+        grid_size = (x.shape[2], x.shape[3])
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
-        tokens = self.layer(tokens + self.layer.pos_embed(sides), sides)
-        return tokens.unflatten(1, sides).permute(0, 3, 1, 2)
+        tokens = self.layer(tokens + self.layer.pos_embed(grid_size), grid_size)
+        return tokens.unflatten(1, grid_size).permute(0, 3, 1, 2)
 
 
 def build(form: str, dim: int, heads: int) -> nn.Module:
@@ -89,18 +90,9 @@ def build(form: str, dim: int, heads: int) -> nn.Module:
     torch.manual_seed(0)
     if form.startswith('full'):
         return FullBlock(dim, heads, bias=form == 'full').eval()
-    return AttentionStage(
-        downsample=None,
-        dim=dim,
-        num_heads=heads,
-        window=WINDOW,
-        carrier_size=CARRIERS if form == 'carriers' else 0,
-        layer_scale=None,
-        propagate=False,
-        drop_paths=[0.0],
-        cache=EvalCache(),
-        with_cp=False,
-    ).eval()
+    carrier_size = CARRIERS if form == 'carriers' else 0
+    stage = HATStage(nn.Identity(), dim, heads, window_size=WINDOW, carrier_size=carrier_size)
+    return stage.eval()
 
 
 def bias_bytes(size: tuple[int, int], heads: int) -> int:

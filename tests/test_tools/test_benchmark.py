@@ -729,13 +729,6 @@ def test_attention_scaling_in_processes_of_their_own():
         assert 0 < timer() < first + 5
 
 
-@pytest.mark.parametrize('limit', ['nan', '0', '-1', 'inf', 'much'])
-def test_largest_bias_is_a_positive_number(limit, capsys):
-    with pytest.raises(SystemExit):
-        scaling.parse_args(['--max-bias', limit])
-    assert f'{limit!r} is not a positive number of GiB' in capsys.readouterr().err
-
-
 # --- padding_effect.py ----------------------------------------------------------------------------
 
 

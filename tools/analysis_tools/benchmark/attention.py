@@ -3,8 +3,8 @@
 The block is that of stage 2 of FasterViT-0 (256 channels, 8 heads, windows of 7x7 tokens, 2x2
 carriers each), in eval mode on one map. Beside it: the same without carriers, so that windows know
 nothing of each other, and the same layer with attention of all tokens to all, with FasterViT's
-position bias and without. The bias is a number for each head and pair of tokens, which a GPU gets
-as a whole, as far as --max-bias allows, and a CPU by rows of queries.
+position bias and without. The bias is a number for each head and pair of tokens; of many tokens it
+is made for a chunk of the queries at a time.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from models import make_folder, one_line, read_positive, read_size
 from report import MIB, cell, plot_growth, significant, table
 from torch import Tensor, nn
 
+from hat_mm.backbones.fastervit import HATStage
 from hat_mm.engine.cli import UserError
 from hat_mm.engine.environment import circumstances, describe
-from hat_mm.backbones.fastervit import HATStage
 from hat_mm.layers import SelfAttention, TransformerLayer
 
 SIZES = [(14, 14), (28, 28), (56, 56), (80, 112), (112, 160), (160, 224)]
@@ -95,11 +95,6 @@ def build(form: str, dim: int, heads: int) -> nn.Module:
     return stage.eval()
 
 
-def bias_bytes(size: tuple[int, int], heads: int) -> int:
-    """Size of the position bias of full attention, float32."""
-    return 4 * heads * (size[0] * size[1]) ** 2
-
-
 def prepare(
     form: str, size: tuple[int, int], dim: int, heads: int, device: str, dtype: str
 ) -> measuring.Work:
@@ -133,10 +128,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for size in args.size:
         print(f'{size[0]}x{size[1]} tokens', file=sys.stderr, flush=True)
-        # On a CPU a large bias is there by rows of queries only.
-        fits = args.device == 'cpu' or bias_bytes(size, args.heads) <= args.max_bias * 2**30
-        forms = [form for form in FORMS if form != 'full' or fits]
-        found = {form: {'form': form, 'size': list(size)} for form in forms}
+        found = {form: {'form': form, 'size': list(size)} for form in FORMS}
         timers = {}
         with ExitStack() as stack:
             for form, row in found.items():
@@ -156,7 +148,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for form, error in failed.items():
             found[form]['error'] = one_line(error)
         rows += found.values()
-    kept = ('dim', 'heads', 'dtype', 'rounds', 'processes', 'max_bias')
+    kept = ('dim', 'heads', 'dtype', 'rounds', 'processes')
     options = {name: getattr(args, name) for name in kept}
     return {**circumstances(args.device), **options, 'rows': rows}
 
@@ -201,14 +193,9 @@ def markdown(results: dict[str, Any]) -> str:
         parts.append(table(['map', 'tokens', *(f'{f}: {title}' for f in FORMS.values())], lines))
     errors = [f'- {r["form"]}, {r["size"]}: {r["error"]}' for r in results['rows'] if 'error' in r]
     parts += ['\n'.join(errors)] * bool(errors)
-    bias = 'On a CPU a large position bias is there by rows of queries only'
-    if results['device'] == 'cuda':
-        limit = f'{results["max_bias"]:g} GiB'
-        bias = f'The bias of full attention, 4 bytes a head and pair of tokens, may take {limit}'
     parts.append(
         f'{results["dim"]} channels, {results["heads"]} heads, {results["dtype"]}, one map. Memory '
-        f'is the peak beyond weights and map. {bias}. The exponent is that of the tokens, by least '
-        'squares.'
+        'is the peak beyond weights and map. The exponent is that of the tokens, by least squares.'
     )
     parts.append(f'```bash\n{results["command"]}\n```')
     how = f'{results["rounds"]} rounds; memory: {results["processes"]} processes each'
@@ -229,17 +216,6 @@ def save(results: dict[str, Any], folder: Path) -> None:
     plot_growth(panels, 'tokens of the map', folder / 'attention_scaling.png')
 
 
-def read_gib(text: str) -> float:
-    """Reads a positive number of GiB."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float('inf'):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number of GiB')
-    return value
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(
@@ -252,8 +228,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f'tokens of the map (default: {" ".join(f"{h}x{w}" for h, w in SIZES)})')  # fmt: skip
     add('--dim', type=read_positive, default=256, help='channels (default: 256)')
     add('--heads', type=read_positive, default=8)
-    add('--max-bias', type=read_gib, default=4.0, metavar='GIB',
-        help='largest position bias of full attention on a GPU (default: 4)')  # fmt: skip
     add('--dtype', choices=list(measuring.PRECISIONS), default='float32')
     add('--rounds', type=read_positive, default=5)
     add(

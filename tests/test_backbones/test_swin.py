@@ -218,7 +218,7 @@ def test_carriers_start_as_from_scratch_beside_a_pretrained_file(more, tmp_path)
         for name, module in backbone.named_modules()
         if isinstance(module, torch.nn.Linear) and f'{name}.weight' not in loaded
     }
-    assert any('carrier.mlp' in name for name in new)
+    assert any('carrier_attn.mlp' in name for name in new)
     for name, module in new.items():
         if more:
             assert (module.weight == 3).all(), name

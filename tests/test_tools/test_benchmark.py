@@ -667,7 +667,7 @@ def test_plot_of_accuracy(tmp_path):
 
 def test_a_window_on_the_whole_map_is_full_attention():
     windows, full = (scaling.build(form, 16, 2) for form in ('windows', 'full'))
-    full.layer.load_state_dict(windows.blocks[0].window.state_dict())
+    full.layer.load_state_dict(windows.blocks[0].window_attn.state_dict())
     x = torch.randn(1, 16, 7, 7)
     with torch.no_grad():
         torch.testing.assert_close(full(x), windows(x))

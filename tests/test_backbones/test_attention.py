@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hat_mm
+from hat_mm.layers import RelativePositionBias, RelativePositionTable, SelfAttention
 from test_backbones.archs import FAMILIES
 
 FUSED = 'aten._scaled_dot_product_flash_attention_for_cpu.default'
@@ -90,3 +91,31 @@ def test_hat_net_makes_no_tensor_of_queries_by_keys():
         assert operators.largest < tokens * (tokens // 64) / 3
         largest.append(operators.largest)
     assert largest[1] == 4 * largest[0]
+
+
+def test_many_tokens_attend_in_chunks_of_queries():
+    # 66 million pairs, whose bias would take 262 MB.
+    torch.manual_seed(0)
+    grid_size, tokens = (90, 90), 8100
+    layer = SelfAttention(4, 1, RelativePositionBias(1)).eval()
+    x = torch.randn(1, tokens, 4)
+    with torch.no_grad(), Operators() as operators:
+        attended = layer(x, grid_size)
+    assert operators.largest <= tokens**2 / 1.9
+    some = torch.tensor([0, 1, 4049, 4050, 8099])
+    with torch.no_grad():
+        q, k, v = layer.qkv(x)[0].chunk(3, 1)
+        bias = torch.cat([layer.bias(grid_size, slice(i, i + 1)) for i in some.tolist()], 1)[0]
+        expected = layer.proj(torch.softmax(q[some] @ k.T / 2 + bias, 1) @ v)
+    torch.testing.assert_close(attended[0, some], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('prefix', [0, 3])
+@pytest.mark.parametrize('kind', ['mlp', 'table'])
+def test_bias_of_some_queries(kind, prefix):
+    bias = RelativePositionBias(2, prefix) if kind == 'mlp' else RelativePositionTable(2, 5, prefix)
+    whole = bias((5, 5))
+    for queries in (slice(0, 4), slice(2, 20), slice(25, None), slice(None)):
+        assert torch.equal(bias((5, 5), queries), whole[:, queries])
+    assert not whole[:, :prefix].any()
+    assert not whole[:, :, :prefix].any()

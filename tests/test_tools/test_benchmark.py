@@ -676,7 +676,7 @@ def test_a_window_on_the_whole_map_is_full_attention():
 def test_full_attention_without_bias():
     full, fused = (scaling.build(form, 16, 2) for form in ('full', 'full-no-bias'))
     fused.layer.load_state_dict(full.layer.state_dict(), strict=False)
-    full.layer.attn.bias.forward = lambda sides: torch.zeros(2, 30, 30)
+    full.layer.attn.bias.forward = lambda grid_size, queries: torch.zeros(2, 30, 30)
     x = torch.randn(1, 16, 5, 6)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), full(x))

@@ -46,7 +46,7 @@ class DependencyError(ImportError):
 
 
 @dataclass(frozen=True)
-class Host:
+class Toolbox:
     """What the package of a config's ``default_scope`` needs.
 
     Attributes:
@@ -58,16 +58,16 @@ class Host:
     needs_ops: bool = False
 
 
-HOSTS = {
-    'mmdet': Host(extra='det', needs_ops=True),
-    'mmseg': Host(extra='seg', needs_ops=True),
-    'mmpretrain': Host(extra='cls'),
-    'mmengine': Host(extra='det'),
+TOOLBOXES = {
+    'mmdet': Toolbox(extra='det', needs_ops=True),
+    'mmseg': Toolbox(extra='seg', needs_ops=True),
+    'mmpretrain': Toolbox(extra='cls'),
+    'mmengine': Toolbox(extra='det'),
 }
 
 
 def _cure(name: str) -> str:
-    extra = HOSTS.get(name, Host()).extra
+    extra = TOOLBOXES.get(name, Toolbox()).extra
     if extra is None:
         return f'install the package that provides {name!r}'
     return f"run `make setup` in a checkout of hat_mm, or `pip install 'hat_mm[{extra}]'`"
@@ -103,17 +103,17 @@ def require(name: str) -> ModuleType:
     _check_torch()
     if not _has_module(name):
         raise DependencyError(f'{name} is not installed: {_cure(name)}')
-    if name in HOSTS and name != 'mmengine':
+    if name in TOOLBOXES and name != 'mmengine':
         if not _has_module('mmcv'):
             raise DependencyError(f'{name} needs mmcv, which is not installed: {_cure(name)}')
-        if HOSTS[name].needs_ops and not _has_module('mmcv._ext'):
+        if TOOLBOXES[name].needs_ops and not _has_module('mmcv._ext'):
             raise DependencyError(
                 f'{name} needs the compiled operators of mmcv, but the installed mmcv has none '
                 f'(mmcv-lite?): uninstall it, then {_cure(name)}'
             )
     try:
         return importlib.import_module(name)
-    except (ImportError, AssertionError) as error:  # the hosts assert the versions they accept
+    except (ImportError, AssertionError) as error:  # the toolboxes assert the versions they accept
         cause = ' '.join(str(error).split())
         raise DependencyError(f'{name} cannot be imported ({cause}): {_cure(name)}') from error
 

@@ -1,4 +1,4 @@
-"""Plugins: the identity at first, then attention across windows, in any host."""
+"""Plugins: the identity at first, then attention across windows, in any network."""
 
 import copy
 
@@ -123,29 +123,29 @@ class TestResNet:
         plain = self.resnet(scope)
         with torch.no_grad():
             for name, p in plain.named_parameters():
-                if 'bn' in name:  # the start values silence every block
+                if 'bn' in name:  # their initialization silences every block
                     nn.init.uniform_(p, 0.5, 1)
         where = dict(stages=(False, False, False, True), position=position)
-        host = self.resnet(scope, [dict(cfg=plugin, **where)])
-        missing, unexpected = host.load_state_dict(plain.state_dict(), strict=False)
+        network = self.resnet(scope, [dict(cfg=plugin, **where)])
+        missing, unexpected = network.load_state_dict(plain.state_dict(), strict=False)
         assert not unexpected
         assert all('_plugin.' in name for name in missing)
         # Each block of the last stage has one of its own.
-        assert sum(isinstance(m, type(build(plugin))) for m in host.modules()) == 3
+        assert sum(isinstance(m, type(build(plugin))) for m in network.modules()) == 3
         image = torch.randn(2, 3, 97, 130)
         for mode in (True, False):
             plain.train(mode)
-            host.train(mode)
+            network.train(mode)
             with torch.no_grad():
-                for ours, theirs in zip(host(image), plain(image), strict=True):
+                for ours, theirs in zip(network(image), plain(image), strict=True):
                     assert torch.equal(ours, theirs)
                     assert ours.stride() == theirs.stride()
-        optimizer = torch.optim.SGD(host.parameters(), lr=0.1)
-        sum(out.square().mean() for out in host(image)).backward()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        sum(out.square().mean() for out in network(image)).backward()
         optimizer.step()
-        plain.load_state_dict(host.state_dict(), strict=False)
+        plain.load_state_dict(network.state_dict(), strict=False)
         with torch.no_grad():
-            assert not torch.equal(host(image)[3], plain(image)[3])
+            assert not torch.equal(network(image)[3], plain(image)[3])
 
     def test_start_values_of_the_host_leave_it_the_identity(self, scope, plugin):
         # Both fill every convolution of the network, ours inside it included.
@@ -153,21 +153,21 @@ class TestResNet:
             type='Normal', layer=['Conv2d', 'Linear', 'Conv1d'], mean=1.0, std=1.0, bias=1.0
         )
         for init_cfg in (None, everything):
-            host = self.resnet(
+            network = self.resnet(
                 scope, [dict(cfg=plugin, stages=STAGES, position='after_conv3')], init_cfg=init_cfg
             )
-            host.init_weights()
-            for module in host.modules():
+            network.init_weights()
+            for module in network.modules():
                 if isinstance(module, type(build(plugin))):
                     x = torch.randn(1, module.in_channels, 5, 9)
                     assert torch.equal(module(x), x)
 
     def test_checkpoints_and_freezes_with_the_host(self, scope, plugin):
         plugins = [dict(cfg=plugin, stages=STAGES, position='after_conv3')]
-        host = self.resnet(scope, plugins, with_cp=True, frozen_stages=3)
-        host.train()
-        sum(out.sum() for out in host(torch.randn(2, 3, 64, 64))).backward()
-        for name, p in host.named_parameters():
+        network = self.resnet(scope, plugins, with_cp=True, frozen_stages=3)
+        network.train()
+        sum(out.sum() for out in network(torch.randn(2, 3, 64, 64))).backward()
+        for name, p in network.named_parameters():
             if '_plugin' in name:
                 assert (p.grad is None) is name.startswith('layer3')
 

@@ -212,7 +212,7 @@ def count(
             100 of them in this kind of pass.
 
     Returns:
-        Parameters and multiply-adds, of all and by part.
+        Parameters and MACs, of all and by part.
 
     Raises:
         ValueError: ``shape``, ``channels`` or ``proposals`` are not positive ints.

@@ -1,7 +1,8 @@
 """What ``tools/train.py`` and ``tools/test.py`` do, for configs of mmdet, mmseg and mmpretrain.
 
-The config's ``default_scope`` decides the host; what its own tools do differently stands in
-:data:`HOSTS`. Errors of the user end in one line and a non-zero exit status, bugs in a traceback.
+The config's ``default_scope`` decides the toolbox; what its own tools do differently stands in
+:data:`TOOLBOXES`. Errors of the user end in one line and a non-zero exit status, bugs in a
+traceback.
 """
 
 import argparse
@@ -24,7 +25,16 @@ import torch
 import hat_mm
 from hat_mm import compat
 
-__all__ = ['HOSTS', 'Host', 'UserError', 'run_tool', 'test', 'test_parser', 'train', 'train_parser']
+__all__ = [
+    'TOOLBOXES',
+    'Toolbox',
+    'UserError',
+    'run_tool',
+    'test',
+    'test_parser',
+    'train',
+    'train_parser',
+]
 
 
 class UserError(Exception):
@@ -40,16 +50,16 @@ class UserError(Exception):
         self.status = status
 
 
-# --- what the hosts' tools do differently --------------------------------------------------------
+# --- what the toolboxes' tools do differently ------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Host:
-    """The meaning of the tools' flags in one host.
+class Toolbox:
+    """The meaning of the tools' flags in one toolbox.
 
     Attributes:
         show: Settings of the visualization hook for ``--show``/``--show-dir``, from the arguments;
-            None if the host has no such hook.
+            None if the toolbox has no such hook.
         show_dir_of_visualizer: Whether ``--show-dir`` is the visualizer's ``save_dir``.
         dump: Metric that writes ``--out`` as a pickle of predictions; None if ``--out`` is the
             folder of the metric's own prediction files.
@@ -85,8 +95,8 @@ def _show_mmpretrain(args: argparse.Namespace) -> dict:
     return dict(enable=True, show=args.show, wait_time=args.wait_time, out_dir=args.show_dir)
 
 
-HOSTS = {
-    'mmdet': Host(
+TOOLBOXES = {
+    'mmdet': Toolbox(
         show=_show_mmdet,
         dump='mmdet.DumpDetResults',
         tta_model=dict(
@@ -101,8 +111,8 @@ HOSTS = {
             ),
         ),
     ),
-    'mmseg': Host(show=_show_mmseg, show_dir_of_visualizer=True, dump=None),
-    'mmpretrain': Host(
+    'mmseg': Toolbox(show=_show_mmseg, show_dir_of_visualizer=True, dump=None),
+    'mmpretrain': Toolbox(
         show=_show_mmpretrain,
         tta_model=dict(type='mmpretrain.AverageClsScoreTTA'),
         loader_defaults=True,
@@ -203,7 +213,7 @@ def test_parser() -> argparse.ArgumentParser:
 
 
 def _load_config(args: argparse.Namespace) -> Any:
-    """Read the config with the options of the command line; check host and work dir."""
+    """Read the config with the options of the command line; check toolbox and work dir."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if not os.path.isfile(args.config):
         raise UserError(f'config file {args.config!r} does not exist')
@@ -271,31 +281,31 @@ def _set_loader_defaults(cfg: Any) -> None:
         loader.setdefault('collate_fn', dict(type='default_collate'))
 
 
-def _set_show(cfg: Any, host: Host, args: argparse.Namespace) -> None:
+def _set_show(cfg: Any, toolbox: Toolbox, args: argparse.Namespace) -> None:
     hook = cfg.get('default_hooks', {}).get('visualization')
-    if host.show is None or hook is None:
+    if toolbox.show is None or hook is None:
         raise UserError(
             "--show and --show-dir need a visualization hook in the config's default_hooks, such "
             "as visualization=dict(type='DetVisualizationHook')"
         )
-    hook.update(host.show(args))
-    if host.show_dir_of_visualizer and args.show_dir:
+    hook.update(toolbox.show(args))
+    if toolbox.show_dir_of_visualizer and args.show_dir:
         cfg.visualizer.save_dir = args.show_dir
 
 
-def _set_tta(cfg: Any, host: Host) -> None:
-    """Wrap the model for test time augmentation; where the host has a default, flip images."""
+def _set_tta(cfg: Any, toolbox: Toolbox) -> None:
+    """Wrap the model for test time augmentation; where the toolbox has a default, flip images."""
     dataset = _innermost_dataset(cfg.test_dataloader)
     if cfg.get('tta_model') is None:
-        if host.tta_model is None:
+        if toolbox.tta_model is None:
             raise UserError('--tta needs tta_model and tta_pipeline in the config')
-        cfg.tta_model = host.tta_model
+        cfg.tta_model = toolbox.tta_model
     if cfg.get('tta_pipeline') is None:
-        if host.tta_model is None:
+        if toolbox.tta_model is None:
             raise UserError('--tta needs tta_pipeline in the config')
         pipeline = copy.deepcopy(dataset.pipeline)
         flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
-        pack = host.tta_pack or pipeline[-1]
+        pack = toolbox.tta_pack or pipeline[-1]
         pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, [pack]])
         cfg.tta_pipeline = pipeline
     dataset.pipeline = cfg.tta_pipeline
@@ -318,9 +328,9 @@ def _drop_averaging(cfg: Any) -> None:
     cfg.custom_hooks = hooks
 
 
-def _set_out(cfg: Any, host: Host, args: argparse.Namespace) -> None:
-    """Check ``--out``, and for hosts whose metrics write their own files set their folder."""
-    if host.dump is None:
+def _set_out(cfg: Any, toolbox: Toolbox, args: argparse.Namespace) -> None:
+    """Check ``--out``, and for toolboxes whose metrics write their own files set their folder."""
+    if toolbox.dump is None:
         metrics = (
             cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
         )
@@ -410,8 +420,8 @@ def train(argv: Sequence[str] | None = None) -> None:
     """
     args = train_parser().parse_args(argv)
     cfg = _load_config(args)
-    host = HOSTS.get(cfg.default_scope, Host())
-    if host.loader_defaults:
+    toolbox = TOOLBOXES.get(cfg.default_scope, Toolbox())
+    if toolbox.loader_defaults:
         _set_loader_defaults(cfg)
     if args.amp:
         _set_amp(cfg)
@@ -454,25 +464,25 @@ def test(argv: Sequence[str] | None = None) -> dict:
         parser.error('--out-item needs --out')
     _check_checkpoint(args.checkpoint, 'checkpoint')
     cfg = _load_config(args)
-    host = HOSTS.get(cfg.default_scope, Host())
+    toolbox = TOOLBOXES.get(cfg.default_scope, Toolbox())
     cfg.load_from = args.checkpoint
     cfg.resume = False
-    if host.loader_defaults:
+    if toolbox.loader_defaults:
         _set_loader_defaults(cfg)
     if args.show or args.show_dir:
-        _set_show(cfg, host, args)
+        _set_show(cfg, toolbox, args)
     if args.out is not None:
-        _set_out(cfg, host, args)
+        _set_out(cfg, toolbox, args)
     if args.tta:
-        _set_tta(cfg, host)
+        _set_tta(cfg, toolbox)
     if args.deploy:
         _drop_averaging(cfg)
     runner = _build_runner(cfg)
     if args.deploy:
         _set_deploy(runner)
-    if args.out is not None and host.dump is not None and args.out_item != 'metrics':
+    if args.out is not None and toolbox.dump is not None and args.out_item != 'metrics':
         metrics = importlib.import_module('mmengine.registry').METRICS
-        dump = metrics.build(dict(type=host.dump, out_file_path=args.out))
+        dump = metrics.build(dict(type=toolbox.dump, out_file_path=args.out))
         runner.test_evaluator.metrics.append(dump)
     results = runner.test()
     if args.out_item == 'metrics':

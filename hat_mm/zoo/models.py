@@ -325,9 +325,9 @@ def _config(info: ModelInfo) -> Any:
     try:
         return config.fromfile(info.config)
     except ModuleNotFoundError as error:  # of a base, such as mmdet::..., named by its distribution
-        for host in compat.HOSTS:
-            if str(error).startswith(host):
-                compat.require(host)
+        for toolbox in compat.TOOLBOXES:
+            if str(error).startswith(toolbox):
+                compat.require(toolbox)
         raise
 
 
@@ -358,7 +358,7 @@ def _weights(info: ModelInfo, pretrained: Any) -> Path:
 
 
 def _drop_weights(settings: Any, overrides: Any) -> None:
-    """Takes out what would load weights while a model is initialised, unless it is overridden."""
+    """Takes out what would load weights while a model is initialized, unless it is overridden."""
     if isinstance(settings, list | tuple):
         for item in settings:
             _drop_weights(item, None)
@@ -384,7 +384,7 @@ def _is_pretrained(init_cfg: dict[str, Any]) -> bool:
 
 
 def _build(config: Any, scope: str) -> Any:
-    """Builds and initialises: a few models of mmdet have memory that is not, before."""
+    """Builds and initializes: a few models of mmdet have memory that is not, before."""
     importlib.import_module(f'{scope}.utils').register_all_modules(init_default_scope=False)
     if config.get('data_preprocessor') is not None:  # as mmengine's runner does
         config.model.setdefault('data_preprocessor', config.data_preprocessor)
@@ -398,7 +398,7 @@ def _build(config: Any, scope: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep mmengine from saying how each parameter was initialised."""
+    """Keep mmengine from saying how each parameter was initialized."""
     current = importlib.import_module('mmengine.logging').MMLogger.get_current_instance()
     level = current.level
     current.setLevel(logging.WARNING)
@@ -425,7 +425,7 @@ def _dataset_meta(config: Any, scope: str) -> dict[str, Any]:
 def _load(model: Any, file: Path, info: ModelInfo, overridden: frozenset[str]) -> dict[str, Any]:
     """Loads weights and returns what the checkpoint says of its data.
 
-    Only parts of the model that are overridden may stay as they were initialised.
+    Only parts of the model that are overridden may stay as they were initialized.
     """
     # Torch writes to these itself where a file has none.
     tensors = {

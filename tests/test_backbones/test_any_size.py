@@ -9,8 +9,8 @@ import hat_mm
 from hat_mm.layers import average_windows
 from test_backbones.archs import FAMILIES, tiny
 
-# Sides small enough for loops, large enough for several windows on an axis of stage 2.
-SIDES = st.one_of(st.integers(1, 40), st.integers(41, 150))
+# Sizes small enough for loops, large enough for several windows on an axis of stage 2.
+SIZES = st.one_of(st.integers(1, 40), st.integers(41, 150))
 VARIANTS = {
     'carriers': ('FasterViT', {}),
     'propagate': ('FasterViT', dict(propagate=True, layer_scale=0.5, window_size=(7, 7, 3, 2))),
@@ -57,7 +57,7 @@ PAIRS = {variant: pair(*what) for variant, what in VARIANTS.items()}
 
 @pytest.mark.parametrize('variant', VARIANTS)
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(batch=st.integers(1, 3), height=SIDES, width=SIDES, seed=st.integers(0, 1000))
+@given(batch=st.integers(1, 3), height=SIZES, width=SIZES, seed=st.integers(0, 1000))
 def test_equals_the_plain_implementation(variant, batch, height, width, seed):
     ours, plain = PAIRS[variant]
     generator = torch.Generator().manual_seed(seed)

@@ -92,7 +92,7 @@ def file(name, tmp_path):
 
 
 class Detector(BaseModule):
-    """Stands for any host's model: a backbone and something behind it."""
+    """Stands for any toolbox's model: a backbone and something behind it."""
 
     def __init__(self, name, **arguments):
         super().__init__()

@@ -32,7 +32,7 @@ def shared(one, other):
 
 
 def assert_functions_agree(one, other, side, other_side):
-    """Two position modules with the same weights at windows of two sides."""
+    """Two position modules with the same weights at windows of two sizes."""
     if isinstance(one, RelativePositionBias):
         reach, other_reach = side - 1, other_side - 1
         a, b = bias_by_offset(one, side), bias_by_offset(other, other_side)

@@ -245,7 +245,7 @@ def test_tool_on_a_classifier(tool, tmp_path):
     config.write_text(CLASSIFIER)
     parts = parts_of(tool(str(config))[1])
     assert set(parts) == {'backbone', 'neck', 'head', '**all**'}
-    # What the literature says of ResNet-18: 11.69 M parameters, 1.81 G multiply-adds.
+    # What the literature says of ResNet-18: 11.69 M parameters, 1.81 G MACs.
     whole = parts['**all**']
     assert whole['params M'] == pytest.approx(11.69, abs=0.01)
     assert whole['convolution G'] + whole['linear G'] == pytest.approx(1.814, abs=0.002)

@@ -250,7 +250,7 @@ def test_errors_of_dataloader_workers_become_one_line():
     assert line == "FileNotFoundError: [Errno 2] No such file or directory: 'a.png'"
 
 
-# --- flags in each host ---------------------------------------------------------------------------
+# --- flags in each toolbox -----------------------------------------------------------------------
 
 
 def cfg_of(**settings):
@@ -277,17 +277,17 @@ test_args.__test__ = False
 
 
 @pytest.mark.parametrize(
-    ('host', 'hook', 'save_dir'),
+    ('toolbox', 'hook', 'save_dir'),
     [
         ('mmdet', dict(draw=True, show=True, wait_time=1.0, test_out_dir='s'), None),
         ('mmseg', dict(draw=True, show=True, wait_time=1.0), 's'),
         ('mmpretrain', dict(enable=True, show=True, wait_time=1.0, out_dir='s'), None),
     ],
 )
-def test_show(host, hook, save_dir):
+def test_show(toolbox, hook, save_dir):
     cfg = cfg_of()
     args = test_args('--show', '--show-dir', 's', '--wait-time', '1')
-    cli._set_show(cfg, cli.HOSTS[host], args)
+    cli._set_show(cfg, cli.TOOLBOXES[toolbox], args)
     assert cfg.default_hooks.visualization == dict(type='Hook', **hook)
     assert cfg.visualizer.get('save_dir') == save_dir
 
@@ -296,25 +296,25 @@ def test_show_needs_a_hook():
     cfg = cfg_of()
     cfg.default_hooks = {}
     with pytest.raises(cli.UserError, match='visualization hook'):
-        cli._set_show(cfg, cli.HOSTS['mmdet'], test_args('--show'))
+        cli._set_show(cfg, cli.TOOLBOXES['mmdet'], test_args('--show'))
 
 
-@pytest.mark.parametrize('host', ['mmdet', 'mmpretrain'])
-def test_default_tta_flips(host):
+@pytest.mark.parametrize('toolbox', ['mmdet', 'mmpretrain'])
+def test_default_tta_flips(toolbox):
     cfg = cfg_of()
-    cli._set_tta(cfg, cli.HOSTS[host])
-    assert cfg.model.type == cli.HOSTS[host].tta_model['type']
+    cli._set_tta(cfg, cli.TOOLBOXES[toolbox])
+    assert cfg.model.type == cli.TOOLBOXES[toolbox].tta_model['type']
     assert cfg.model.module == dict(type='Model')
     *rest, tta = cfg.test_dataloader.dataset.pipeline
     assert rest == [dict(type='Load')]
     flips, [pack] = tta['transforms']
     assert [flip['prob'] for flip in flips] == [1.0, 0.0]
-    assert pack['type'] == ('PackDetInputs' if host == 'mmdet' else 'Pack')
+    assert pack['type'] == ('PackDetInputs' if toolbox == 'mmdet' else 'Pack')
 
 
 def test_tta_of_the_config_comes_first():
     cfg = cfg_of(tta_model=dict(type='Mine'), tta_pipeline=[dict(type='MyPipeline')])
-    cli._set_tta(cfg, cli.HOSTS['mmseg'])
+    cli._set_tta(cfg, cli.TOOLBOXES['mmseg'])
     assert cfg.model == dict(type='Mine', module=dict(type='Model'))
     assert cfg.test_dataloader.dataset.pipeline == [dict(type='MyPipeline')]
 
@@ -322,13 +322,13 @@ def test_tta_of_the_config_comes_first():
 @pytest.mark.parametrize('settings', [{}, dict(tta_model=dict(type='Mine'))])
 def test_mmseg_has_no_default_tta(settings):
     with pytest.raises(cli.UserError, match='--tta needs'):
-        cli._set_tta(cfg_of(**settings), cli.HOSTS['mmseg'])
+        cli._set_tta(cfg_of(**settings), cli.TOOLBOXES['mmseg'])
 
 
 def test_out_of_mmseg_is_a_folder(tmp_path):
     cfg = cfg_of()
     out = str(tmp_path / 'maps')
-    cli._set_out(cfg, cli.HOSTS['mmseg'], test_args('--out', out))
+    cli._set_out(cfg, cli.TOOLBOXES['mmseg'], test_args('--out', out))
     assert cfg.test_evaluator == dict(type='Metric', output_dir=out, keep_results=True)
 
 

@@ -94,10 +94,10 @@ def entry_of(metafile, name):
     return entry
 
 
-@pytest.mark.parametrize('host', RUNS)
-def test_entry_of_a_real_run(host, request, tmp_path, capsys):
-    work_dir, weights = request.getfixturevalue(host)
-    name, metrics = RUNS[host]
+@pytest.mark.parametrize('toolbox', RUNS)
+def test_entry_of_a_real_run(toolbox, request, tmp_path, capsys):
+    work_dir, weights = request.getfixturevalue(toolbox)
+    name, metrics = RUNS[toolbox]
     metafile = tmp_path / 'metafile.yml'
     status, out, err = run(
         capsys, work_dir, weights, metafile, '--url', URL, '--collection', 'FasterViT',

@@ -161,7 +161,7 @@ def test_a_detector_without_weights(no_downloads, capfd):
     assert model._metainfo.name == MASK_RCNN
     assert model.dataset_meta is model._dataset_meta
     assert len(model._dataset_meta['classes']) == 80
-    # As a training starts: mmdet's own initialisation of a head has run.
+    # As a training starts: mmdet's own initialization of a head has run.
     std = model.roi_head.bbox_head.fc_reg.weight.detach().std()
     assert float(std) == pytest.approx(0.001, rel=0.1)
     out, err = capfd.readouterr()

@@ -1,4 +1,4 @@
-"""Counts parameters and FLOPs (multiply-adds) of a model by part, for one image.
+"""Counts parameters and FLOPs (MACs) of a model by part, for one image.
 
 Counted is the forward pass of a prediction before its post-processing, with nothing kept from an
 earlier one. --published prints the tables of docs/complexity.md.

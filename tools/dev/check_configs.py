@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if not leaves:
         parser.error(f'no config has a name like {args.only!r}')
-    # The start value of every parameter is not what the grid is about.
+    # How parameters are initialized is not what the grid is about.
     importlib.import_module('mmengine.logging').MMLogger.get_current_instance().setLevel('WARNING')
     cells, errors = {}, {}
     for number, leaf in enumerate(leaves, 1):

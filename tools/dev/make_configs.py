@@ -517,7 +517,7 @@ REPORTED = {
         'hat-net-large': (49.5,),
     }),
 }  # fmt: skip
-# Parameters of the networks with their head of 1000 classes, and billions of multiply-adds for an
+# Parameters of the networks with their head of 1000 classes, and billions of MACs for an
 # image of the size of the weights: measured, docs/complexity.md.
 COUNTS = {
     'fastervit-0': (31_404_840, 3.50),

@@ -343,7 +343,7 @@ def _precision(candidate: Candidate, training: bool, device: str) -> tuple[torch
 
 @cache
 def complexity(base: str, size: Size) -> tuple[int, int | None]:
-    """Counts parameters, and multiply-adds of the forward pass of one image.
+    """Counts parameters, and MACs of the forward pass of one image.
 
     The MLPs of positions are left out: a network that predicts keeps what they compute.
 

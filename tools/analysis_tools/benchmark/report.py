@@ -26,10 +26,10 @@ TITLES = {
 }
 NOTES = {
     'forward': 'Speed-up: median of the other divided by the median of this one. Parameters, and '
-    "multiply-adds for one image (1000 proposals in a detector's second stage). Of products: 2 "
+    "MACs for one image (1000 proposals in a detector's second stage). Of products: 2 "
     "FLOP for each multiply-add in the median time, as a share of what this machine's products of "
     'large square matrices reached in the same turns.',
-    'train': 'Speed-up and shares as above, with three times the multiply-adds of a forward pass.',
+    'train': 'Speed-up and shares as above, with three times the MACs of a forward pass.',
     'memory': 'Peak beyond weights and images.',
     'train-memory': 'Peak beyond weights and images, with the gradients of the weights; held is '
     'what is there between the forward and the backward pass.',

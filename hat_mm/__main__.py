@@ -16,17 +16,18 @@ def main(argv: list[str]) -> None:
     """Runs a program as ``python PROGRAM ARGUMENTS`` would.
 
     Args:
-        argv: Path of the program, relative to the working directory or to what comes with the
-            package, and its arguments.
+        argv: Path of the program, in the working directory or in what comes with the package, and
+            its arguments. A program is a file or a folder with a ``__main__.py``.
     """
-    if argv and not os.path.exists(argv[0]) and (_SHIPPED / argv[0]).is_file():
-        argv = [str(_SHIPPED / argv[0]), *argv[1:]]
-    if not argv or not os.path.isfile(argv[0]):
-        found = f'{argv[0]!r} is no file' if argv else 'no program is given'
-        sys.exit(f'usage: python -m hat_mm PROGRAM [ARGUMENTS] ({found})')
-    sys.argv = argv
-    sys.path[0] = os.path.dirname(os.path.abspath(argv[0]))
-    runpy.run_path(argv[0], run_name='__main__')
+    places = [Path(argv[0]), _SHIPPED / argv[0]] if argv else []
+    found = [path for path in places if path.is_file() or (path / '__main__.py').is_file()]
+    if not found:
+        why = f'{argv[0]!r} is no file' if argv else 'no program is given'
+        sys.exit(f'usage: python -m hat_mm PROGRAM [ARGUMENTS] ({why})')
+    program = str(found[0])
+    sys.argv = [program, *argv[1:]]
+    sys.path[0] = os.path.dirname(os.path.abspath(program))
+    runpy.run_path(program, run_name='__main__')
 
 
 if __name__ == '__main__':

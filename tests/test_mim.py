@@ -237,6 +237,8 @@ def test_programs_of_the_package_run_without_mim(run, tmp_path):
     done = run('-m', 'hat_mm', 'demo/shapes.py', *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'data' / 'shapes' / 'annotations' / 'train.json').is_file()
+    done = run('-m', 'hat_mm', 'tools/analysis_tools/benchmark', 'models', '--help', cwd=tmp_path)
+    assert 'usage: benchmark models' in done.stdout, done.stderr
     done = run('-m', 'hat_mm', 'tools/none.py', cwd=tmp_path)
     assert "'tools/none.py' is no file" in done.stderr
 

@@ -27,6 +27,7 @@ _PUBLIC = {
     'list_models': 'hat_mm.zoo.models',
     'register_model_index': 'hat_mm.zoo.models',
     'switch_to_deploy': 'hat_mm.layers',
+    'tune_allocator': 'hat_mm.engine.allocator',
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     'list_models',
     'register_model_index',
     'switch_to_deploy',
+    'tune_allocator',
 ]
 
 compat.apply()

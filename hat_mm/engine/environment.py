@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .allocator import objection
+
 MODULES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'fastervit')
 
 
@@ -33,6 +35,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def allocator() -> str:
+    """How the processes that measure on a CPU get their memory."""
+    reason = objection()
+    return f'not tuned ({reason})' if reason else 'tuned'
+
+
 def circumstances(device: str) -> dict[str, Any]:
     """Command, date, hardware and versions of a measurement, for its results."""
     words = [os.path.relpath(sys.argv[0]), *sys.argv[1:]]
@@ -44,6 +52,7 @@ def circumstances(device: str) -> dict[str, Any]:
         'processor': processor(),
         'cores': os.cpu_count(),
         'threads': torch.get_num_threads(),
+        'allocator': allocator() if device == 'cpu' else None,
         'versions': versions(),
     }
 
@@ -54,5 +63,7 @@ def describe(found: dict[str, Any]) -> str:
     where = f'{threads} on {found["cores"]} cores of {found["processor"]}'
     if found['gpu']:
         where = f'{found["gpu"]}; {where}'
+    if found.get('allocator'):  # earlier results do not say
+        where += f'; allocator {found["allocator"]}'
     names = ', '.join(f'{name} {version}' for name, version in found['versions'].items())
     return f'{where}; {names}; {found["date"]}'

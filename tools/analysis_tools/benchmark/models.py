@@ -19,6 +19,7 @@ import argparse
 import gc
 import importlib.util
 import itertools
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ import torch
 from candidates import FLAGS, PEERS, Candidate, Size, complexity, parse, prepare
 from measuring import Work
 
+from hat_mm.engine.allocator import VARIABLE
 from hat_mm.engine.cli import UserError
 from hat_mm.engine.environment import circumstances
 
@@ -98,6 +100,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--peer', nargs='+', metavar='CANDIDATE',
         help='what the others are compared with, or its index (default: the last)')  # fmt: skip
     add('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--allocator', choices=['tuned', 'default'], default='tuned',
+        help='tuned: on a CPU freed memory stays with the process, as in our other tools; default: '
+        'the C library as it comes (default: tuned)')  # fmt: skip
     add('--out', type=Path, metavar='DIR',
         help='folder for benchmark.json, benchmark.md and plots')  # fmt: skip
     args = parser.parse_args(argv)
@@ -308,6 +313,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, writes and prints."""
     args = parse_args(argv)
+    if args.allocator == 'default':
+        os.environ[VARIABLE] = '1'  # the processes that measure inherit it
     if args.out is not None:
         make_folder(args.out)
     results = measure(args)

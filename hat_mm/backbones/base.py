@@ -170,6 +170,7 @@ class HierarchicalBackbone(Deployable, BaseModule):
     published_norm: ClassVar[dict]
     published_out_norm: ClassVar[type] = _BatchNorm
     from_scratch: ClassVar[list[dict]]
+    _strict = True
 
     def __init__(
         self,
@@ -306,6 +307,20 @@ class HierarchicalBackbone(Deployable, BaseModule):
         stage, block = int(found[1]), int(found[2] or 0)
         return sum(self.depths[:stage]) + block + 1, total
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Loads as PyTorch does, official files too.
+
+        With ``strict=False`` the names of an unknown network are no error, as what did not fit is
+        returned; official files have to fit all the same.
+        """
+        self._strict = strict
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            del self._strict
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -374,7 +389,9 @@ class HierarchicalBackbone(Deployable, BaseModule):
         if self.name_map.last_norm and isinstance(last, self.published_out_norm):
             # The norm of the last map is part of the official files and fits.
             unused = rf'norm[0-{len(self.depths) - 2}]\..*|stages\.[{built}-9]\..*'
-        state, report = adapt(state, self.state_dict(), self.name_map, self.arch, unused)
+        state, report = adapt(
+            state, self.state_dict(), self.name_map, self.arch, unused, strict=self._strict
+        )
         print_log(
             f'{type(self).__name__} {self.arch}: {report}',
             logger='current',

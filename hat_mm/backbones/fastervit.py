@@ -25,17 +25,15 @@ from hat_mm.layers import (
     NormFactory,
     TransformerLayer,
     checkpoint_block,
-    contiguous_input,
     count_windows,
-    crop,
     folded_norm,
     merge_windows,
     pad_to_windows,
     scaled,
     split_windows,
+    tracing,
 )
 from hat_mm.registry import MODELS
-from hat_mm.weights.loading import rename_old
 from hat_mm.weights.names import FASTERVIT_NAMES
 
 from .base import HierarchicalBackbone, Stage, check_ints, drop_path_rates, per_stage
@@ -240,8 +238,10 @@ class HATBlock(Deployable):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Loads, after bringing the names that hat_mm 0.1 saved to today's."""
-        for name in [name for name in state_dict if name.startswith(prefix)]:
-            state_dict[rename_old(name)] = state_dict.pop(name)
+        for part in ('window', 'carrier'):
+            old = f'{prefix}{part}.'
+            for name in [name for name in state_dict if name.startswith(old)]:
+                state_dict[f'{prefix}{part}_attn.{name.removeprefix(old)}'] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
@@ -348,7 +348,7 @@ class HATStage(nn.Module):
             args = (windows, carriers, num_windows)
             windows, carriers = checkpoint_block(block, *args) if self.with_cp else block(*args)
         x = merge_windows(windows, num_windows, self.window_size)
-        return crop(x, height, width).permute(0, 3, 1, 2)
+        return tracing.crop(x, height, width).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
@@ -366,7 +366,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
-        return self.conv(contiguous_input(self.norm(x)))
+        return self.conv(tracing.contiguous_input(self.norm(x)))
 
 
 @MODELS.register_module()

@@ -27,11 +27,11 @@ from hat_mm.layers import (
     TransformerLayer,
     checkpoint_block,
     count_windows,
-    crop,
     merge_windows,
     pad_to_windows,
     shift_mask,
     split_windows,
+    tracing,
 )
 from hat_mm.registry import MODELS
 from hat_mm.weights.loading import unwrap
@@ -256,7 +256,7 @@ class SwinBlock(nn.Module):
         y = merge_windows(tokens[:, c * c :], num_windows, w)
         if shift:
             y = y.roll((shift, shift), (1, 2))
-        return crop(y, height, width), carriers
+        return tracing.crop(y, height, width), carriers
 
 
 class SwinStage(nn.Module):
@@ -418,10 +418,12 @@ class SwinHAT(HierarchicalBackbone):
 
     def init_weights(self) -> None:
         """Initializes from scratch before a file is loaded, too: no Swin file has the carriers."""
-        configs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or ()
+        given = self.init_cfg
+        configs = [given] if isinstance(given, dict) else given or ()
         if any('Pretrained' in str(config.get('type')) for config in configs):
             self.init_cfg = [*self.from_scratch, *configs]  # mmengine loads files last
         super().init_weights()
+        self.init_cfg = given
 
     def _adapt(self, state: dict[str, Any]) -> dict[str, Any]:
         """Brings position tables of other windows to this one's, then names to ours."""

@@ -1,5 +1,6 @@
 """Building blocks in plain torch that several families share."""
 
+from . import tracing
 from .attention import Mlp, SelfAttention, TransformerLayer, scaled
 from .carriers import CarrierTokenizer
 from .checkpointing import checkpoint_block
@@ -13,7 +14,6 @@ from .position import (
     RelativePositionBias,
     RelativePositionTable,
 )
-from .tracing import contiguous_input, crop
 from .windows import (
     average_windows,
     border_mask,
@@ -44,9 +44,7 @@ __all__ = [
     'average_windows',
     'border_mask',
     'checkpoint_block',
-    'contiguous_input',
     'count_windows',
-    'crop',
     'folded_norm',
     'guard_group_norm',
     'merge_windows',
@@ -55,4 +53,5 @@ __all__ = [
     'shift_mask',
     'split_windows',
     'switch_to_deploy',
+    'tracing',
 ]

@@ -115,6 +115,7 @@ def folded_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Conv2d, nn.Module]
 
 
 def fold_scale(layer: nn.Linear, scale: Tensor) -> None:
-    """Multiplies the results of ``layer`` by ``scale`` (C',), in place."""
-    layer.weight.mul_(scale[:, None])
-    layer.bias.mul_(scale)
+    """Has ``layer`` multiply its results by ``scale`` (C',)."""
+    # New ones: PyTorch refuses to change those that were made in inference mode.
+    layer.weight = nn.Parameter(layer.weight * scale[:, None])
+    layer.bias = nn.Parameter(layer.bias * scale)

@@ -92,26 +92,26 @@ class FixedPositions(nn.Module):
 
 
 def bias_of_pairs(
-    numbers: Tensor, queries: slice, *, num_prefix: int, prefix_bias: float
+    by_offset: Tensor, queries: slice, *, num_prefix: int, prefix_bias: float
 ) -> Tensor:
-    """Gives each pair of tokens the number of its offset.
+    """Spreads the bias of offsets over the pairs of tokens that have them.
 
     Args:
-        numbers: Numbers by offset, query minus key, (G, 2a - 1, 2b - 1).
+        by_offset: Bias by offset, query minus key, (G, 2a - 1, 2b - 1).
         queries: Tokens that ask, prefix included.
         num_prefix: Tokens p in front of the grid.
-        prefix_bias: Number of pairs with prefix tokens.
+        prefix_bias: Bias of pairs with prefix tokens.
 
     Returns:
         (G, Q, p + a * b): head, query, key.
     """
-    a, b = (n // 2 + 1 for n in numbers.shape[1:])
-    row = torch.arange(a, device=numbers.device)[:, None].expand(a, b).flatten()
-    col = torch.arange(b, device=numbers.device).repeat(a)
+    a, b = (n // 2 + 1 for n in by_offset.shape[1:])
+    row = torch.arange(a, device=by_offset.device)[:, None].expand(a, b).flatten()
+    col = torch.arange(b, device=by_offset.device).repeat(a)
     asking = slice(None) if num_prefix else queries
     offset = (row[asking, None] - row + a - 1) * (2 * b - 1)
     offset += col[asking, None] - col + b - 1
-    bias = numbers.flatten(1).index_select(1, offset.flatten()).unflatten(1, offset.shape)
+    bias = by_offset.flatten(1).index_select(1, offset.flatten()).unflatten(1, offset.shape)
     if num_prefix:
         bias = F.pad(bias, (num_prefix, 0, num_prefix, 0), value=prefix_bias)[:, queries]
     return bias
@@ -162,8 +162,8 @@ class RelativePositionBias(PositionMlp):
     def fixed(self, window_size: int) -> 'RelativePositionTable':
         """The same bias for windows of one size, without the MLP."""
         table = RelativePositionTable(self.fc2.out_features, window_size, self.num_prefix)
-        numbers = self.by_offset((window_size, window_size))
-        table.relative_position_bias_table = nn.Parameter(numbers.flatten(1).t().contiguous())
+        by_offset = self.by_offset((window_size, window_size))
+        table.relative_position_bias_table = nn.Parameter(by_offset.flatten(1).t().contiguous())
         table.prefix_bias = self.prefix_bias
         return table
 
@@ -194,10 +194,10 @@ class RelativePositionTable(nn.Module):
 
     def forward(self, grid_size: tuple[int, int], queries: slice = _ALL) -> Tensor:
         """Returns the bias of a window."""
-        side = 2 * self.window_size - 1
+        offsets = 2 * self.window_size - 1
         table = self.relative_position_bias_table
         # Through a vector, so that the gradient gets the strides of the table.
-        numbers = table.flatten().view_as(table).t().unflatten(1, (side, side))
+        by_offset = table.flatten().view_as(table).t().unflatten(1, (offsets, offsets))
         return bias_of_pairs(
-            numbers, queries, num_prefix=self.num_prefix, prefix_bias=self.prefix_bias
+            by_offset, queries, num_prefix=self.num_prefix, prefix_bias=self.prefix_bias
         )

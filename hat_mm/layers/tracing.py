@@ -1,4 +1,4 @@
-"""Where ``torch.compile`` needs another form of the same computation, and why.
+"""Where tracing, that of ``torch.compile`` above all, needs another form of a computation, and why.
 
 These are the only functions that ask whether a graph is being recorded. Each is plain PyTorch
 otherwise.
@@ -26,7 +26,7 @@ def chunks(length: int, at_once: int) -> list[slice]:
 
     A graph is recorded with one chunk, as the number of chunks would fix the size of its images.
     """
-    if torch.compiler.is_compiling() or at_once >= length:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or at_once >= length:
         return [slice(None)]
     at_once = max(at_once, 1)
     return [slice(i, i + at_once) for i in range(0, length, at_once)]

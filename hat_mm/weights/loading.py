@@ -11,16 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .names import NAME_MAPS, SWIN_NAMES, UNUSED_PREFIX, NameMap, is_dense
+from .names import NAME_MAPS, SWIN_NAMES, UNUSED_PREFIX, NameMap, is_dense, rename_old
 
 _COUNTER = 'num_batches_tracked'
-
-
-def rename_old(name: str) -> str:
-    """The name that a tensor has today, of one that hat_mm 0.1 saved."""
-    return re.sub(r'(^|\.)(blocks\.\d+\.(?:window|carrier))\.', r'\1\2_attn.', name)
-
-
 _ALL_NAMES = (*NAME_MAPS, SWIN_NAMES)
 
 
@@ -139,7 +132,8 @@ def fit_channels(weight: Tensor, channels: int) -> Tensor:
     """Brings the weight of a convolution that sees colour images to another number of channels.
 
     As timm does it: one channel gets the sum over the colours, more get the colours in turn, scaled
-    so that the response to a grey image keeps its size.
+    by 3 / ``channels``. So the response to a grey image keeps its size, but for the rounding of
+    ``channels`` to whole triples.
 
     Args:
         weight: (out, 3, kernel height, kernel width).
@@ -156,6 +150,8 @@ def adapt(
     name_map: NameMap,
     arch: str,
     unused: str,
+    *,
+    strict: bool = True,
 ) -> tuple[dict[str, Any], LoadReport]:
     """Brings what a user loads into a backbone to the backbone's names.
 
@@ -169,6 +165,7 @@ def adapt(
         arch: The backbone's arch, for messages.
         unused: Pattern of native names (matched whole) that need not be in both: norms of outputs,
             which each task trains for itself, and stages that this backbone does not build.
+        strict: Whether names of an unknown network, or none at all, are an error.
 
     Returns:
         The state dict in native names, with the own values of tensors that need not be in the file,
@@ -180,7 +177,7 @@ def adapt(
     """
     state = {rename_old(name): value for name, value in unwrap(state).items()}
     if not name_map.matches(state):
-        _refuse_foreign(state, own, name_map)
+        _refuse_foreign(state, own, name_map, strict=strict)
         state, adapted = _with_channels(state, own, name_map.first_conv)
         # A file with all but what was added starts a network with it, as an official one does.
         spare = rf'{unused}|{name_map.added}'
@@ -235,9 +232,11 @@ def _remedy(report: LoadReport) -> str:
     return 'Use the file of this arch, or the arch of this file.'
 
 
-def _refuse_foreign(state: Collection[str], own: Collection[str], name_map: NameMap) -> None:
+def _refuse_foreign(
+    state: Collection[str], own: Collection[str], name_map: NameMap, *, strict: bool
+) -> None:
     """Raises ValueError unless names that are no official ones are a backbone's, or some of it."""
-    if not state:
+    if not state and strict:
         raise ValueError(f'no tensors to load into a {name_map.family}: the checkpoint is empty')
     strange = [name for name in state if name not in own]
     others = (m for m in _ALL_NAMES if m.family != name_map.family)
@@ -245,7 +244,7 @@ def _refuse_foreign(state: Collection[str], own: Collection[str], name_map: Name
     # Other networks have some names in common with ours, norms of outputs for example.
     num_known = len(state) - len(strange)
     native = num_known > len(strange) or (num_known and name_map.matches_native(state))
-    if native and not other:
+    if not other and (native or not strict):
         return
     names = ', '.join(map(repr, strange[:3]))
     hint = f' It looks like a {other}.' if other else ''

@@ -33,6 +33,11 @@ def is_dense(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
 
 
+def rename_old(name: str) -> str:
+    """The name that a tensor of a backbone has today, of one that hat_mm 0.1 saved."""
+    return re.sub(r'^(stages\.\d\.blocks\.\d+\.(?:window|carrier))\.', r'\1_attn.', name)
+
+
 def _substitute(rules: Iterable[Rule], name: str) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
@@ -270,8 +275,8 @@ def _swin_merging(order: str) -> Callable[[str, Any], Any]:
     def reorder(name: str, value: Any) -> Any:
         if not re.match(_MERGING, name) or not is_dense(value) or value.shape[-1] % 4:
             return value
-        sides = (2, 2, -1) if order == 'native' else (-1, 2, 2)
-        return value.unflatten(-1, sides).transpose(-3, -1).flatten(-3)
+        shape = (2, 2, -1) if order == 'native' else (-1, 2, 2)
+        return value.unflatten(-1, shape).transpose(-3, -1).flatten(-3)
 
     return reorder
 

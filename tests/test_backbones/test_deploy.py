@@ -174,6 +174,15 @@ def test_copies_and_moves():
     assert all(m.isfinite().all() for m in maps(half))
 
 
+def test_built_and_switched_in_inference_mode():
+    family = FAMILIES['FasterViT']
+    with torch.inference_mode():
+        backbone = family.backbone(family.tiny(layer_scale=0.3, propagate=True)).eval()
+        expected = maps(backbone)
+        backbone.switch_to_deploy()
+        assert_near(maps(backbone), expected, 1e-5)
+
+
 def test_folded_in_inference_mode_to_ordinary_tensors():
     backbone = trained('fastervit')
     with torch.inference_mode():

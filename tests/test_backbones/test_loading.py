@@ -428,3 +428,25 @@ def test_files_of_version_0_1(name):
     other.load_state_dict(renamed)
     for key, value in other.state_dict().items():
         assert torch.equal(one.state_dict()[key], value)
+
+
+@pytest.mark.parametrize('name', ['FasterViT', 'HATPlugin'])
+def test_names_of_other_modules_are_left_alone(name):
+    inner = make(name) if name in FAMILIES else hat_mm.HATPlugin(8)
+    model = torch.nn.ModuleDict({'blocks': torch.nn.ModuleList([torch.nn.ModuleDict()])})
+    model.blocks[0]['window'] = inner
+    model.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_strict_false_lets_the_caller_judge(name):
+    backbone = make(name)
+    for state in ({}, {'conv1.weight': torch.zeros(1)}):
+        missing, unexpected = backbone.load_state_dict(state, strict=False)
+        assert len(missing) == len([n for n in backbone.state_dict() if 'num_batches' not in n])
+        assert unexpected == [*state]
+        with pytest.raises(ValueError, match=r'no tensors to load|this is no'):
+            backbone.load_state_dict(state)
+    other = next(family for family in FAMILIES if family != name)
+    with pytest.raises(ValueError, match=r'this is no|does not fit'):
+        backbone.load_state_dict(official(other), strict=False)

@@ -366,7 +366,13 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
-        return self.conv(tracing.contiguous_input(self.norm(x)))
+        # The norm gives maps and gradients whose channels are last. Those of contiguous maps are
+        # made contiguous again, or a CPU differentiates the convolutions around it more slowly; of
+        # the gradient by a flat view, which it comes back through.
+        contiguous = x.is_contiguous()
+        if contiguous:
+            x = x.flatten().view_as(x)
+        return self.conv(tracing.contiguous_input(self.norm(x), wanted=contiguous))
 
 
 @MODELS.register_module()

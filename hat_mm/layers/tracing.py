@@ -41,15 +41,15 @@ def needs_border_mask(height: int, width: int, window_size: int) -> bool:
     return torch.compiler.is_compiling() or not divides
 
 
-def contiguous_input(x: Tensor) -> Tensor:
-    """Copies the input of a convolution of stride 2 to contiguous memory.
+def contiguous_input(x: Tensor, wanted: bool) -> Tensor:
+    """Brings the input of a convolution of stride 2 to contiguous memory, if that is wanted.
 
     With the channels last, inductor of torch 2.13 fails on some symbolic sizes ("ValueRangeError:
     Invalid ranges"). The copy is fused into the norm before it.
     """
     if torch.compiler.is_compiling():
         return x.clone(memory_format=torch.contiguous_format)
-    return x
+    return x.contiguous() if wanted else x
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -46,9 +46,8 @@ class PositionMlp(nn.Module):
         # The meta device has no autocast to turn off.
         has_autocast = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
-            weight, bias = self.fc1.weight.to(dtype), self.fc1.bias.to(dtype)
-            # fc1 is linear, so its result is a sum of a part of the row and a part of the column.
-            hidden = (rows[:, None] * weight[:, 0])[:, None] + cols[:, None] * weight[:, 1] + bias
+            grid = torch.stack(torch.meshgrid(rows, cols, indexing='ij'), -1)
+            hidden = F.linear(grid, self.fc1.weight.to(dtype), self.fc1.bias.to(dtype))
             return F.linear(F.relu(hidden), self.fc2.weight.to(dtype))
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from hat_mm import FasterViT
 from hat_mm.engine import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,6 +171,40 @@ def test_deploy_predicts_the_same(trained, toy_options, shapes, forms, tmp_path)
         torch.testing.assert_close(found['scores'], expected['scores'], rtol=0, atol=1e-5)
         torch.testing.assert_close(found['bboxes'], expected['bboxes'], rtol=0, atol=1e-2)
         assert torch.equal(found['labels'], expected['labels'])
+
+
+def test_channels_last_backbones_predict_the_same(trained, toy_options, tmp_path, monkeypatch):
+    from mmdet.apis import inference_detector, init_detector
+
+    layouts, maps = set(), []
+    forward = FasterViT.forward
+
+    def spy(backbone, x):
+        weight = backbone.stem.conv1.weight
+        layouts.add(weight.is_contiguous(memory_format=torch.channels_last))
+        results = forward(backbone, x)
+        maps.extend(results)
+        return results
+
+    monkeypatch.setattr(FasterViT, 'forward', spy)
+    checkpoint, out = str(trained / 'epoch_1.pth'), tmp_path / 'out.pkl'
+    cli.test(
+        [TOY_CONFIG, checkpoint, '--work-dir', str(tmp_path), '--out', str(out),
+         '--cfg-options', *toy_options, f'experiment_name=run{next(RUNS)}']
+    )  # fmt: skip
+    assert layouts == {True}
+    # RoI operators of mmcv read any memory as if it were contiguous.
+    assert all(x.is_contiguous() for x in maps)
+
+    config = str(trained / Path(TOY_CONFIG).name)
+    model = init_detector(config, checkpoint, device='cpu', palette='random')
+    for prediction in pickle.loads(out.read_bytes()):
+        found = prediction['pred_instances']
+        expected = inference_detector(model, prediction['img_path']).pred_instances
+        torch.testing.assert_close(found['scores'], expected.scores, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found['bboxes'], expected.bboxes, rtol=0, atol=1e-2)
+        assert torch.equal(found['labels'], expected.labels)
+    assert layouts == {True, False}
 
 
 def as_annotations(predictions, categories):

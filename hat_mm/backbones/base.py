@@ -5,6 +5,7 @@ import logging
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any, ClassVar
@@ -111,6 +112,10 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [[next(rates) for _ in range(depth)] for depth in depths]
 
 
+# Whether load_state_dict of a backbone itself was called with strict=True: PyTorch does not tell.
+_STRICT = ContextVar('strict', default=True)
+
+
 class Stage(nn.Module):
     """A down-sampler and blocks, each of which maps (B, C, H, W) to the same shape.
 
@@ -170,7 +175,6 @@ class HierarchicalBackbone(Deployable, BaseModule):
     published_norm: ClassVar[dict]
     published_out_norm: ClassVar[type] = _BatchNorm
     from_scratch: ClassVar[list[dict]]
-    _strict = True
 
     def __init__(
         self,
@@ -313,13 +317,14 @@ class HierarchicalBackbone(Deployable, BaseModule):
         """Loads as PyTorch does, official files too.
 
         With ``strict=False`` the names of an unknown network are no error, as what did not fit is
-        returned; official files have to fit all the same.
+        returned. Official files have to fit all the same, and output norms and stages that are not
+        built count as filled.
         """
-        self._strict = strict
+        token = _STRICT.set(strict)
         try:
             return super().load_state_dict(state_dict, strict, assign)
         finally:
-            del self._strict
+            _STRICT.reset(token)
 
     def _load_from_state_dict(
         self,
@@ -390,7 +395,7 @@ class HierarchicalBackbone(Deployable, BaseModule):
             # The norm of the last map is part of the official files and fits.
             unused = rf'norm[0-{len(self.depths) - 2}]\..*|stages\.[{built}-9]\..*'
         state, report = adapt(
-            state, self.state_dict(), self.name_map, self.arch, unused, strict=self._strict
+            state, self.state_dict(), self.name_map, self.arch, unused, strict=_STRICT.get()
         )
         print_log(
             f'{type(self).__name__} {self.arch}: {report}',

@@ -422,8 +422,10 @@ class SwinHAT(HierarchicalBackbone):
         configs = [given] if isinstance(given, dict) else given or ()
         if any('Pretrained' in str(config.get('type')) for config in configs):
             self.init_cfg = [*self.from_scratch, *configs]  # mmengine loads files last
-        super().init_weights()
-        self.init_cfg = given
+        try:
+            super().init_weights()
+        finally:
+            self.init_cfg = given
 
     def _adapt(self, state: dict[str, Any]) -> dict[str, Any]:
         """Brings position tables of other windows to this one's, then names to ours."""

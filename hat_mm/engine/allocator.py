@@ -48,10 +48,8 @@ def tune_allocator() -> bool:
 
     What the user has decided stays: nothing happens if ``HAT_MM_NO_MALLOPT`` is set, if
     ``GLIBC_TUNABLES`` or a ``MALLOC_*`` variable sets the allocator, or if ``LD_PRELOAD`` puts
-    another one in its place. Such alternatives are jemalloc, tcmalloc (``python -m
-    torch.backends.xeon.run_cpu`` starts a program with either) and, for the same effect without a
-    call, ``GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=18446744073709551615:
-    glibc.malloc.arena_max=1``.
+    another one in its place. Such alternatives are jemalloc and tcmalloc; ``python -m
+    torch.backends.xeon.run_cpu`` starts a program with either.
 
     Returns:
         Whether freed memory is kept; at debug level the log says why not.

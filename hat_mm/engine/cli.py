@@ -371,12 +371,12 @@ def _set_deploy(runner: Any) -> None:
 
 
 def _set_memory_format(model: torch.nn.Module) -> None:
-    """Have our backbones compute channels last on a CPU, where their convolutions are faster so.
+    """Have FasterViT compute channels last on a CPU, where its convolutions are faster so.
 
-    Their outputs stay contiguous. Those of necks and heads would not, and mmcv's RoI operators read
-    any memory as if it were.
+    Its outputs stay contiguous. Those of necks and heads would not, and mmcv's RoI operators read
+    any memory as if it were. HAT-Net computes channels last by itself.
     """
-    backbone = importlib.import_module('hat_mm.backbones.base').HierarchicalBackbone
+    backbone = importlib.import_module('hat_mm.backbones').FasterViT
     for module in model.modules():
         if isinstance(module, backbone) and next(module.parameters()).device.type == 'cpu':
             module.to(memory_format=torch.channels_last)

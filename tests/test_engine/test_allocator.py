@@ -53,14 +53,14 @@ print(json.dumps(faults))
 
 @needs_glibc
 @pytest.mark.parametrize('in_worker', [False, True], ids=['main thread', 'worker thread'])
-def test_the_fourth_pass_finds_its_memory_there(in_worker, run_python):
+def test_from_the_fourth_pass_on_memory_is_there(in_worker, run_python):
     found = {}
     for tuned in (False, True):  # without the call, importing hat_mm changes nothing
         code = ROUNDS.format(tuned=tuned, in_worker=in_worker)
         done = run_python('-c', code, **UNDECIDED)
         assert done.returncode == 0, done.stderr
         found[tuned] = json.loads(done.stdout)[3:]
-    assert min(found[False]) > 50_000
+    assert min(found[False]) > 5000
     # Once in a while a block fits into none of the gaps and the heap grows, in one of the passes.
     assert min(found[True]) <= 0.05 * found[False][0], found
 

@@ -173,7 +173,7 @@ def test_deploy_predicts_the_same(trained, toy_options, shapes, forms, tmp_path)
         assert torch.equal(found['labels'], expected['labels'])
 
 
-def test_channels_last_backbones_predict_the_same(trained, toy_options, tmp_path, monkeypatch):
+def test_a_channels_last_backbone_predicts_the_same(trained, toy_options, tmp_path, monkeypatch):
     from mmdet.apis import inference_detector, init_detector
 
     layouts, maps = set(), []

@@ -224,9 +224,8 @@ OTHERS = {'FasterViT': 'HATNet', 'HATNet': 'SwinHAT', 'SwinHAT': 'FasterViT'}
 )
 def test_file_of_another_network(name, state):
     state = state(name)
-    for strict in (True, False):
-        with pytest.raises(ValueError, match=f'no {name} checkpoint'):
-            make(name).load_state_dict(state, strict=strict)
+    with pytest.raises(ValueError, match=f'no {name} checkpoint'):
+        make(name).load_state_dict(state)
     inside = {f'backbone.{key}': value for key, value in state.items()}
     with pytest.raises(ValueError, match=f'no {name} checkpoint'):
         Detector(name).load_state_dict(inside, strict=False)
@@ -447,6 +446,6 @@ def test_strict_false_lets_the_caller_judge(name):
         assert unexpected == [*state]
         with pytest.raises(ValueError, match=r'no tensors to load|this is no'):
             backbone.load_state_dict(state)
-    other = next(family for family in FAMILIES if family != name)
-    with pytest.raises(ValueError, match=r'this is no|does not fit'):
-        backbone.load_state_dict(official(other), strict=False)
+    for state in (official(OTHERS[name]), make(OTHERS[name]).state_dict()):
+        with pytest.raises(ValueError, match=f'no {name} checkpoint'):
+            backbone.load_state_dict(state, strict=False)

@@ -91,12 +91,19 @@ class FixedPositions(nn.Module):
 
 
 def bias_of_pairs(
-    by_offset: Tensor, queries: slice, *, num_prefix: int, prefix_bias: float
+    by_offset: Tensor,
+    grid_size: tuple[int, int],
+    queries: slice,
+    *,
+    num_prefix: int,
+    prefix_bias: float,
 ) -> Tensor:
     """Spreads the bias of offsets over the pairs of tokens that have them.
 
     Args:
         by_offset: Bias by offset, query minus key, (G, 2a - 1, 2b - 1).
+        grid_size: Size (a, b) of the grid. Dividing it out of the shape would make torch.compile
+            slow, whose symbolic sizes grow with every division.
         queries: Tokens that ask, prefix included.
         num_prefix: Tokens p in front of the grid.
         prefix_bias: Bias of pairs with prefix tokens.
@@ -104,9 +111,9 @@ def bias_of_pairs(
     Returns:
         (G, Q, p + a * b): head, query, key.
     """
-    a, b = (n // 2 + 1 for n in by_offset.shape[1:])
+    a, b = grid_size
     row = torch.arange(a, device=by_offset.device)[:, None].expand(a, b).flatten()
-    col = torch.arange(b, device=by_offset.device).repeat(a)
+    col = torch.arange(b, device=by_offset.device).expand(a, b).flatten()
     asking = slice(None) if num_prefix else queries
     offset = (row[asking, None] - row + a - 1) * (2 * b - 1)
     offset += col[asking, None] - col + b - 1
@@ -141,6 +148,7 @@ class RelativePositionBias(PositionMlp):
         """Computes the bias of a grid."""
         return bias_of_pairs(
             self.by_offset(grid_size),
+            grid_size,
             queries,
             num_prefix=self.num_prefix,
             prefix_bias=self.prefix_bias,
@@ -198,5 +206,5 @@ class RelativePositionTable(nn.Module):
         # Through a vector, so that the gradient gets the strides of the table.
         by_offset = table.flatten().view_as(table).t().unflatten(1, (offsets, offsets))
         return bias_of_pairs(
-            by_offset, queries, num_prefix=self.num_prefix, prefix_bias=self.prefix_bias
+            by_offset, grid_size, queries, num_prefix=self.num_prefix, prefix_bias=self.prefix_bias
         )

@@ -18,6 +18,21 @@ SIZES = [
 ]
 
 
+@pytest.mark.parametrize('family', ['FasterViT', 'HATNet'])
+def test_one_graph_serves_many_sizes(family):
+    torch._dynamo.reset()
+    family = FAMILIES[family]
+    backbone = family.backbone(family.tiny(**family.wide)).eval()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(backbone, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for size in SIZES[:4]:
+            image = torch.randn(1, 3, *size)
+            for ours, eager in zip(compiled(image), backbone(image), strict=True):
+                assert (ours - eager).norm() <= 1e-4 * eager.norm(), size
+    assert counter.frame_count == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('batch', [1, 2])
 @pytest.mark.parametrize('family', FAMILIES)

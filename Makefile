@@ -62,10 +62,11 @@ test: setup ## run the tests; ARGS='-k word' passes options to pytest
 test-slow: setup ## run the long checks that `make test` leaves out
 	@$(IN_VENV) $(PY) -m pytest -m slow $(ARGS)
 
-lint: setup ## check format, rules, imports between packages, spelling
+lint: setup ## check format, rules, types, imports between packages, spelling
 	@$(IN_VENV) $(PY) -m ruff format --check .
 	@$(IN_VENV) $(PY) -m ruff check .
 	@$(IN_VENV) $(PY) -m codespell_lib
+	@$(IN_VENV) $(PY) -m mypy
 	@$(IN_VENV) $(PY) -m pytest -q tests/test_imports.py -k direction
 
 format: setup ## put the code into the format that `make lint` asks for

@@ -5,6 +5,8 @@ They follow the protocol of mmcv's plugin layers: a network such as mmdet's or m
 else where a map (B, C, H, W) passes.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -146,7 +148,8 @@ class HATPlugin(_Plugin):
             mlp_ratio=mlp_ratio,
         )
         # So carriers start level with the window's tokens, whose biases start at about 8.
-        self.attn.blocks[0].window_attn.attn.bias.prefix_bias = 8.0
+        block: Any = self.attn.blocks[0]
+        block.window_attn.attn.bias.prefix_bias = 8.0
         _initialize(self)
 
 

@@ -175,6 +175,7 @@ class HierarchicalBackbone(Deployable, BaseModule):
     published_norm: ClassVar[dict]
     published_out_norm: ClassVar[type] = _BatchNorm
     from_scratch: ClassVar[list[dict]]
+    init_cfg: Any  # mmengine sets it
 
     def __init__(
         self,

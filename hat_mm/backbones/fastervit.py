@@ -97,9 +97,10 @@ class FasterViTArch:
                     f'num_heads[{i}] = {self.num_heads[i]} does not divide the {self.dims[i]} '
                     f'channels of stage {i} (embed_dims * 2**{i})'
                 )
-            if i in self.carriers and self.window_size[i] < self.carrier_size:
+            window_size = given['window_size'][i]
+            if i in carriers and window_size < self.carrier_size:
                 raise ValueError(
-                    f'window_size[{i}] = {self.window_size[i]} is smaller than '
+                    f'window_size[{i}] = {window_size} is smaller than '
                     f'carrier_size = {self.carrier_size}'
                 )
 
@@ -227,14 +228,17 @@ class HATBlock(Deployable):
         self.window_size = window_size
         self.carrier_size = carrier_size
         self.propagate = propagate
-        options = dict(drop_path_rate=drop_path_rate, layer_scale=layer_scale, mlp_ratio=mlp_ratio)
+        options: Any = dict(
+            drop_path_rate=drop_path_rate, layer_scale=layer_scale, mlp_ratio=mlp_ratio
+        )
         self.carrier_attn = TransformerLayer(dim, num_heads, **options) if carrier_size else None
         self.window_attn = TransformerLayer(dim, num_heads, num_prefix=carrier_size**2, **options)
 
     def _fold(self) -> None:
         w, layer = self.window_size, self.window_attn
         layer.pos_embed = FixedPositions(layer.pos_embed((w, w)))
-        layer.attn.bias = layer.attn.bias.fixed(w)
+        bias: Any = layer.attn.bias
+        layer.attn.bias = bias.fixed(w)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Loads, after bringing the names that hat_mm 0.1 saved to today's."""
@@ -259,7 +263,7 @@ class HATBlock(Deployable):
         """
         w, c = self.window_size, self.carrier_size
         windows = windows + self.window_attn.pos_embed((w, w)).to(windows.dtype)
-        if carriers is None:
+        if carriers is None or self.carrier_attn is None:
             return self.window_attn(windows, (w, w)), None
 
         # All carriers of an image attend to each other, in raster order over the whole map.
@@ -340,7 +344,7 @@ class HATStage(nn.Module):
         """Maps (B, C, H, W) to the stage's feature map."""
         x = self.downsample(x)
         height, width = x.shape[-2:]
-        num_windows = count_windows(height, width, self.window_size)
+        num_windows = count_windows((height, width), self.window_size)
         x = pad_to_windows(x, num_windows, self.window_size)
         carriers = None if self.tokenizer is None else self.tokenizer(x, num_windows)
         windows = split_windows(x.permute(0, 2, 3, 1), num_windows, self.window_size)
@@ -444,6 +448,7 @@ class FasterViT(HierarchicalBackbone):
         rates = drop_path_rates(spec.drop_path_rate, spec.depths)
         self.stem = Stem(self.in_channels, spec.stem_dims, spec.embed_dims, norm_layer)
         self.stages = nn.ModuleList()
+        stage: nn.Module
         for i in range(num_stages):
             dim = spec.dims[i]
             downsample = Downsample(spec.dims[i - 1], dim) if i else nn.Identity()

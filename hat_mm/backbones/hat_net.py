@@ -138,7 +138,7 @@ class InvertedResidual(Deployable):
         self.conv1 = Conv2d(dim, hidden, 1, bias=False)
         self.act = nn.SiLU(inplace=True)
         self.conv2 = Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
-        self.conv3 = Conv2d(hidden, dim, 1, bias=False)
+        self.conv3: nn.Conv2d = Conv2d(hidden, dim, 1, bias=False)
         self.norm2 = norm_layer(dim, 1e-6)
 
     def _fold(self) -> None:

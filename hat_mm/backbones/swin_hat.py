@@ -99,10 +99,11 @@ class SwinHATArch:
                     f'num_heads[{i}] = {self.num_heads[i]} does not divide the {self.dims[i]} '
                     f'channels of stage {i} (embed_dims * 2**{i})'
                 )
-            if i in self.hat_stages and self.window_size[i] < self.carrier_size[i]:
+            window_size, carrier_size = given['window_size'][i], given['carrier_size'][i]
+            if i in self.hat_stages and window_size < carrier_size:
                 raise ValueError(
-                    f'window_size[{i}] = {self.window_size[i]} is smaller than '
-                    f'carrier_size[{i}] = {self.carrier_size[i]}'
+                    f'window_size[{i}] = {window_size} is smaller than '
+                    f'carrier_size[{i}] = {carrier_size}'
                 )
 
     @property
@@ -138,7 +139,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, in_channels, H, W) to (B, C, ceil(H / 4), ceil(W / 4))."""
-        x = pad_to_windows(x, count_windows(*x.shape[-2:], _PATCH), _PATCH)
+        x = pad_to_windows(x, count_windows(x.shape[-2:], _PATCH), _PATCH)
         return self.norm(self.conv(x))
 
 
@@ -158,7 +159,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
-        x = pad_to_windows(x, count_windows(*x.shape[-2:], 2), 2)
+        x = pad_to_windows(x, count_windows(x.shape[-2:], 2), 2)
         x = self.norm(F.pixel_unshuffle(x, 2))
         return self.reduction(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -221,14 +222,16 @@ class SwinBlock(nn.Module):
         Returns:
             Tensors of the shapes of ``x`` and ``carriers``; None for carriers that nobody needs.
         """
-        if self.carrier_attn is not None:
+        if self.carrier_attn is not None and carriers is not None:
             grid_size = carriers.shape[1:3]
             tokens = carriers.flatten(1, 2)
             tokens = tokens + self.carrier_attn.pos_embed(grid_size).to(tokens.dtype)
             carriers = self.carrier_attn(tokens, grid_size).unflatten(1, grid_size)
         change, carrier_change = self._attend(x, carriers)
         x = self._add(x, change)
-        return x, self._add(carriers, carrier_change) if self.keep_carriers else None
+        if carriers is None or carrier_change is None or not self.keep_carriers:
+            return x, None
+        return x, self._add(carriers, carrier_change)
 
     def _add(self, x: Tensor, change: Tensor) -> Tensor:
         """Adds what attention made, then runs the MLP."""
@@ -238,7 +241,7 @@ class SwinBlock(nn.Module):
     def _attend(self, x: Tensor, carriers: Tensor | None) -> tuple[Tensor, Tensor | None]:
         height, width = x.shape[1:3]
         w, c = self.window_size, self.carrier_size
-        num_windows = count_windows(height, width, w)
+        num_windows = count_windows((height, width), w)
         # A map that is just one window wide is not shifted, as in mmpretrain: 224 pixels with
         # windows of 7 come to that in the last stage, and the published weights know it so.
         shift = self.shift if min(height, width) != w else 0
@@ -289,7 +292,7 @@ class SwinStage(nn.Module):
         carriers = None
         if self.tokenizer is not None:
             window_size = self.tokenizer.window_size
-            num_windows = count_windows(*x.shape[-2:], window_size)
+            num_windows = count_windows(x.shape[-2:], window_size)
             carriers = self.tokenizer(pad_to_windows(x, num_windows, window_size), num_windows)
             carriers = merge_windows(carriers, num_windows, self.tokenizer.carrier_size)
         x = x.permute(0, 2, 3, 1)

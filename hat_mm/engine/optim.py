@@ -81,7 +81,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             if name not in _OPTIONS:
                 choices = near_names(name, _OPTIONS)
                 raise ValueError(f'unknown paramwise_cfg option {name!r}{choices}')
-        rate = options.get('layer_decay_rate')
+        rate: Any = options.get('layer_decay_rate')
         if not _is_number(rate) or not 0 < rate <= 1:
             raise ValueError(
                 f'paramwise_cfg.layer_decay_rate must be a number above 0 and up to 1, not {rate!r}'
@@ -127,7 +127,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             self._log(groups, backbones)
 
     def _merge(
-        self, params: list[dict], model: nn.Module, backbones: dict[str, nn.Module]
+        self, params: list[dict], model: nn.Module, backbones: dict[str, Any]
     ) -> list[_Group]:
         rate = self.paramwise_cfg['layer_decay_rate']
         names = {param: name for name, param in model.named_parameters()}
@@ -148,8 +148,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                     scale = rate ** (total - 1 - depth)
             # The multipliers are in lr and weight_decay already.
             applied = ('params', 'lr_mult', 'decay_mult')
-            settings = {key: value for key, value in single.items() if key not in applied}
-            settings['lr'] = settings.get('lr', self.base_lr) * scale
+            settings: dict[str, Any] = {key: value for key, value in single.items() if key not in applied}
+            lr: Any = settings.get('lr', self.base_lr)
+            settings['lr'] = lr * scale
             if self.base_wd is not None:
                 settings.setdefault('weight_decay', self.base_wd)
             # repr, as settings such as betas can be lists.

@@ -94,6 +94,10 @@ class TransformerLayer(Deployable):
         mlp_ratio: Hidden width of the MLP as a multiple of C.
     """
 
+    gamma1: Tensor | None
+    gamma2: Tensor | None
+    folded_scale: Tensor | None
+
     def __init__(
         self,
         dim: int,
@@ -105,7 +109,7 @@ class TransformerLayer(Deployable):
         mlp_ratio: float = 4,
     ) -> None:
         super().__init__()
-        self.pos_embed = AbsolutePositionEmbedding(dim)
+        self.pos_embed: nn.Module = AbsolutePositionEmbedding(dim)
         self.norm1 = nn.LayerNorm(dim)
         self.attn = SelfAttention(dim, num_heads, RelativePositionBias(num_heads, num_prefix))
         self.norm2 = nn.LayerNorm(dim)
@@ -118,7 +122,7 @@ class TransformerLayer(Deployable):
         self.register_buffer('folded_scale', None)
 
     def _fold(self) -> None:
-        if self.gamma1 is not None:
+        if self.gamma1 is not None and self.gamma2 is not None:
             fold_scale(self.attn.proj, self.gamma1)
             fold_scale(self.mlp.fc2, self.gamma2)
             self.folded_scale = self.gamma1.detach().clone()

@@ -4,6 +4,8 @@ Letters: B batch, C channels, H W map size, w window size (the paper's grid size
 d = C / G channels of a head.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,10 +65,10 @@ class HierarchicalMHSA(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         y = self.norm(x)
         if self.window_size == 1:
-            return self.proj(self._attend(*self._tokens(self.qkv(y), 3), y.shape[-2:]))
+            return self.proj(self._attend(*self._tokens(self.qkv(y), 3), map_size=y.shape[-2:]))
         y = self.grid_norm(x + self._attend_in_windows(y))
         q, kv = self.q(y), self.kv(self.ds_norm(average_windows(y, self.ds_ratio)))
-        z = self._attend(*self._tokens(q, 1), *self._tokens(kv, 2), y.shape[-2:])
+        z = self._attend(*self._tokens(q, 1), *self._tokens(kv, 2), map_size=y.shape[-2:])
         return self.proj(z + y)
 
     def _tokens(self, x: Tensor, parts: int) -> Tensor:
@@ -79,7 +81,8 @@ class HierarchicalMHSA(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        map_size: tuple[int, int],
+        *,
+        map_size: Sequence[int],
         mask: Tensor | None = None,
     ) -> Tensor:
         """Attention of all to all that the mask allows, back as a map (B, C, *map_size)."""
@@ -89,7 +92,7 @@ class HierarchicalMHSA(nn.Module):
     def _attend_in_windows(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
         w = self.window_size
-        num_windows = count_windows(height, width, w)
+        num_windows = count_windows((height, width), w)
         mask = border_mask(height, width, w, x.device)
         if mask is not None:
             mask = mask.repeat(batch, 1, 1, 1)
@@ -97,6 +100,6 @@ class HierarchicalMHSA(nn.Module):
         x = split_windows(x, num_windows, w)
         # Each window as a map of its own, (B * nh * nw, C, w, w).
         qkv = self.qkv(x.transpose(1, 2).unflatten(2, (w, w)))
-        x = self._attend(*self._tokens(qkv, 3), (w, w), mask).flatten(2).transpose(1, 2)
+        x = self._attend(*self._tokens(qkv, 3), map_size=(w, w), mask=mask).flatten(2).transpose(1, 2)
         x = merge_windows(x, num_windows, w)
         return tracing.crop(x, height, width).permute(0, 3, 1, 2)

@@ -81,6 +81,8 @@ class FixedPositions(nn.Module):
         values: What the embedding gave for that grid, (a * b, C).
     """
 
+    values: Tensor
+
     def __init__(self, values: Tensor) -> None:
         super().__init__()
         self.register_buffer('values', values.clone())

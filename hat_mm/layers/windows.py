@@ -3,6 +3,8 @@
 Letters: B batch, C channels, H W map size, w window size, nh nw windows along each axis.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,8 +12,9 @@ from torch import Tensor
 from . import tracing
 
 
-def count_windows(height: int, width: int, window_size: int) -> tuple[int, int]:
-    """Counts the windows that cover a map: (nh, nw), the last ones in part."""
+def count_windows(map_size: Sequence[int], window_size: int) -> tuple[int, int]:
+    """Counts the windows that cover a map of size (H, W): (nh, nw), the last ones in part."""
+    height, width = map_size
     return (height + window_size - 1) // window_size, (width + window_size - 1) // window_size
 
 
@@ -80,8 +83,8 @@ def average_windows(x: Tensor, window_size: int) -> Tensor:
     Returns:
         Map of windows, (B, C, nh, nw).
     """
-    height, width = x.shape[-2:]
-    num_windows = count_windows(height, width, window_size)
+    map_size = x.shape[-2:]
+    num_windows = count_windows(map_size, window_size)
     # Zeros are averaged in and out again: average pooling with ceil_mode would do without, but
     # torch.compile makes a graph for each way in which a size can divide.
     x = F.avg_pool2d(pad_to_windows(x, num_windows, window_size), window_size)
@@ -91,7 +94,7 @@ def average_windows(x: Tensor, window_size: int) -> Tensor:
         / (size - window_size * torch.arange(n, device=x.device, dtype=dtype)).clamp(
             max=window_size
         )
-        for size, n in zip((height, width), num_windows, strict=True)
+        for size, n in zip(map_size, num_windows, strict=True)
     )
     return x * (rows[:, None] * cols).to(x.dtype)
 
@@ -113,7 +116,7 @@ def border_mask(height: int, width: int, window_size: int, device: torch.device)
         return None
     rows, cols = (
         (torch.arange(n * window_size, device=device) < size).view(n, window_size)
-        for n, size in zip(count_windows(height, width, window_size), (height, width), strict=True)
+        for n, size in zip(count_windows((height, width), window_size), (height, width), strict=True)
     )
     mask = rows[:, None, :, None] & cols[None, :, None, :]
     return mask.reshape(-1, 1, 1, window_size * window_size)

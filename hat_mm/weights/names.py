@@ -106,7 +106,7 @@ class NameMap:
 
     def to_native(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Renames the tensors of an official state dict and drops those of no use."""
-        native = {}
+        native: dict[str, Any] = {}
         for name, value in state.items():
             if re.fullmatch(self.dropped, name):
                 continue

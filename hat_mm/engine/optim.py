@@ -148,7 +148,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                     scale = rate ** (total - 1 - depth)
             # The multipliers are in lr and weight_decay already.
             applied = ('params', 'lr_mult', 'decay_mult')
-            settings: dict[str, Any] = {key: value for key, value in single.items() if key not in applied}
+            settings: dict[str, Any] = {
+                key: value for key, value in single.items() if key not in applied
+            }
             lr: Any = settings.get('lr', self.base_lr)
             settings['lr'] = lr * scale
             if self.base_wd is not None:

@@ -28,7 +28,9 @@ def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
     # A momentum of 0 rather than no running statistics at all: checkpointing wants the second pass
     # to save the same tensors as the first.
-    kept: list[Any] = [(m, m.momentum, m.num_batches_tracked) for m in norms if m.track_running_stats]
+    kept: list[Any] = [
+        (m, m.momentum, m.num_batches_tracked) for m in norms if m.track_running_stats
+    ]
     try:
         for norm, _, count in kept:
             norm.momentum = 0.0

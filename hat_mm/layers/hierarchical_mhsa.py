@@ -100,6 +100,10 @@ class HierarchicalMHSA(nn.Module):
         x = split_windows(x, num_windows, w)
         # Each window as a map of its own, (B * nh * nw, C, w, w).
         qkv = self.qkv(x.transpose(1, 2).unflatten(2, (w, w)))
-        x = self._attend(*self._tokens(qkv, 3), map_size=(w, w), mask=mask).flatten(2).transpose(1, 2)
+        x = (
+            self._attend(*self._tokens(qkv, 3), map_size=(w, w), mask=mask)
+            .flatten(2)
+            .transpose(1, 2)
+        )
         x = merge_windows(x, num_windows, w)
         return tracing.crop(x, height, width).permute(0, 3, 1, 2)

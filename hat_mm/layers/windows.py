@@ -116,7 +116,9 @@ def border_mask(height: int, width: int, window_size: int, device: torch.device)
         return None
     rows, cols = (
         (torch.arange(n * window_size, device=device) < size).view(n, window_size)
-        for n, size in zip(count_windows((height, width), window_size), (height, width), strict=True)
+        for n, size in zip(
+            count_windows((height, width), window_size), (height, width), strict=True
+        )
     )
     mask = rows[:, None, :, None] & cols[None, :, None, :]
     return mask.reshape(-1, 1, 1, window_size * window_size)

@@ -23,68 +23,71 @@ UNDECIDED |= {name: '' for name in os.environ if name.startswith('MALLOC_')}
 
 # --- what it promises -----------------------------------------------------------------------------
 
-# Prints the minor page faults of each round.
+# Prints the minor page faults of each round, of passes and of single blocks, by thread. Of each MiB
+# of a block a page is touched. More than 64 MiB fit into no arena of a thread's own, and glibc 2.36
+# may take seven rounds to reuse an aligned block.
 ROUNDS = """
-import ctypes, json, resource, threading
+import ctypes, json, resource, sys, threading
 import hat_mm, torch
 
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would hide small ones
-if {tuned}:
+if sys.argv[1] == 'tuned':
     assert hat_mm.tune_allocator()
-{prepare}
-faults = []
+model, x = hat_mm.FasterViT(arch=0).eval(), torch.rand(1, 3, 800, 1280)
+found = {}
 
-def rounds():
-    for _ in range({rounds}):
+def run_pass():
+    with torch.no_grad():
+        model(x)
+
+def use_block():
+    torch.empty(2**29, dtype=torch.uint8)[:: 2**20] = 1
+
+def count(name, work, rounds):
+    found[name] = []
+    for _ in range(rounds):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        with torch.no_grad():
-            {run}
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        work()
+        found[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
-if {in_worker}:
-    worker = threading.Thread(target=rounds)
-    worker.start()
-    worker.join()
-else:
-    rounds()
-print(json.dumps(faults))
+def measure(thread):
+    count(f'passes in the {thread} thread', run_pass, 6)
+    count(f'blocks in the {thread} thread', use_block, 16)
+
+worker = threading.Thread(target=measure, args=('worker',))
+worker.start()
+worker.join()
+measure('main')
+print(json.dumps(found))
 """
-PASS = dict(
-    rounds=6,
-    prepare='model, x = hat_mm.FasterViT(arch=0).eval(), torch.rand(1, 3, 800, 1280)',
-    run='model(x)',
-)
-# Of each MiB a page is touched. More than 64 MiB fit into no arena of a thread's own. glibc 2.36
-# may take seven rounds to reuse an aligned block.
-BLOCK = dict(rounds=16, prepare='', run='torch.empty(2**29, dtype=torch.uint8)[:: 2**20] = 1')
 
 
-def faults(work, in_worker, run_python):
-    """Page faults of each round in fresh interpreters, by whether the allocator is tuned."""
+@pytest.fixture(scope='module')
+def faults(run_python):
+    """What a fresh interpreter prints, with the allocator tuned and with hat_mm imported alone."""
     found = {}
-    for tuned in (False, True):  # without the call, importing hat_mm changes nothing
-        code = ROUNDS.format(**work, tuned=tuned, in_worker=in_worker)
-        done = run_python('-c', code, **UNDECIDED)
+    for setting in ('default', 'tuned'):
+        done = run_python('-c', ROUNDS, setting, **UNDECIDED)
         assert done.returncode == 0, done.stderr
-        found[tuned] = json.loads(done.stdout)
+        found[setting] = json.loads(done.stdout)
     return found
 
 
 @needs_glibc
-@pytest.mark.parametrize('in_worker', [False, True], ids=['main thread', 'worker thread'])
-def test_from_the_fourth_pass_on_memory_is_there(in_worker, run_python):
-    found = faults(PASS, in_worker, run_python)
-    assert min(found[False][3:]) > 5000
+@pytest.mark.parametrize('thread', ['main', 'worker'])
+def test_from_the_fourth_pass_on_memory_is_there(thread, faults):
+    default, tuned = (faults[setting][f'passes in the {thread} thread'] for setting in faults)
+    assert min(default[3:]) > 5000
     # Once in a while a block fits into none of the gaps and the heap grows, in one of the passes.
-    assert min(found[True][3:]) <= 0.05 * found[False][3], found
+    assert min(tuned[3:]) <= 0.05 * default[3], faults
 
 
 @needs_glibc
-@pytest.mark.parametrize('in_worker', [False, True], ids=['main thread', 'worker thread'])
-def test_a_block_too_large_for_an_arena_of_a_thread_is_used_again(in_worker, run_python):
-    found = faults(BLOCK, in_worker, run_python)
-    assert min(found[False]) >= 512
-    assert found[True][-1] <= 0.05 * 512, found
+@pytest.mark.parametrize('thread', ['main', 'worker'])
+def test_a_block_too_large_for_an_arena_of_a_thread_is_used_again(thread, faults):
+    default, tuned = (faults[setting][f'blocks in the {thread} thread'] for setting in faults)
+    assert min(default) >= 512
+    assert tuned[-1] <= 0.05 * 512, faults
 
 
 # --- who decides ----------------------------------------------------------------------------------
@@ -157,7 +160,6 @@ BENCHMARK = 'tools/analysis_tools/benchmark'
     [
         (['tools/train.py', '--help'], {}, False, True),
         (['tools/train.py', '--help'], {}, True, None),
-        (['tools/test.py', '--help'], {}, False, True),
         (['tools/test.py', '--help'], {'HAT_MM_NO_MALLOPT': '1'}, False, False),
         ([BENCHMARK], {measuring.JOB: JOB}, False, True),
         ([BENCHMARK], {measuring.JOB: JOB, 'HAT_MM_NO_MALLOPT': '1'}, False, False),

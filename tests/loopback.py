@@ -35,6 +35,8 @@ def serving(folder: Path, requests: list[str] | None = None) -> Iterator[str]:
         server.requests = [] if requests is None else requests
         thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
         thread.start()
-        yield f'http://127.0.0.1:{server.server_port}'
-        server.shutdown()
-        thread.join()
+        try:
+            yield f'http://127.0.0.1:{server.server_port}'
+        finally:
+            server.shutdown()
+            thread.join()

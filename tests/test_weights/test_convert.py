@@ -28,8 +28,7 @@ KEYS = (
     'hat_net_small', 'hat_net_medium',
 )  # fmt: skip
 
-
-# Archs, their official files' keys in this module, and their fields.
+# Names of tiny archs, and their fields.
 ARCHS = {
     'FasterViT': {'0': {}, '1': dict(depths=(1, 1, 3, 1))},
     'HATNet': {'tiny': {}},

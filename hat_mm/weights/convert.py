@@ -1,7 +1,7 @@
 """Official checkpoints into files of hat_mm and back, with a report and where they come from."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -78,15 +78,8 @@ def from_official(
         head = {_HEAD + k.removeprefix(name_map.head): v for k, v in head.items()}
         said += f'; {_check_head(head, name_map, archs[0], source)}'
         native = {f'backbone.{name}': value for name, value in native.items()} | head
-    meta = {
-        'family': name_map.family,
-        'arch': archs,
-        'source': source.provenance | {'weights': 'average' if ema else 'last'},
-        'report': said,
-        'time': _now(),
-        'hat_mm_version': hat_mm.__version__,
-    }
-    return {'state_dict': native, 'meta': meta, UNUSED: left}
+    origin = source.provenance | {'weights': 'average' if ema else 'last'}
+    return {'state_dict': native, 'meta': _meta(name_map, archs, origin, said), UNUSED: left}
 
 
 def to_official(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]:
@@ -135,32 +128,32 @@ def to_official(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]
     if f'{name_map.head}weight' not in state:
         said.append('no classifier')
     before = checkpoint.get('meta')
-    origin = before.get('source') if isinstance(before, Mapping) else None
-    meta = {
+    made_from = before.get('source') if isinstance(before, Mapping) else None
+    origin = source.provenance | ({'made_from': made_from} if made_from else {})
+    return {'state_dict': state, 'meta': _meta(name_map, archs, origin, '; '.join(said))}
+
+
+def _meta(
+    name_map: NameMap, archs: list[str], origin: dict[str, Any], report: str
+) -> dict[str, Any]:
+    return {
         'family': name_map.family,
         'arch': archs,
-        'source': source.provenance | ({'made_from': origin} if origin else {}),
-        'report': '; '.join(said),
-        'time': _now(),
+        'source': origin,
+        'report': report,
+        'time': datetime.now(UTC).strftime('%Y-%m-%d %H:%M:%S UTC'),
         'hat_mm_version': hat_mm.__version__,
     }
-    return {'state_dict': state, 'meta': meta}
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime('%Y-%m-%d %H:%M:%S UTC')
 
 
 def _kept(checkpoint: Mapping[str, Any], name_map: NameMap, source: Source) -> dict[str, Tensor]:
     """What a converted file keeps of the official one."""
     kept = checkpoint.get(UNUSED) or {}
-    if not isinstance(kept, Mapping) or not all(
-        isinstance(value, Tensor) and re.fullmatch(name_map.dropped, str(name))
-        for name, value in kept.items()
-    ):
+    strange = [name for name in kept if not re.fullmatch(name_map.dropped, str(name))]
+    if strange:
         raise ValueError(
             f'{source.name}: under {UNUSED!r} it holds other things than what official files have '
-            f'beyond the network: {_names(kept) if isinstance(kept, Mapping) else kept!r}'
+            f'beyond the network: {_names(strange)}'
         )
     return dict(kept)
 
@@ -197,8 +190,9 @@ def _averaged(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     )
 
 
-def _names(state: Mapping[str, Any]) -> str:
-    return ', '.join(map(repr, list(state)[:4])) + (', …' if len(state) > 4 else '')
+def _names(state: Iterable[str]) -> str:
+    names = [*map(repr, state)]
+    return ', '.join(names[:4]) + (', …' if len(names) > 4 else '')
 
 
 def _official_map(state: Mapping[str, Any], name: str) -> NameMap:
@@ -240,12 +234,8 @@ def _fit(
     if fitting:
         archs = [official.arch] if official is not None else fitting
         return archs, reports[fitting[0]]
-    nearest = min(reports, key=lambda arch: len(_wrong(reports[arch])))
+    nearest = min(reports, key=lambda arch: reports[arch].faults)
     raise ValueError(
         f'{source.name} fits no arch of {name_map.family} ({", ".join(family.archs)}); nearest is '
         f'{nearest}: {reports[nearest]}'
     )
-
-
-def _wrong(report: LoadReport) -> tuple[str, ...]:
-    return report.missing + report.unexpected + report.mismatched

@@ -6,19 +6,17 @@ has no use for, kept for the way back.
 """
 
 import hashlib
-import importlib.util
 import json
 import pickle
-import pickletools
 import tarfile
 import warnings
-import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import mmengine.logging  # noqa: F401  with it hat_mm.compat lets the log history of a training pass
 import torch
+from mmengine.utils import apply_to
 from torch import Tensor
 
 from hat_mm import compat
@@ -29,7 +27,12 @@ from .names import UNUSED, UNUSED_PREFIX
 SUFFIXES = ('.pth', '.pth.tar', '.pt', '.safetensors')
 
 _META = 'hat_mm'  # key of the JSON text in the header of a safetensors file
-_PACKED = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'7z\xbc\xaf': '7z'}
+# How files start that are often found in the place of a checkpoint.
+_MISTAKEN = {
+    b'<!doctype html': 'it is a web page',
+    b'<html': 'it is a web page',
+    b'version https://git-lfs': 'it only points to the file (git lfs pull brings that)',
+}
 
 
 def read(path: str | Path, map_location: Any = None) -> Any:
@@ -37,124 +40,49 @@ def read(path: str | Path, map_location: Any = None) -> Any:
 
     Args:
         path: A file that ``torch.save`` wrote, or one whose name ends with ``.safetensors``.
-        map_location: Where tensors go, as in ``torch.load``: a device; a dictionary from names of
-            devices to others; or a function of a storage and its device's name that returns a
-            storage, or None to leave it there. By default the CPU, from where all tensors of a
-            safetensors file come.
+        map_location: Where tensors go, as in ``torch.load``; by default the CPU. Of a safetensors
+            file all come from there, and a function is asked once, with an empty storage.
 
     Returns:
         What the file holds; for safetensors a dictionary with ``state_dict``, ``meta`` and
         ``unused``.
 
     Raises:
-        pickle.UnpicklingError: It is damaged, an archive of something else, or carries code.
+        pickle.UnpicklingError: It is damaged, something else, or carries code.
         OSError: It cannot be read.
         hat_mm.compat.DependencyError: safetensors is not installed.
     """
     path = Path(path)
     if map_location is None:
         map_location = 'cpu'
-    with open(path, 'rb') as file:
-        start = file.read(512)
-    if path.name.endswith('.safetensors'):
-        return _read_safetensors(path, map_location)
-    _refuse_archives(path, start)
-    _allow_history_buffers()
     try:
+        if path.name.endswith('.safetensors'):
+            return _read_safetensors(path, map_location)
         with compat.reading(str(path)), warnings.catch_warnings(action='ignore'):
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        # To torch the name of a class that is cut off is one that is not allowed.
-        if start.startswith(b'PK') or not _ends_early(path):
-            raise
-        raise _damaged(path) from error
-
-
-def _damaged(path: Path) -> pickle.UnpicklingError:
-    return pickle.UnpicklingError(
-        f'{path} was not loaded: it is no checkpoint, or is damaged (cut off?)'
-    )
-
-
-def _ends_early(path: Path) -> bool:
-    """Whether one of the five pickles, with which torch's old format starts, has no end."""
-    with open(path, 'rb') as file:
-        try:
-            for _ in range(5):
-                for _ in pickletools.genops(file):
-                    pass
-        except ValueError:
-            return True
-    return False
-
-
-def _allow_history_buffers() -> None:
-    """Lets the log history in mmengine's training checkpoints pass; importing it allows it."""
-    if importlib.util.find_spec('mmengine') is not None:
-        importlib.import_module('mmengine.logging.history_buffer')
-
-
-def _refuse_archives(path: Path, start: bytes) -> None:
-    for magic, kind in _PACKED.items():
-        if start.startswith(magic):
-            raise pickle.UnpicklingError(
-                f'{path} was not loaded: it is a {kind} archive; unpack it first'
-            )
-    if start[257:262] == b'ustar' or (not start.startswith(b'PK') and _is_tar(path)):
-        raise pickle.UnpicklingError(
-            f'{path} was not loaded: it is a tar archive, no checkpoint; unpack it first'
-        )
-    if not start.startswith(b'PK'):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except OSError:
+        if mistake := _mistaken(path):
+            raise pickle.UnpicklingError(f'{path} was not loaded: {mistake}') from error
         raise
-    except Exception as error:  # of names and sizes that make no sense, too
-        raise _damaged(path) from error
-    for name in names:
-        if name.startswith('/') or '\\' in name or '..' in name.split('/'):
-            raise pickle.UnpicklingError(
-                f'{path} was not loaded: the name {name!r} in it leaves its folder'
-            )
-    if not any(name.endswith('/data.pkl') for name in names):
-        raise pickle.UnpicklingError(
-            f'{path} was not loaded: it is a zip archive, no checkpoint; unpack it first'
-        )
 
 
-def _is_tar(path: Path) -> bool:
-    try:
-        return tarfile.is_tarfile(path)
-    except OSError:
-        return False
-
-
-def _safetensors() -> Any:
-    if importlib.util.find_spec('safetensors') is None:
-        raise compat.DependencyError(
-            'files that end with .safetensors need a package: pip install safetensors'
-        )
-    importlib.import_module('safetensors.torch')
-    return importlib.import_module('safetensors')
-
-
-def _moved(tensor: Tensor, map_location: Any) -> Tensor:
-    """A tensor on the CPU where ``torch.load`` would put it."""
-    if isinstance(map_location, dict):
-        map_location = map_location.get('cpu', 'cpu')
-    if isinstance(map_location, str | torch.device):
-        return tensor.to(map_location)
-    storage = map_location(tensor.untyped_storage(), 'cpu')
-    if storage is None:
-        return tensor
-    moved = tensor.new_empty(0, device=storage.device)
-    return moved.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+def _mistaken(path: Path) -> str | None:
+    """What a file is that is no checkpoint; None if that is not known."""
+    if tarfile.is_tarfile(path):
+        return 'it is a tar archive, no checkpoint; unpack it first'
+    with open(path, 'rb') as file:
+        start = file.read(64).lstrip().lower()
+    return next((what for how, what in _MISTAKEN.items() if start.startswith(how)), None)
 
 
 def _read_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
-    library = _safetensors()
+    library = compat.require('safetensors')
+    if callable(map_location):
+        storage = map_location(torch.UntypedStorage(), 'cpu')
+        map_location = 'cpu' if storage is None else storage.device
+    elif isinstance(map_location, Mapping):
+        map_location = map_location.get('cpu', 'cpu')
+    device = torch.device(map_location)
     checkpoint: dict[str, Any] = {'state_dict': {}, 'meta': {}, UNUSED: {}}
     try:
         with library.safe_open(path, framework='pt') as file:
@@ -164,16 +92,12 @@ def _read_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
             checkpoint['meta'] = meta
             for name in file.keys():  # noqa: SIM118  (no mapping)
                 part = UNUSED if name.startswith(UNUSED_PREFIX) else 'state_dict'
-                checkpoint[part][name.removeprefix(UNUSED_PREFIX)] = file.get_tensor(name)
-    except OSError:
-        raise
-    except Exception as error:  # whatever a damaged header leads to
+                tensor = file.get_tensor(name).to(device)
+                checkpoint[part][name.removeprefix(UNUSED_PREFIX)] = tensor
+    except (ValueError, RecursionError, library.SafetensorError) as error:
         raise pickle.UnpicklingError(
-            f'{path} was not loaded: it is no safetensors file, or is damaged '
-            f'({" ".join(str(error).split())[:200]})'
+            f'{path} was not loaded: it is no safetensors file, or is damaged ({error})'
         ) from error
-    for part in ('state_dict', UNUSED):
-        checkpoint[part] = {k: _moved(v, map_location) for k, v in checkpoint[part].items()}
     return {key: value for key, value in checkpoint.items() if value or key == 'state_dict'}
 
 
@@ -202,7 +126,7 @@ def check_target(path: str | Path, force: bool) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f'folder {str(path.parent)!r} does not exist')
     if path.name.endswith('.safetensors'):
-        _safetensors()
+        compat.require('safetensors')
     return path
 
 
@@ -218,36 +142,32 @@ def write(path: str | Path, checkpoint: Mapping[str, Any], force: bool = False) 
         ValueError, OSError: See :func:`check_target`.
     """
     path = check_target(path, force)
-    is_safetensors = path.name.endswith('.safetensors')
     with replacing(path) as part:
-        try:
-            if is_safetensors:
-                _write_safetensors(part, checkpoint)
-            else:
-                with open(part, 'wb') as file:
-                    torch.save(_owned(checkpoint), file)
-        except RuntimeError as error:  # what torch raises when a disk is full, too
-            raise OSError(f'{path} was not written: {" ".join(str(error).split())}') from error
-        check_target(path, force)
+        if path.name.endswith('.safetensors'):
+            _write_safetensors(part, checkpoint)
+        else:
+            _write_torch(part, checkpoint)
 
 
-def _owned(value: Any) -> Any:
-    """The same with tensors that own their memory: a view would bring its whole storage along."""
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-        return value if whole and value.is_contiguous() else value.clone().contiguous()
-    if isinstance(value, Mapping):
-        owned = {key: _owned(item) for key, item in value.items()}
-        versions = getattr(value, '_metadata', None)
-        if versions is not None:  # of modules, by which some of them rename old tensors
-            owned = OrderedDict(owned)
-            owned._metadata = versions
-        return owned
-    return value
+def _write_torch(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    state = checkpoint['state_dict']
+    checkpoint = apply_to(dict(checkpoint), torch.is_tensor, _owned)
+    if hasattr(state, '_metadata'):  # versions of modules, by which some rename old tensors
+        checkpoint['state_dict']._metadata = state._metadata
+    try:
+        torch.save(checkpoint, path)
+    except RuntimeError as error:  # torch's for a full disk
+        raise OSError(f'{path} was not written: {error}') from error
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, with memory of its own if it is a part of a larger storage."""
+    tensor = tensor.detach().cpu()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _write_safetensors(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    library = compat.require('safetensors.torch')
     tensors = dict(checkpoint['state_dict'])
     tensors |= {UNUSED_PREFIX + k: v for k, v in checkpoint.get(UNUSED, {}).items()}
     for name, value in tensors.items():
@@ -256,12 +176,8 @@ def _write_safetensors(path: Path, checkpoint: Mapping[str, Any]) -> None:
                 f'safetensors holds tensors alone, but {name!r} is {type(value).__name__}: '
                 'choose .pth'
             )
+        # The format knows neither shared memory nor strides.
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     # A single key: the library writes several in any order, and the bytes would differ.
     header = {_META: json.dumps(checkpoint.get('meta', {}), ensure_ascii=False)}
-    # Each tensor its own memory: the format has no shared ones.
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    library = _safetensors()
-    try:
-        library.torch.save_file(tensors, path, metadata=header)
-    except library.SafetensorError as error:
-        raise OSError(f'safetensors: {error}') from error
+    path.write_bytes(library.save(tensors, metadata=header))

@@ -42,9 +42,14 @@ class LoadReport:
     adapted: tuple[str, ...] = ()
 
     @property
+    def faults(self) -> int:
+        """How many tensors were not filled or left over, against expectation."""
+        return len(self.missing + self.unexpected + self.mismatched)
+
+    @property
     def complete(self) -> bool:
         """Whether every tensor was filled and none was left over."""
-        return not (self.missing or self.unexpected or self.mismatched)
+        return self.faults == 0
 
     def __str__(self) -> str:
         total = sum(map(len, (self.loaded, self.missing, self.mismatched, self.kept, self.new)))
@@ -86,7 +91,13 @@ def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     return checkpoint
 
 
-def compare(own: Mapping[str, Tensor], state: Mapping[str, Any], spare: str) -> LoadReport:
+def _matching(pattern: str, names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if re.fullmatch(pattern, name))
+
+
+def compare(
+    own: Mapping[str, Tensor], state: Mapping[str, Any], spare: str, added: str = '(?!)'
+) -> LoadReport:
     """Compares a state dict in native names with a backbone's own.
 
     Counters of batches count as nothing.
@@ -95,31 +106,31 @@ def compare(own: Mapping[str, Tensor], state: Mapping[str, Any], spare: str) -> 
         own: The backbone's ``state_dict()``.
         state: What is to be loaded.
         spare: Pattern of names (matched whole) that need not be in both.
+        added: Pattern of those that are new where they are not loaded.
     """
     own = {name: value for name, value in own.items() if not name.endswith(_COUNTER)}
-    state = {name: value for name, value in state.items() if not name.endswith(_COUNTER)}
-    fits = {
-        n
-        for n, tensor in own.items()
-        if is_dense(state.get(n))
-        and state[n].shape == tensor.shape
-        and state[n].is_floating_point() == tensor.is_floating_point()
-    }
+    both = [name for name in own if name in state]
 
-    def split(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        names = tuple(names)
-        needed = tuple(name for name in names if not re.fullmatch(spare, name))
-        return needed, tuple(name for name in names if name not in needed)
+    def fits(name: str) -> bool:
+        mine, value = own[name], state[name]
+        return (
+            is_dense(value)
+            and value.shape == mine.shape
+            and value.is_floating_point() == mine.is_floating_point()
+        )
 
-    missing, kept = split(name for name in own if name not in state)
-    unexpected, dropped = split(name for name in state if name not in own)
+    absent = [name for name in own if name not in state]
+    beyond = [name for name in state if name not in own and not name.endswith(_COUNTER)]
+    kept, dropped = _matching(spare, absent), _matching(spare, beyond)
+    new = _matching(added, kept)
     return LoadReport(
-        loaded=tuple(name for name in own if name in fits),
-        missing=missing,
-        unexpected=unexpected,
-        mismatched=tuple(name for name in own if name in state and name not in fits),
-        kept=kept,
+        loaded=tuple(name for name in both if fits(name)),
+        missing=tuple(name for name in absent if name not in kept),
+        unexpected=tuple(name for name in beyond if name not in dropped),
+        mismatched=tuple(name for name in both if not fits(name)),
+        kept=tuple(name for name in kept if name not in new),
         dropped=dropped,
+        new=new,
     )
 
 
@@ -176,30 +187,29 @@ def adapt(
             file that does not fill the backbone exactly.
     """
     state = {rename_old(name): value for name, value in unwrap(state).items()}
-    if not name_map.matches(state):
+    is_official, depths = name_map.matches(state), name_map.depths(state)
+    no_use: tuple[str, ...] = ()
+    if is_official:
+        native = name_map.to_native(state)
+        no_use = _matching(name_map.dropped, state) + _matching(unused, native)
+        state = {name: value for name, value in native.items() if name not in no_use}
+    else:
         _refuse_foreign(state, own, name_map, strict=strict)
-        state, adapted = _with_channels(state, own, name_map.first_conv)
-        # A file with all but what was added starts a network with it, as an official one does.
-        spare = rf'{unused}|{name_map.added}'
-        has_added = any(re.fullmatch(name_map.added, name) for name in state)
-        if has_added or compare(own, state, spare).missing:
-            spare = unused
-        report = _with_new(compare(own, state, spare), name_map)
-        state = {**{n: v for n, v in own.items() if re.fullmatch(spare, n)}, **state}
-        return state, replace(report, adapted=adapted)
-    native, adapted = _with_channels(name_map.to_native(state), own, name_map.first_conv)
-    no_use = tuple(name for name in state if re.fullmatch(name_map.dropped, name))
-    no_use += tuple(name for name in native if re.fullmatch(unused, name))
-    native = {name: value for name, value in native.items() if name not in no_use}
-    report = _with_new(compare(own, native, rf'{unused}|{name_map.added}'), name_map)
-    if not report.complete:
-        raise ValueError(
-            f'an official {name_map.family} checkpoint with depths {name_map.depths(state)} does '
-            f'not fit arch {arch}: {report}. {_remedy(report)}'
-        )
-    optional = rf'{unused}|{name_map.added}|.*{_COUNTER}'
-    native = {**{n: v for n, v in own.items() if re.fullmatch(optional, n)}, **native}
-    return native, replace(report, dropped=no_use, adapted=adapted)
+    state, adapted = _with_channels(state, own, name_map.first_conv)
+    # A native file with all but what was added starts a network with it, as an official one does.
+    spare = rf'{unused}|{name_map.added}'
+    if not is_official and (_matching(name_map.added, state) or compare(own, state, spare).missing):
+        spare = unused
+    report = replace(compare(own, state, spare, name_map.added), adapted=adapted)
+    if is_official:
+        if not report.complete:
+            raise ValueError(
+                f'an official {name_map.family} checkpoint with depths {depths} does not fit arch '
+                f'{arch}: {report}. {_remedy(report)}'
+            )
+        report = replace(report, dropped=no_use)
+        spare = rf'{spare}|.*{_COUNTER}'
+    return {name: own[name] for name in _matching(spare, own)} | state, report
 
 
 def _with_channels(
@@ -215,12 +225,6 @@ def _with_channels(
     ):
         return dict(state), ()
     return {**state, name: fit_channels(weight, mine.shape[1])}, (name,)
-
-
-def _with_new(report: LoadReport, name_map: NameMap) -> LoadReport:
-    """Tells what was added to the published network from what else keeps its values."""
-    new = tuple(name for name in report.kept if re.fullmatch(name_map.added, name))
-    return replace(report, kept=tuple(n for n in report.kept if n not in new), new=new)
 
 
 def _remedy(report: LoadReport) -> str:

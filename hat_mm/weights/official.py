@@ -22,7 +22,6 @@ class OfficialFile:
         squash: Whether images become square without regard to their proportions.
         trained_on: Data sets, in this order.
         sha256: Checksum of the file, None where it is not known.
-        mirrors: Other places of the same file, asked before ``url``.
         mean: Mean of each channel, RGB, 0 to 255.
         std: Standard deviation of each channel.
     """
@@ -36,7 +35,6 @@ class OfficialFile:
     squash: bool = False
     trained_on: tuple[str, ...] = ('ImageNet-1k',)
     sha256: str | None = None
-    mirrors: tuple[str, ...] = ()
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 

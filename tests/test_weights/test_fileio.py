@@ -1,20 +1,18 @@
 """Checkpoint files: both formats, whole or not at all, and what is refused."""
 
 import gzip
-import importlib
-import io
 import os
 import pickle
-import subprocess
-import sys
+import resource
 import tarfile
 import zipfile
 from random import Random
 
 import pytest
 import torch
+from mmengine.logging import HistoryBuffer
+from safetensors.torch import load_file, save_file
 
-from hat_mm.weights import atomic
 from hat_mm.weights.fileio import check_target, read, write
 from hat_mm.weights.names import UNUSED
 
@@ -38,9 +36,12 @@ def assert_same(one, other):
         assert one == other
 
 
-@pytest.fixture(params=['.pth', '.pth.tar', '.pt', '.safetensors'])
+@pytest.fixture(params=['.pth', '.pth.tar', '.safetensors'])
 def path(request, tmp_path):
     return tmp_path / f'some{request.param}'
+
+
+# --- writing --------------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_read(path):
@@ -50,9 +51,11 @@ def test_what_is_written_is_read(path):
     back['state_dict'] = {name: back['state_dict'][name] for name in CHECKPOINT['state_dict']}
     assert_same(back, CHECKPOINT)
     assert os.listdir(path.parent) == [path.name]
-    umask = os.umask(0)
-    os.umask(umask)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    # The libraries read it by themselves.
+    if path.suffix == '.safetensors':
+        assert torch.equal(load_file(path)['a.weight'], CHECKPOINT['state_dict']['a.weight'])
+    else:
+        assert_same(torch.load(path, weights_only=True), CHECKPOINT)
 
 
 def test_views_bring_no_storage_along(path):
@@ -70,40 +73,25 @@ def test_an_existing_file_stays_unless_forced(path):
     assert read(path)['meta']['epoch'] == 3
 
 
-def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
+def test_a_full_disk_is_an_error_and_leaves_the_old_file(path):
     path.write_bytes(b'finished')
-
-    def fail(*_, **__):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(atomic.os, 'fsync', fail)
-    with pytest.raises(OSError, match=f'No space left on device: .*{path.name}'):
-        write(path, CHECKPOINT, force=True)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=path.name):
+            write(path, {'state_dict': {'a': torch.rand(100_000)}}, force=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_bytes() == b'finished'
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_a_full_disk_is_one_error(path):
-    code = (
-        'import resource, torch; from hat_mm.weights.fileio import write\n'
-        'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
-        'import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
-        f'try: write({str(path)!r}, {{"state_dict": {{"a": torch.rand(100_000)}}}})\n'
-        'except OSError: print("refused")'
-    )
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
-    assert done.stdout == 'refused\n', done.stderr
-    assert os.listdir(path.parent) == []
-
-
-def test_links_and_modes_stay(path):
+def test_a_link_is_followed(path):
     path.write_bytes(b'old')
-    path.chmod(0o640)
     link = path.with_name(f'link{"".join(path.suffixes)}')
     link.symlink_to(path.name)
     write(link, CHECKPOINT, force=True)
     assert link.is_symlink()
-    assert path.stat().st_mode & 0o777 == 0o640
     assert read(path)['meta']['epoch'] == 3
 
 
@@ -126,7 +114,48 @@ def test_safetensors_hold_tensors_alone(tmp_path):
         write(tmp_path / 'some.safetensors', {'state_dict': {'epoch': 3}})
 
 
-@pytest.mark.parametrize('share', [0.1, 0.5, 0.9, 0.999])
+# --- reading --------------------------------------------------------------------------------------
+
+
+def on_meta(storage, location):
+    assert location == 'cpu'
+    return torch.UntypedStorage(storage.nbytes(), device='meta')
+
+
+@pytest.mark.parametrize(
+    ('location', 'device'),
+    [
+        (None, 'cpu'),
+        ('meta', 'meta'),
+        (torch.device('meta'), 'meta'),
+        ({'cpu': 'meta'}, 'meta'),
+        ({'cuda:0': 'meta'}, 'cpu'),
+        (on_meta, 'meta'),
+        (lambda storage, location: None, 'cpu'),
+        (lambda storage, location: storage, 'cpu'),
+    ],
+)
+def test_map_location_means_what_it_does_in_torch(path, location, device):
+    write(path, CHECKPOINT)
+    loaded = read(path, location)['state_dict']
+    for name, value in CHECKPOINT['state_dict'].items():
+        assert loaded[name].device.type == device
+        assert (loaded[name].dtype, loaded[name].shape) == (value.dtype, value.shape)
+        assert device == 'meta' or torch.equal(loaded[name], value)
+
+
+def test_a_missing_file_is_named(path):
+    with pytest.raises(FileNotFoundError, match=path.name):
+        read(path)
+
+
+def test_log_history_of_mmengine_is_read(tmp_path):
+    history = HistoryBuffer([1.0], [1])
+    torch.save({'state_dict': {}, 'message_hub': {'loss': history}}, tmp_path / 'epoch.pth')
+    assert read(tmp_path / 'epoch.pth')['message_hub']['loss'].current() == 1.0
+
+
+@pytest.mark.parametrize('share', [0.0, 0.1, 0.5, 0.999])
 def test_a_cut_off_file_is_named(path, share):
     write(path, CHECKPOINT)
     data = path.read_bytes()
@@ -135,46 +164,43 @@ def test_a_cut_off_file_is_named(path, share):
         read(path)
 
 
-def test_a_cut_off_file_of_the_old_format_is_named(tmp_path):
-    path = tmp_path / 'old.pth'
-    torch.save(CHECKPOINT, path, _use_new_zipfile_serialization=False)
-    assert read(path)['meta']['epoch'] == 3
-    data = path.read_bytes()
-    for size in (len(data) - 1, len(data) // 2, 40, 1, 0):
-        path.write_bytes(data[:size])
-        with pytest.raises(pickle.UnpicklingError, match=r'old.pth was not loaded.*damaged'):
-            read(path)
-
-
-def packed(kind):
-    """An archive, and names that leave their folder."""
-    data = io.BytesIO()
+def packed(kind, path):
     if kind == 'gzip':
-        return gzip.compress(b'text')
-    if kind == 'tar':
-        with tarfile.open(fileobj=data, mode='w') as archive:
+        path.write_bytes(gzip.compress(b'text'))
+    elif kind == 'zip':
+        with zipfile.ZipFile(path, 'w') as archive:
+            archive.writestr('readme.txt', b'')
+    else:
+        with tarfile.open(path, kind) as archive:
             archive.addfile(tarfile.TarInfo('../storages'))
-        return data.getvalue()
-    with zipfile.ZipFile(data, 'w') as archive:
-        archive.writestr('a/data.pkl' if kind == 'traversal' else 'readme.txt', b'')
-        if kind == 'traversal':
-            archive.writestr('a/../../evil', b'')
-    return data.getvalue()
 
 
 @pytest.mark.parametrize(
     ('kind', 'message'),
     [
-        ('gzip', 'is a gzip archive'),
-        ('tar', 'is a tar archive'),
-        ('zip', 'is a zip archive'),
-        ('traversal', r"the name 'a/../../evil' in it leaves its folder"),
+        ('w', 'is a tar archive'),
+        ('w:gz', 'is a tar archive'),
+        ('gzip', 'is no checkpoint'),
+        ('zip', 'is no checkpoint'),
     ],
 )
 def test_archives_are_refused(kind, message, tmp_path):
     path = tmp_path / 'some.pth.tar'
-    path.write_bytes(packed(kind))
-    with pytest.raises(pickle.UnpicklingError, match=message):
+    packed(kind, path)
+    with pytest.raises(pickle.UnpicklingError, match=f'some.pth.tar was not loaded: it {message}'):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        (b'\n<!DOCTYPE html><html><body>Log in to the network</body></html>', 'web page'),
+        (b'version https://git-lfs.github.com/spec/v1\noid sha256:1', 'git lfs pull'),
+    ],
+)
+def test_what_is_often_there_in_place_of_a_file_is_named(text, message, path):
+    path.write_bytes(text)
+    with pytest.raises(pickle.UnpicklingError, match=f'{path.name} was not loaded: .*{message}'):
         read(path)
 
 
@@ -198,27 +224,6 @@ def test_code_is_never_run(name, new, tmp_path, monkeypatch):
     assert not sentinel.exists()
 
 
-def test_a_missing_file_is_named(path):
-    with pytest.raises(FileNotFoundError, match=path.name):
-        read(path)
-
-
-def test_written_files_need_no_hat_mm(path):
-    write(path, CHECKPOINT)
-    load = (
-        'safetensors.torch.load_file(p)'
-        if path.suffix == '.safetensors'
-        else ("torch.load(p, weights_only=True)['state_dict']")
-    )
-    code = (
-        f'import sys, torch; p = {str(path)!r}\n'
-        'if p.endswith("safetensors"): import safetensors.torch\n'
-        f'assert {load}["a.weight"].shape == (2, 3)\n'
-        'assert "hat_mm" not in sys.modules'
-    )
-    subprocess.run([sys.executable, '-c', code], check=True, timeout=120)
-
-
 @pytest.mark.parametrize('suffix', ['.pth', '.old.pth', '.safetensors'])
 def test_a_file_with_flipped_bits_is_read_or_named(suffix, tmp_path):
     """Whatever torch and its libraries make of it, the error is one of two kinds."""
@@ -229,7 +234,7 @@ def test_a_file_with_flipped_bits_is_read_or_named(suffix, tmp_path):
     data = path.read_bytes()
     random = Random(0)
     refused = 0
-    for _ in range(400):
+    for _ in range(100):
         broken = bytearray(data)
         broken[random.randrange(len(data))] ^= 1 << random.randrange(8)
         path.write_bytes(broken)
@@ -237,27 +242,12 @@ def test_a_file_with_flipped_bits_is_read_or_named(suffix, tmp_path):
             read(path)
         except (pickle.UnpicklingError, OSError) as error:
             refused += path.name in str(error)
-    assert refused > 50
+    assert refused > 10
 
 
 @pytest.mark.parametrize('header', ['no JSON', '[1]', 'null', '[' * 100_000])
 def test_metadata_that_are_none(header, tmp_path):
     path = tmp_path / 'some.safetensors'
-    tensors = {'a': torch.zeros(1)}
-    importlib.import_module('safetensors.torch').save_file(tensors, path, {'hat_mm': header})
+    save_file({'a': torch.zeros(1)}, path, {'hat_mm': header})
     with pytest.raises(pickle.UnpicklingError, match=r'some.safetensors was not loaded'):
         read(path)
-
-
-def test_torchscript_is_named_without_advice(tmp_path, recwarn):
-    path = tmp_path / 'some.pth'
-    torch.jit.script(torch.nn.Linear(1, 1)).save(path)
-    with pytest.raises(pickle.UnpicklingError, match=r'carries code \(TorchScript\)'):
-        read(path)
-
-
-def test_log_history_of_mmengine_is_read_by_itself(tmp_path, run_python):
-    history = importlib.import_module('mmengine.logging').HistoryBuffer([1.0], [1])
-    torch.save({'state_dict': {}, 'message_hub': {'loss': history}}, tmp_path / 'epoch.pth')
-    code = 'import sys; from hat_mm.weights.fileio import read; print(read(sys.argv[1]).keys())'
-    assert "'message_hub'" in run_python('-c', code, str(tmp_path / 'epoch.pth')).stdout

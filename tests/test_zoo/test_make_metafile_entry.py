@@ -260,9 +260,7 @@ def test_weights_are_replaced_by_force_only(add, case, metafile):
     assert add('--force')[0] == 0
     entry = entry_of(metafile, LEAF)
     metrics = {'box AP': 50.0, 'box AP (authors)': 43.3}
-    assert entry['Results'] == [
-        {'Task': 'Object Detection', 'Dataset': 'COCO', 'Metrics': metrics}
-    ]
+    assert entry['Results'] == [{'Task': 'Object Detection', 'Dataset': 'COCO', 'Metrics': metrics}]
     assert 'Training Memory (GB)' not in entry['Metadata']
     assert entry['Weights'] == f'{URL}{case.weights.name}'
 

@@ -1,4 +1,4 @@
-"""Publishing a checkpoint of a real training, its entry in a metafile, and the model by its name."""
+"""Publishing a checkpoint of a training, its entry in a metafile, and the model by its name."""
 
 import hashlib
 import importlib

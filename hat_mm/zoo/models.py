@@ -249,16 +249,13 @@ def get_model(
     return model.eval()
 
 
-def _weights(info: Model, pretrained: bool | str | os.PathLike) -> Path:
-    """The verified local file of weights."""
+def _weights(info: Model, pretrained: bool | str | os.PathLike) -> str:
+    """The local file of weights, verified if it is downloaded."""
     where = info.weights if pretrained is True else os.fspath(pretrained)
-    if '://' in where:
-        recorded = info.metadata.data if info.metadata else {}
-        return fetch(where, recorded.get('SHA256') if where == info.weights else None)
-    path = Path(where).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f'the weights {where!r} do not exist')
-    return path
+    if '://' not in where:
+        return where
+    recorded = info.metadata.data if info.metadata else {}
+    return str(fetch(where, recorded.get('SHA256') if where == info.weights else None))
 
 
 def _drop_weights(settings: Any, overrides: Mapping[str, Any]) -> None:
@@ -296,7 +293,7 @@ def _initialize(model: torch.nn.Module) -> None:
 
 
 def _load(
-    model: torch.nn.Module, file: Path, name: str, overridden: Mapping[str, Any]
+    model: torch.nn.Module, file: str, name: str, overridden: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Loads weights and returns what the checkpoint says of its data.
 
@@ -307,7 +304,7 @@ def _load(
     tensors = {k: v for k, v in tensors.items() if not k.endswith('num_batches_tracked')}
     versions = {key: tensor._version for key, tensor in tensors.items()}
     try:
-        checkpoint = load_checkpoint(model, str(file), map_location='cpu', strict=not overridden)
+        checkpoint = load_checkpoint(model, file, map_location='cpu', strict=not overridden)
     except RuntimeError as error:
         raise ValueError(f'{file} does not fill the model {name!r}: {error}') from error
     left = [key for key, tensor in tensors.items() if tensor._version == versions[key]]
@@ -319,7 +316,7 @@ def _load(
         )
     if left:
         print_log(
-            f'{file.name}: not in it, or of another shape, and so at random: {", ".join(left)}',
+            f'{file}: not in it, or of another shape, and so at random: {", ".join(left)}',
             logger='current',
             level=logging.WARNING,
         )

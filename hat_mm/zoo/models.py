@@ -11,24 +11,28 @@ import functools
 import importlib
 import logging
 import os
-import reprlib
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger, print_log
+from mmengine.registry import DefaultScope
+from mmengine.runner import load_checkpoint
 
+import hat_mm.registry  # noqa: F401  our classes, and the loader of safetensors
 from hat_mm import compat
-from hat_mm.weights.addresses import check_address
-from hat_mm.weights.official import OFFICIAL_FILES
+from hat_mm.weights.download import fetch
 
-from . import metafiles
+try:
+    from modelindex.load_model_index import load
+    from modelindex.models.Model import Model
+except ImportError as error:
+    raise compat.DependencyError('model indexes need a package: pip install model-index') from error
 
-__all__ = ['ModelInfo', 'Result', 'get_model', 'list_models', 'register_model_index']
+__all__ = ['get_model', 'list_models', 'register_model_index']
 
 logger = logging.getLogger(__name__)
 
@@ -36,124 +40,47 @@ INDEX = Path(__file__).parents[1] / '.mim' / 'model-index.yml'
 
 # --- indexes --------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Result:
-    """What was measured of a model.
-
-    Attributes:
-        task: Task, in the words of model indexes, such as ``'Object Detection'``.
-        dataset: Data set.
-        metrics: Figures by name; names that end with ``(authors)`` are the networks' authors'.
-    """
-
-    task: str
-    dataset: str
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+_registered: dict[str, Model] = {}
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """An entry of a model index.
-
-    Attributes:
-        name: Name of the model.
-        config: Its config.
-        weights: Address of its weights, None if there are none.
-        results: What was measured, None if the entry says nothing.
-        metadata: Facts of its training.
-        filepath: The metafile that has the entry.
-    """
-
-    name: str
-    config: Path
-    weights: str | None
-    results: tuple[Result, ...] | None
-    metadata: Mapping[str, Any]
-    filepath: Path
-
-
-_registered: dict[str, ModelInfo] = {}
-# mmengine's default scope and its logger's level, which building changes, are the process's.
-_lock = threading.RLock()
-
-
-def _models() -> dict[str, ModelInfo]:
+def _models() -> dict[str, Model]:
     """All models by their names in lower case."""
     return _shipped() | _registered
 
 
 @functools.cache
-def _shipped() -> dict[str, ModelInfo]:
+def _shipped() -> dict[str, Model]:
     return _read_index(INDEX, INDEX.parent)
 
 
-def _read_index(path: Path, prefix: Path) -> dict[str, ModelInfo]:
+def _read_index(path: Path, prefix: Path) -> dict[str, Model]:
     """Reads an index and the metafiles that it imports.
 
     Raises:
         ValueError: The file is no index, or an entry of it is wrong.
         OSError: A file cannot be read.
     """
-    models: dict[str, ModelInfo] = {}
-    data = metafiles.read(path)
-    files = [(path, data)]
-    for imported in _list_of(data, 'Import', path):
-        metafile = path.parent / _inside(imported, path)
-        content = metafiles.read(metafile)
-        if content.get('Import'):
-            raise ValueError(f'{metafile} has Import, which only {path.name} may have here')
-        files.append((metafile, content))
-    for file, content in files:
-        for entry in _list_of(content, 'Models', file):
-            info = _info(entry, file, prefix)
-            if info.name.lower() in models:
-                raise ValueError(f'{file}: several models are named {info.name!r}')
-            models[info.name.lower()] = info
+    try:
+        index = load(str(path))
+        wrong = index.check(silent=True)
+        models = list(index.models)
+    except OSError:
+        raise
+    except Exception as error:  # the package takes the fields for what they should be
+        raise ValueError(f'{path} is no model index: {error}') from error
+    if wrong:
+        raise ValueError(f'{path}: {"; ".join(wrong)}')
     if not models:
         raise ValueError(f'{path} is no model index: it lists no Models, nor do what it has Import')
-    return models
-
-
-def _list_of(data: dict[str, Any], key: str, path: Path) -> list[Any]:
-    value = data.get(key) or []
-    if not isinstance(value, list):
-        raise ValueError(f'{path}: {key} must be a list, not {value!r}')
-    return value
-
-
-def _inside(name: Any, path: Path) -> Path:
-    """A path of an index, which must lead to nothing outside of its folder."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(f'{path}: {name!r} is no path')
-    parts = PurePosixPath(name.replace('\\', '/'))
-    if parts.is_absolute() or '..' in parts.parts or ':' in name:
-        raise ValueError(f'{path}: {name!r} must be a relative path that stays in the folder')
-    return Path(parts)
-
-
-def _info(entry: Any, path: Path, prefix: Path) -> ModelInfo:
-    name = entry.get('Name') if isinstance(entry, dict) else None
-    if not isinstance(name, str) or not name:
-        raise ValueError(f'{path}: a model has no Name: {reprlib.repr(entry)}')
-    try:
-        config = prefix / _inside(entry.get('Config'), path)
-        weights = entry.get('Weights')
-        if weights is not None:
-            check_address(weights)
-        results = entry.get('Results')
-        if results is not None:
-            results = [results] if isinstance(results, dict) else results
-            results = tuple(
-                Result(r['Task'], r['Dataset'], r.get('Metrics') or {}) for r in results
-            )
-        metadata = entry.get('Metadata') or {}
-        if not isinstance(metadata, dict):
-            raise ValueError(f'Metadata must be fields, not {reprlib.repr(metadata)}')
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        said = f'its Results lack {error}' if isinstance(error, KeyError) else error
-        raise ValueError(f'model {name!r}: {said} ({path})') from error
-    return ModelInfo(name, config, weights, results, metadata, path)
+    found: dict[str, Model] = {}
+    for model in models:
+        if not model.config:
+            raise ValueError(f'{model.filepath}: {model.name!r} has no Config')
+        if model.name.lower() in found:
+            raise ValueError(f'{model.filepath}: several models are named {model.name!r}')
+        model.config = str(prefix / model.config)
+        found[model.name.lower()] = model
+    return found
 
 
 def register_model_index(
@@ -173,14 +100,14 @@ def register_model_index(
     prefix = path.parent if config_prefix is None else Path(config_prefix).absolute()
     models = _read_index(path, prefix)
     known = _models()
-    for name, info in models.items():
+    for name, model in models.items():
         if name in known:
             raise ValueError(
-                f'{info.filepath}: the name {info.name!r} is taken by {known[name].filepath}'
+                f'{model.filepath}: the name {model.name!r} is taken by {known[name].filepath}'
             )
-        if not info.config.is_file():
+        if not Path(model.config).is_file():
             raise ValueError(
-                f'{info.filepath}: the config of {info.name!r} does not exist: {info.config}; '
+                f'{model.filepath}: the config of {model.name!r} does not exist: {model.config}; '
                 'config_prefix is the folder that configs are relative to'
             )
     _registered.update(models)
@@ -239,16 +166,14 @@ def list_models(
     return sorted(names)
 
 
-def _tasks(info: ModelInfo) -> set[str]:
-    return {'null'} if info.results is None else {result.task for result in info.results}
+def _tasks(model: Model) -> set[str]:
+    return {'null'} if model.results is None else {result.task for result in model.results.data}
 
 
-def _find(name: str) -> ModelInfo:
-    if not isinstance(name, str):
-        raise TypeError(f'the name of a model must be a str, not {name!r}')
+def _find(name: str) -> Model:
     models = _models()
     if name.lower() in models:
-        return models[name.lower()]
+        return copy.deepcopy(models[name.lower()])
     near = list_models(name)[:3] if name else []
     near = near or difflib.get_close_matches(name.lower(), models, n=3, cutoff=0.5)
     hint = f'did you mean {" or ".join(map(repr, near))}? ' if near else ''
@@ -260,6 +185,7 @@ def _find(name: str) -> ModelInfo:
 # --- models ---------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)  # whose tensors could neither be trained nor loaded into
 def get_model(
     name: str,
     pretrained: bool | str | os.PathLike = False,
@@ -278,10 +204,10 @@ def get_model(
             ``arch``, needs ``_delete_=True``, as in configs.
 
     Returns:
-        The model of mmdet, mmseg or mmpretrain. It has ``_config``, ``_metainfo`` (a
-        :class:`ModelInfo`) and ``_dataset_meta``, which mmpretrain's inferencers look for, and
-        ``cfg`` and ``dataset_meta``, which mmdet's and mmseg's functions for inference do. (These
-        need ``mmengine.registry.init_default_scope(model.cfg.default_scope)`` before.)
+        The model of mmdet, mmseg or mmpretrain. It has ``_config``, ``_metainfo`` (the entry of the
+        index) and ``_dataset_meta``, which mmpretrain's inferencers look for, and ``cfg`` and
+        ``dataset_meta``, which mmdet's and mmseg's functions for inference do. (These need
+        ``mmengine.registry.init_default_scope(model.cfg.default_scope)`` before.)
 
     Raises:
         ValueError: There is no such model, it has no weights, or the weights do not fill it. Parts
@@ -290,28 +216,31 @@ def get_model(
         hat_mm.compat.DependencyError: The toolbox of the model is not installed.
         hat_mm.weights.download.DownloadError: The weights cannot be fetched.
     """
-    info = copy.deepcopy(_find(name))
-    if not isinstance(pretrained, bool | str | os.PathLike):
-        raise TypeError(f'pretrained must be a bool, an address or a path, not {pretrained!r}')
-    if pretrained is True and info.weights is None:
-        raise ValueError(_no_weights(info))
-    config = _config(info)
+    info = _find(name)
+    if pretrained is True and not info.weights:
+        having = [other.name for other in _models().values() if other.weights]
+        near = difflib.get_close_matches(info.name, having, n=3, cutoff=0)
+        raise ValueError(
+            f'there are no weights of {info.name!r} yet; some that have are {", ".join(near)}'
+        )
+    config = Config.fromfile(info.config)
     scope = config.get('default_scope')
     if scope is None:
         raise ValueError(f'the config of {info.name!r} has no default_scope: {info.config}')
     compat.require(scope)
-    # With it come hat_mm's classes, and its loader of safetensors.
-    importlib.import_module('hat_mm.registry')
-    file = _weights(info, pretrained) if pretrained is not False else None
+    file = None if pretrained is False else _weights(info, pretrained)
     _drop_weights(config.model, overrides)
-    if overrides:
-        config.merge_from_dict({'model': copy.deepcopy(overrides)})
-    # Tensors of inference mode could neither be trained nor loaded into.
-    with _lock, torch.inference_mode(False):
-        model = _build(config, scope)
-        meta = _dataset_meta(config, scope)
-        if file is not None:
-            meta = _load(model, file, info, frozenset(overrides)) or meta
+    config.merge_from_dict({'model': copy.deepcopy(overrides)})
+    if config.get('data_preprocessor') is not None:  # as mmengine's runner does
+        config.model.setdefault('data_preprocessor', config.data_preprocessor)
+    importlib.import_module(f'{scope}.utils').register_all_modules(init_default_scope=False)
+    registry = importlib.import_module(f'{scope}.registry')
+    with DefaultScope.overwrite_default_scope(scope):
+        model = registry.MODELS.build(config.model)
+        meta = _dataset_meta(config, registry.DATASETS)
+        _initialize(model)
+    if file is not None:
+        meta = _load(model, file, info.name, overrides) or meta
     if device is not None:
         model.to(device)
     model._config = model.cfg = config
@@ -320,145 +249,75 @@ def get_model(
     return model.eval()
 
 
-def _config(info: ModelInfo) -> Any:
-    config = compat.require('mmengine').Config
-    try:
-        return config.fromfile(info.config)
-    except ModuleNotFoundError as error:  # of a base, such as mmdet::..., named by its distribution
-        for toolbox in compat.TOOLBOXES:
-            if str(error).startswith(toolbox):
-                compat.require(toolbox)
-        raise
-
-
-def _no_weights(info: ModelInfo) -> str:
-    """Words for an error: models with weights that have the same config or backbone."""
-    backbones = {file.backbone for file in OFFICIAL_FILES}
-    words = backbones & {*info.name.lower().split('_')}
-    others = [
-        repr(other.name)
-        for other in _models().values()
-        if other.weights
-        and (other.config == info.config or words & {*other.name.lower().split('_')})
-    ]
-    hint = f'; models like it that have: {", ".join(sorted(others))}' if others else ''
-    return f'there are no weights of {info.name!r} yet{hint}'
-
-
-def _weights(info: ModelInfo, pretrained: Any) -> Path:
-    """The verified local file of weights."""
+def _weights(info: Model, pretrained: bool | str | os.PathLike) -> str:
+    """The local file of weights, verified if it is downloaded."""
     where = info.weights if pretrained is True else os.fspath(pretrained)
     if '://' not in where:
-        path = Path(os.path.expanduser(where))
-        if not path.is_file():
-            raise FileNotFoundError(f'the weights {where!r} do not exist')
-        return path
-    digest = info.metadata.get('SHA256') if where == info.weights else None
-    return importlib.import_module('hat_mm.weights.download').fetch(where, digest)
+        return where
+    recorded = info.metadata.data if info.metadata else {}
+    return str(fetch(where, recorded.get('SHA256') if where == info.weights else None))
 
 
-def _drop_weights(settings: Any, overrides: Any) -> None:
+def _drop_weights(settings: Any, overrides: Mapping[str, Any]) -> None:
     """Takes out what would load weights while a model is initialized, unless it is overridden."""
-    if isinstance(settings, list | tuple):
-        for item in settings:
-            _drop_weights(item, None)
-    if not isinstance(settings, dict):
-        return
-    chosen = overrides if isinstance(overrides, Mapping) else {}
     for key, value in settings.items():
-        if key == 'init_cfg' and key not in chosen:
-            several = value if isinstance(value, list | tuple) else [value]
-            rest = [c for c in several if not (isinstance(c, dict) and _is_pretrained(c))]
-            if len(rest) < len(several):
-                settings[key] = rest or None
-        elif key == 'pretrained' and isinstance(value, str) and key not in chosen:
+        chosen = overrides.get(key)
+        if key == 'pretrained' and chosen is None:
             settings[key] = None
-        else:
-            _drop_weights(value, chosen.get(key))
+        elif key == 'init_cfg' and chosen is None:
+            several = value if isinstance(value, list) else [value]
+            if any(init and init['type'] == 'Pretrained' for init in several):
+                settings[key] = None
+        elif isinstance(value, dict):
+            _drop_weights(value, chosen if isinstance(chosen, Mapping) else {})
 
 
-def _is_pretrained(init_cfg: dict[str, Any]) -> bool:
-    kind = init_cfg.get('type')
-    name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
-    return name.rpartition('.')[2] in ('Pretrained', 'PretrainedInit')
-
-
-def _build(config: Any, scope: str) -> Any:
-    """Builds and initializes: a few models of mmdet have memory that is not, before."""
-    importlib.import_module(f'{scope}.utils').register_all_modules(init_default_scope=False)
-    if config.get('data_preprocessor') is not None:  # as mmengine's runner does
-        config.model.setdefault('data_preprocessor', config.data_preprocessor)
-    scopes = importlib.import_module('mmengine.registry').DefaultScope
-    with scopes.overwrite_default_scope(scope):
-        model = importlib.import_module(f'{scope}.registry').MODELS.build(config.model)
-        with _quiet():
-            model.init_weights()
-    return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep mmengine from saying how each parameter was initialized."""
-    current = importlib.import_module('mmengine.logging').MMLogger.get_current_instance()
-    level = current.level
-    current.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        current.setLevel(level)
-
-
-def _dataset_meta(config: Any, scope: str) -> dict[str, Any]:
+def _dataset_meta(config: Config, datasets: Any) -> dict[str, Any]:
     """The classes of the config's test data."""
     dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
     while 'dataset' in dataset:  # wrapped
         dataset = dataset['dataset']
-    kind = dataset.get('type')
-    if isinstance(kind, str):
-        with importlib.import_module('mmengine.registry').DefaultScope.overwrite_default_scope(
-            scope
-        ):
-            kind = importlib.import_module(f'{scope}.registry').DATASETS.get(kind)
+    kind = datasets.get(dataset['type']) if 'type' in dataset else None
     return {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
 
 
-def _load(model: Any, file: Path, info: ModelInfo, overridden: frozenset[str]) -> dict[str, Any]:
+def _initialize(model: torch.nn.Module) -> None:
+    """Initializes what constructors leave as it was in memory, as mmdet's DINO does."""
+    log = MMLogger.get_current_instance()
+    level = log.level
+    log.setLevel(logging.WARNING)  # mmengine names each parameter otherwise
+    try:
+        model.init_weights()
+    finally:
+        log.setLevel(level)
+
+
+def _load(
+    model: torch.nn.Module, file: str, name: str, overridden: Mapping[str, Any]
+) -> dict[str, Any]:
     """Loads weights and returns what the checkpoint says of its data.
 
     Only parts of the model that are overridden may stay as they were initialized.
     """
-    # Torch writes to these itself where a file has none.
-    tensors = {
-        name: tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if not name.endswith('num_batches_tracked')
-    }
-    versions = {name: tensor._version for name, tensor in tensors.items()}
-    load_checkpoint = importlib.import_module('mmengine.runner').load_checkpoint
+    # Torch counts how often a tensor was written to; it sets the counters of batch norms itself.
+    tensors = model.state_dict(keep_vars=True)
+    tensors = {k: v for k, v in tensors.items() if not k.endswith('num_batches_tracked')}
+    versions = {key: tensor._version for key, tensor in tensors.items()}
     try:
-        checkpoint = load_checkpoint(model, str(file), map_location='cpu', strict=not overridden)
+        checkpoint = load_checkpoint(model, file, map_location='cpu', strict=not overridden)
     except RuntimeError as error:
-        raise ValueError(f'{file} does not fill the model {info.name!r}: {_cut(error)}') from error
-    # Torch counts how often a tensor was written to.
-    left = [name for name, tensor in tensors.items() if tensor._version == versions[name]]
-    wrong = [name for name in left if name.partition('.')[0] not in overridden]
+        raise ValueError(f'{file} does not fill the model {name!r}: {error}') from error
+    left = [key for key, tensor in tensors.items() if tensor._version == versions[key]]
+    wrong = [key for key in left if key.partition('.')[0] not in overridden]
     if wrong or len(left) == len(tensors):
         raise ValueError(
-            f'{file} does not fill the model {info.name!r}, where nothing is overridden: it lacks '
-            f'{_cut(", ".join(wrong or left))}'
+            f'{file} does not fill the model {name!r}, where nothing is overridden: it lacks '
+            f'{", ".join((wrong or left)[:10])}'
         )
     if left:
-        importlib.import_module('mmengine.logging').print_log(
-            f'{file.name}: not in it, or of another shape, and so at random: {", ".join(left)}',
+        print_log(
+            f'{file}: not in it, or of another shape, and so at random: {", ".join(left)}',
             logger='current',
             level=logging.WARNING,
         )
-    meta = checkpoint.get('meta')
-    found = meta.get('dataset_meta') if isinstance(meta, dict) else None
-    return dict(found) if isinstance(found, Mapping) else {}
-
-
-def _cut(text: Any) -> str:
-    """Long text in one line."""
-    line = ' '.join(str(text).split())
-    return line if len(line) <= 1000 else f'{line[:1000]} …'
+    return (checkpoint.get('meta') or {}).get('dataset_meta') or {}

@@ -394,8 +394,8 @@ def test_complexity():
     backbone = candidates.build(candidates.parse(FASTERVIT), (64, 64))
     assert parameters == sum(p.numel() for p in backbone.parameters())
     whole = count(backbone, (64, 64)).whole
-    assert whole.flops['position'] > 0
-    assert macs == whole.total - whole.flops['position']
+    assert whole.position > 0
+    assert macs == whole.flops - whole.position
 
 
 def test_what_cannot_be_traced_has_no_flops(monkeypatch):

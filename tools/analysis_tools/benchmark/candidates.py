@@ -363,4 +363,4 @@ def complexity(base: str, size: Size) -> tuple[int, int | None]:
         whole = count(model, size).whole
     except Exception:  # a black box may do what cannot be traced, in ways nobody can list
         return parameters, None
-    return parameters, whole.total - whole.flops['position']
+    return parameters, whole.flops - whole.position

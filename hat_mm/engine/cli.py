@@ -298,11 +298,16 @@ def _set_memory_format(model: torch.nn.Module) -> None:
             module.to(memory_format=torch.channels_last)
 
 
+def _accumulated(cfg: Any) -> int:
+    """Forward passes of a step."""
+    return (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
+
+
 def _check_learning_rate(cfg: Any, runner: Any) -> None:
     """Warn of a learning rate that is meant for another number of images a step."""
     scaling, loader = cfg.get('auto_scale_lr') or {}, cfg.get('train_dataloader') or {}
     base, images = scaling.get('base_batch_size'), loader.get('batch_size')
-    steps = cfg.optim_wrapper.get('accumulative_counts', 1)
+    steps = _accumulated(cfg)
     if scaling.get('enable') or None in (base, images):
         return
     found = runner.world_size * images * steps
@@ -362,12 +367,11 @@ def train(argv: Sequence[str] | None = None) -> None:
                 'config'
             )
         scaling.enable = True
-    accumulated = (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
-    if scaling.get('enable') and accumulated != 1:
+    if scaling.get('enable') and _accumulated(cfg) != 1:
         raise UserError(
             '--auto-scale-lr (auto_scale_lr.enable) does not count '
-            f'optim_wrapper.accumulative_counts={accumulated}: use one of them, and where both are '
-            'needed set optim_wrapper.optimizer.lr by hand'
+            f'optim_wrapper.accumulative_counts={_accumulated(cfg)}: use one of them, and where '
+            'both are needed set optim_wrapper.optimizer.lr by hand'
         )
     if args.resume is not None:
         cfg.resume = True

@@ -2,7 +2,8 @@
 
 The config's ``default_scope`` decides the toolbox; what its own tools do differently stands in
 :data:`TOOLBOXES`. What the user can put right is a :class:`UserError`, raised where it is found and
-shown as one line. Other exceptions keep their traceback.
+shown as one line, as are missing packages, files and what a refused checkpoint carries. Other
+exceptions keep their traceback.
 """
 
 import argparse
@@ -13,8 +14,7 @@ import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,13 +239,18 @@ def _set_show(cfg: Any, toolbox: Toolbox, args: argparse.Namespace) -> None:
         cfg.visualizer.save_dir = args.show_dir
 
 
+def _innermost_dataset(loader: Any) -> Any:
+    dataset = loader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    return dataset
+
+
 def _set_tta(cfg: Any, toolbox: Toolbox) -> None:
     """Wrap the model for test time augmentation; where the toolbox has a default, flip images."""
     if toolbox.tta_model is None and None in (cfg.get('tta_model'), cfg.get('tta_pipeline')):
         raise UserError('--tta needs tta_model and tta_pipeline in the config')
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
+    dataset = _innermost_dataset(cfg.test_dataloader)
     if cfg.get('tta_pipeline') is None:
         pipeline = copy.deepcopy(dataset.pipeline)
         flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
@@ -320,30 +325,18 @@ def _check_learning_rate(cfg: Any, runner: Any) -> None:
         )
 
 
-def _data_roots(settings: Any) -> Iterator[str]:
-    """The values of ``data_root`` in settings of data sets, however deep."""
-    if isinstance(settings, dict):
-        if isinstance(settings.get('data_root'), str):
-            yield settings['data_root']
-        settings = list(settings.values())
-    if isinstance(settings, list | tuple):
-        for value in settings:
-            yield from _data_roots(value)
-
-
-@contextmanager
-def _missing_data_explained(cfg: Any, loaders: Sequence[str]) -> Iterator[None]:
-    """Name the data folder that does not exist, where a file was not found."""
+def _run(run: Callable[[], Any], loader: Any) -> Any:
+    """Run, and name the data folder where a file is not found because the folder is not there."""
     try:
-        yield
+        return run()
     except FileNotFoundError as error:
-        for root in _data_roots([cfg.get(loader) for loader in loaders]):
-            if root and not os.path.isdir(root):
-                raise UserError(
-                    f'data folder {root!r} does not exist (docs/datasets.md says what belongs '
-                    f'there and how to point data_root to another folder): {error}'
-                ) from error
-        raise
+        root = _innermost_dataset(loader).get('data_root') if loader else None
+        if not root or os.path.isdir(root):
+            raise
+        raise UserError(
+            f'data folder {root!r} does not exist (docs/datasets.md says what belongs there and '
+            f'how to point data_root to another folder): {error}'
+        ) from error
 
 
 def train(argv: Sequence[str] | None = None) -> None:
@@ -384,8 +377,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     versions = ', '.join(f'{module.__name__} {module.__version__}' for module in modules)
     runner.logger.info(f'Software: {versions}')
     _check_learning_rate(cfg, runner)
-    with _missing_data_explained(cfg, ['train_dataloader', 'val_dataloader']):
-        runner.train()
+    _run(runner.train, cfg.get('train_dataloader'))
 
 
 def test(argv: Sequence[str] | None = None) -> dict:
@@ -427,11 +419,17 @@ def test(argv: Sequence[str] | None = None) -> dict:
         dump = dict(type=toolbox.dump, out_file_path=args.out)
         metrics = compat.require('mmengine.registry').METRICS
         runner.test_evaluator.metrics.append(metrics.build(dump))
-    with _missing_data_explained(cfg, ['test_dataloader']):
-        results = runner.test()
+    results = _run(runner.test, cfg.test_dataloader)
     if args.out_item == 'metrics':
         compat.require('mmengine').dump(results, args.out)
     return results
+
+
+def explain(error: Exception) -> str | None:
+    """Say in one line what the user can put right; None of any other error."""
+    known = isinstance(error, UserError | compat.DependencyError | pickle.UnpicklingError)
+    names_its_file = isinstance(error, OSError) and error.filename is not None
+    return ' '.join(str(error).split()) if known or names_its_file else None
 
 
 def run_tool(tool: Callable[[], Any], name: str) -> int:
@@ -440,8 +438,7 @@ def run_tool(tool: Callable[[], Any], name: str) -> int:
     Where no GPU is in sight, the process keeps the memory that it frees, see
     :func:`hat_mm.tune_allocator`; nothing big may be allocated before.
 
-    A wrong command line or config, a missing package and a refused checkpoint are printed to
-    stderr as one line; other exceptions pass through.
+    What :func:`explain` can explain is printed to stderr as one line; other exceptions pass.
 
     Args:
         tool: Called without arguments.
@@ -454,9 +451,12 @@ def run_tool(tool: Callable[[], Any], name: str) -> int:
         tune_allocator()
     try:
         tool()
-    except (UserError, compat.DependencyError, pickle.UnpicklingError) as error:
-        print(f'{name}: error: {" ".join(str(error).split())}', file=sys.stderr)
-        return getattr(error, 'status', 1)
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        print(f'{name}: error: {line}', file=sys.stderr)
+        return error.status if isinstance(error, UserError) else 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0

@@ -21,6 +21,8 @@ from hat_mm.engine import cli
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = itertools.count()
 
+pytestmark = pytest.mark.usefixtures('plain_dumps')
+
 
 class Swap(NamedTuple):
     """A config in a toolbox's wheel and what its heads have to be told."""

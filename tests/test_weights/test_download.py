@@ -687,7 +687,7 @@ def test_safetensors_load_from_paths_and_addresses(server, cache, tmp_path):
             assert torch.equal(backbone.state_dict()[name], value)
     with pytest.raises(FileNotFoundError) as caught:
         load_checkpoint(backbone, str(tmp_path / 'missing.safetensors'))
-    assert 'missing.safetensors' in explain(caught.value)
+    assert 'missing.safetensors' in str(caught.value)
 
 
 @pytest.fixture(params=['safetensors', 'pth', 'old.pth'])

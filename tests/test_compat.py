@@ -245,7 +245,7 @@ def test_each_repair_can_be_switched_off_alone(probe):
     assert 'url' in found['ran']
     if not IS_ONEDL:
         assert found['plain_data'] is not None
-    assert found['training_checkpoint'] is found['no_pkg_resources'] is None
+    assert found['no_pkg_resources'] is None
     assert found['torchvision'] is found['process_group'] is None
 
 
@@ -309,7 +309,7 @@ except pickle.UnpicklingError:
     print('refused', os.listdir(sys.argv[1]))
 """
     done = run_python('-W', 'ignore', '-c', script, str(tmp_path))
-    assert done.stdout == "refused ['evil.pth']\n", done.stderr
+    assert "refused ['evil.pth']\n" in done.stdout, done.stderr
 
 
 def test_apply_twice_changes_nothing():

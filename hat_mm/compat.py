@@ -1,10 +1,10 @@
 """Repairs for known breakages between OpenMMLab's releases and today's torch and its neighbours.
 
 ``import hat_mm`` calls :func:`apply`. Each row of :data:`BREAKAGES` waits for the module that it
-concerns: its repair runs when that module is imported (at once if it already was), looks whether it
-is needed, and does nothing otherwise. So nothing heavy is imported here, and toolboxes may be
-imported before or after. ``HAT_MM_NO_COMPAT=1`` turns all of it off, ``HAT_MM_NO_COMPAT=name,name``
-the repairs of these names; docs/compat.md lists them.
+concerns: its repair runs when that module has been imported (at once if it already was), looks
+whether it is needed, and does nothing otherwise. So nothing heavy is imported here, and toolboxes
+may be imported before or after. ``HAT_MM_NO_COMPAT=1`` turns all of it off,
+``HAT_MM_NO_COMPAT=name,name`` the repairs of these names; docs/compat.md lists them.
 
 :func:`require` is the run-time check of the toolboxes, none of which is a hard dependency.
 """
@@ -13,6 +13,7 @@ import argparse
 import ast
 import functools
 import importlib
+import importlib.abc
 import importlib.metadata
 import importlib.util
 import logging
@@ -20,20 +21,22 @@ import os
 import pickle
 import re
 import sys
-import traceback
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from torch.torch_version import TorchVersion
 
 __all__ = ['BREAKAGES', 'Breakage', 'DependencyError', 'apply', 'reading', 'require']
 
-MINIMUM_TORCH = (2, 6)
+MINIMUM_TORCH = '2.6'
+# Package of a config's `default_scope` -> extra of the hat_mm distribution that installs it.
+TOOLBOXES = {'mmdet': 'det', 'mmseg': 'seg', 'mmpretrain': 'cls', 'mmengine': 'det'}
 
 logger = logging.getLogger(__name__)
 
@@ -45,41 +48,11 @@ class DependencyError(ImportError):
     """A package is missing, too old or incomplete; the message says which command cures it."""
 
 
-@dataclass(frozen=True)
-class Toolbox:
-    """What the package of a config's ``default_scope`` needs.
-
-    Attributes:
-        extra: Extra of the ``hat_mm`` distribution that installs it, None if none does.
-        needs_ops: Whether it imports mmcv's compiled operators.
-    """
-
-    extra: str | None = None
-    needs_ops: bool = False
-
-
-TOOLBOXES = {
-    'mmdet': Toolbox(extra='det', needs_ops=True),
-    'mmseg': Toolbox(extra='seg', needs_ops=True),
-    'mmpretrain': Toolbox(extra='cls'),
-    'mmengine': Toolbox(extra='det'),
-}
-
-
-def _cure(name: str) -> str:
-    extra = TOOLBOXES.get(name, Toolbox()).extra
-    if extra is None:
-        return f'install the package that provides {name!r}'
-    return f"run `make setup` in a checkout of hat_mm, or `pip install 'hat_mm[{extra}]'`"
-
-
 def _check_torch() -> None:
-    found = tuple(int(part) for part in re.findall(r'\d+', torch.__version__)[:2])
-    if found < MINIMUM_TORCH:
-        wanted = '.'.join(map(str, MINIMUM_TORCH))
+    if TorchVersion(torch.__version__) < MINIMUM_TORCH:
         raise DependencyError(
-            f'hat_mm needs torch>={wanted}, but torch {torch.__version__} is installed: '
-            f"run `pip install 'torch>={wanted}'`"
+            f'hat_mm needs torch>={MINIMUM_TORCH}, but torch {torch.__version__} is installed: '
+            f"run `pip install 'torch>={MINIMUM_TORCH}'`"
         )
 
 
@@ -101,75 +74,96 @@ def require(name: str) -> ModuleType:
             operators although the package needs them, or the package refuses the versions found.
     """
     _check_torch()
+    extra = TOOLBOXES.get(name.partition('.')[0])
+    cure = f'install the package that provides {name!r}'
+    if extra is not None:
+        cure = f"run `make setup` in a checkout of hat_mm, or `pip install 'hat_mm[{extra}]'`"
     if not _has_module(name):
-        raise DependencyError(f'{name} is not installed: {_cure(name)}')
-    if name in TOOLBOXES and name != 'mmengine':
-        if not _has_module('mmcv'):
-            raise DependencyError(f'{name} needs mmcv, which is not installed: {_cure(name)}')
-        if TOOLBOXES[name].needs_ops and not _has_module('mmcv._ext'):
-            raise DependencyError(
-                f'{name} needs the compiled operators of mmcv, but the installed mmcv has none '
-                f'(mmcv-lite?): uninstall it, then {_cure(name)}'
-            )
+        raise DependencyError(f'{name} is not installed: {cure}')
+    if name in ('mmdet', 'mmseg') and _has_module('mmcv') and not _has_module('mmcv._ext'):
+        raise DependencyError(
+            f'{name} needs the compiled operators of mmcv, but the installed mmcv has none '
+            f'(mmcv-lite?): uninstall it, then {cure}'
+        )
     try:
         return importlib.import_module(name)
     except (ImportError, AssertionError) as error:  # the toolboxes assert the versions they accept
         cause = ' '.join(str(error).split())
-        raise DependencyError(f'{name} cannot be imported ({cause}): {_cure(name)}') from error
+        raise DependencyError(f'{name} cannot be imported ({cause}): {cure}') from error
 
 
-# --- repairs that wait for an import -----------------------------------------------------------
+# --- the table of repairs ------------------------------------------------------------------------
 
 
-class _ImportHook:
-    """A ``sys.meta_path`` finder that runs functions just before or after a module is executed."""
+@dataclass(frozen=True)
+class Breakage:
+    """A known breakage, or something that a toolbox cannot know of itself, and its repair.
 
-    def __init__(self) -> None:
-        self.before: dict[str, list[Callable[[Any], None]]] = {}
-        self.after: dict[str, list[Callable[[ModuleType], None]]] = {}
+    Attributes:
+        name: How docs/compat.md, ``HAT_MM_NO_COMPAT``, the log and bug reports call it.
+        module: The module whose import triggers the repair; None repairs at once.
+        repair: Called with the imported module and a function that is to be told, in words, what
+            was changed as soon as something was.
+    """
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        before, after = self.before.get(fullname, ()), self.after.get(fullname, ())
-        if not before and not after:
-            return None
-        for finder in sys.meta_path:
-            if finder is self or not hasattr(finder, 'find_spec'):
-                continue
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None:
-                break
-        else:
-            return None
-        if spec.loader is None:
-            return spec
-        exec_module = spec.loader.exec_module
+    name: str
+    module: str | None
+    repair: Callable[[Any, Callable[[str], None]], None]
 
-        def exec_with_repairs(module: ModuleType) -> None:
-            for repair in before:
-                repair(spec)
-            exec_module(module)
-            for repair in after:
-                repair(module)
 
-        # The loader itself stays, so that inspect and importlib.resources keep working.
-        spec.loader.exec_module = exec_with_repairs
-        return spec
-
+BREAKAGES: list[Breakage] = []  # in the order of their definition below
 
 _told: set[str] = set()
+_telling = threading.Lock()
 
 
 def _acted(name: str, change: str) -> None:
     """Say once, at debug level, that a repair has changed something."""
-    if name not in _told:
+    with _telling:
+        if name in _told:
+            return
         _told.add(name)
-        logger.debug('%s: %s', name, change)
+    logger.debug('%s: %s', name, change)
 
 
-# --- 1. checkpoints ----------------------------------------------------------------------------
+def _repairs(name: str, module: str | None = None) -> Callable[[Callable], Callable]:
+    """Put the decorated function into the table."""
+
+    def register(repair: Callable) -> Callable:
+        BREAKAGES.append(Breakage(name, module, repair))
+        return repair
+
+    return register
+
+
+def _altered(module: ModuleType, **names: Any) -> ModuleType:
+    """A module that is another one but for some names.
+
+    A module of OpenMMLab that is given it calls the other functions, and nobody else does.
+    """
+    view = ModuleType(module.__name__)
+    view.__getattr__ = functools.partial(getattr, module)
+    vars(view).update(names)
+    return view
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
 
 _HISTORY_BUFFER = 'mmengine.logging.history_buffer'
-_STATISTICS = ('min', 'max', 'mean', 'current')
+
+
+@_repairs('numpy-in-checkpoints')
+def _allow_plain_data(_: None, acted: Callable[[str], None]) -> None:
+    """Allow what training checkpoints hold beside tensors: NumPy numbers, argparse namespaces."""
+    multiarray = (getattr(np, '_core', None) or np.core).multiarray
+    allowed: list[Any] = [argparse.Namespace, slice, np.ndarray, np.dtype]
+    # A file written under NumPy 1 names numpy.core, one written under NumPy 2 numpy._core.
+    for package in ('numpy.core', 'numpy._core'):
+        for name in ('_reconstruct', 'scalar'):
+            allowed.append((getattr(multiarray, name), f'{package}.multiarray.{name}'))
+    allowed += {type(np.dtype(code)) for code in '?bBhHiIlLqQefdgFDGSU'}  # no object dtype
+    torch.serialization.add_safe_globals(allowed)
+    acted('torch.load reads NumPy data and argparse.Namespace')
 
 
 def _history_statistic(owner: Any, name: Any) -> Callable:
@@ -179,35 +173,24 @@ def _history_statistic(owner: Any, name: Any) -> Callable:
     'min')``. The real ``getattr`` in an allow-list would give a file access to any attribute.
     """
     module = sys.modules.get(_HISTORY_BUFFER)
-    if module is not None and owner is module.HistoryBuffer and name in _STATISTICS:
+    known = module is not None and owner is module.HistoryBuffer
+    if known and name in ('min', 'max', 'mean', 'current'):
         return getattr(owner, name)
     label = owner.__qualname__ if isinstance(owner, type) else type(owner).__qualname__
     raise pickle.UnpicklingError(f'it asks for the attribute {str(name)[:80]!r} of {label}')
 
 
-def _allow_plain_data(_: Any = None) -> None:
-    """Allow what training checkpoints hold beside tensors: NumPy numbers, argparse namespaces."""
-    multiarray = getattr(np, '_core', None) or np.core
-    multiarray = multiarray.multiarray
-    allowed: list[Any] = [argparse.Namespace, slice, np.ndarray, np.dtype]
-    # A file written under NumPy 1 names numpy.core, one written under NumPy 2 numpy._core.
-    for package in ('numpy.core', 'numpy._core'):
-        for name in ('_reconstruct', 'scalar'):
-            allowed.append((getattr(multiarray, name), f'{package}.multiarray.{name}'))
-    allowed += {type(np.dtype(code)) for code in '?bBhHiIlLqQefdgFDGSU'}  # no object dtype
-    torch.serialization.add_safe_globals(allowed)
-    _acted('numpy-in-checkpoints', 'torch.load reads NumPy data and argparse.Namespace')
-
-
-def _allow_history_buffer(module: ModuleType) -> None:
+@_repairs('history-buffer-in-checkpoints', _HISTORY_BUFFER)
+def _allow_history_buffer(module: ModuleType, acted: Callable[[str], None]) -> None:
     """Allow mmengine's log history, with the stand-in for the ``getattr`` that it pickles."""
     torch.serialization.add_safe_globals(
         [module.HistoryBuffer, (_history_statistic, 'builtins.getattr')]
     )
-    _acted('history-buffer-in-checkpoints', "torch.load reads mmengine's log history")
+    acted("torch.load reads mmengine's log history")
 
 
-def _load_weights_only(module: ModuleType) -> None:
+@_repairs('unsafe-loading', 'mmengine.runner.checkpoint')
+def _load_weights_only(module: ModuleType, acted: Callable[[str], None]) -> None:
     """Make every loader of mmengine refuse files that carry code, and say so in one line.
 
     mmengine leaves ``weights_only`` to torch's default, which an environment variable reverses, and
@@ -217,77 +200,45 @@ def _load_weights_only(module: ModuleType) -> None:
 
     def weights_only(load: Callable) -> Callable:
         @functools.wraps(load)
-        def load_weights(*args: Any, **kwargs: Any) -> Any:
-            _acted('unsafe-loading', 'mmengine loads with weights_only=True')
-            return load(*args, **{**kwargs, 'weights_only': True})
+        def load_weights(file: Any, *args: Any, **kwargs: Any) -> Any:
+            acted('mmengine loads with weights_only=True')
+            with reading(file):
+                return load(file, *args, **{**kwargs, 'weights_only': True})
 
         return load_weights
 
     module.load_url = weights_only(module.load_url)
+    module.torch = _altered(torch, load=weights_only(torch.load))
     if hasattr(module, '_safe_torch_load'):
-        module._safe_torch_load = weights_only(module._safe_torch_load)
-        listed = module.get_torch_safe_globals
-        module.get_torch_safe_globals = lambda: [item for item in listed() if item is not getattr]
-    # To this module alone, torch is one with another `load`.
-    module.torch = ModuleType('torch')
-    module.torch.__getattr__ = functools.partial(getattr, torch)
-    module.torch.load = weights_only(torch.load)
-    load_checkpoint = module.CheckpointLoader.load_checkpoint.__func__
-
-    @functools.wraps(load_checkpoint)
-    def load_and_explain(cls: type, filename: Any, *args: Any, **kwargs: Any) -> Any:
-        with reading(filename):
-            return load_checkpoint(cls, filename, *args, **kwargs)
-
-    module.CheckpointLoader.load_checkpoint = classmethod(load_and_explain)
+        module._safe_torch_load = module.torch.load
 
 
 @contextmanager
-def reading(filename: str) -> Iterator[None]:
+def reading(file: Any) -> Iterator[None]:
     """Says in one line, as ``pickle.UnpicklingError``, why torch could not or would not read."""
+    name = file if isinstance(file, str | os.PathLike) else 'the checkpoint'
     try:
         yield
-    except pickle.UnpicklingError as error:
-        if 'was not loaded: ' in str(error):  # said already
+    except OSError:
+        raise
+    except Exception as error:  # torch meets garbage with any exception
+        if 'deserialize object on' in str(error):  # of another device; torch says what to do
             raise
-        raise pickle.UnpicklingError(f'{filename} was not loaded: {_refusal(error)}') from error
-    except Exception as error:
-        if 'TorchScript' in str(error):
-            raise pickle.UnpicklingError(
-                f'{filename} was not loaded: it carries code (TorchScript)'
-            ) from error
-        if not _is_unreadable(error):
-            raise
-        raise pickle.UnpicklingError(
-            f'{filename} was not loaded: it is no checkpoint, or is damaged'
-        ) from error
-
-
-def _is_unreadable(error: Exception) -> bool:
-    """Whether reading the bytes failed: torch meets garbage with any exception."""
-    if isinstance(error, EOFError):
-        return True
-    # A file of another device is not damaged; torch says what to do.
-    if isinstance(error, OSError) or 'deserialize object on' in str(error):
-        return False
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    # So torch calls what applies a `map_location`, where a wrong one fails.
-    if any(frame.f_code.co_name == 'restore_location' for frame in frames):
-        return False
-    return any(frame.f_globals.get('__name__') == 'torch.serialization' for frame in frames)
+        raise pickle.UnpicklingError(f'{name} was not loaded: {_refusal(error)}') from error
 
 
 def _refusal(error: Exception) -> str:
-    """Say in one line why torch's restricted unpickler refused a file."""
+    """Say in one line why torch did not read a file."""
     text = str(error)
-    for pattern in (r'GLOBAL (\S+) was not an allowed', r'unsupported GLOBAL (\S+) whose module'):
-        if found := re.search(pattern, text):
-            return f'it carries code or objects other than weights ({found[1]})'
+    if 'TorchScript' in text:
+        return 'it carries code (TorchScript)'
+    unreadable = 'Unsupported (operand|class)|persistent|magic number|invalid load key'
+    if not isinstance(error, pickle.UnpicklingError) or re.search(unreadable, text):
+        return 'it is no checkpoint, or is damaged'
     if found := re.search(r'it asks for .*', text):
         return f'it carries code ({found[0]})'
-    if re.search(r'Unsupported (operand|class)|persistent|magic number|invalid load key', text):
-        return 'it is no checkpoint, or is damaged'
-    return 'it carries code or objects other than weights'
+    found = re.search(r'GLOBAL (\S+) (was not an allowed|whose module)', text)
+    return 'it carries code or objects other than weights' + (f' ({found[1]})' if found else '')
 
 
 _DATA_NODES = (
@@ -295,7 +246,6 @@ _DATA_NODES = (
     ast.Tuple, ast.Set, ast.Call, ast.keyword, ast.UnaryOp, ast.USub, ast.UAdd,
 )  # fmt: skip
 _DATA_CALLS = ('dict', 'list', 'tuple', 'set', 'float')
-_CHECKPOINT_READERS = ('mmengine.runner', 'mmengine.infer')
 
 
 def _is_plain_data(text: str) -> bool:
@@ -312,7 +262,8 @@ def _is_plain_data(text: str) -> bool:
     )
 
 
-def _read_configs_of_checkpoints_as_data(module: ModuleType) -> None:
+@_repairs('code-in-checkpoint-configs', 'mmengine.config.config')
+def _read_configs_of_checkpoints_as_data(module: ModuleType, acted: Callable[[str], None]) -> None:
     """Do not execute the config text that a checkpoint carries unless it is plain data.
 
     ``Runner.resume`` and the inferencers pass it to ``Config.fromstring``, which runs it as Python.
@@ -322,12 +273,9 @@ def _read_configs_of_checkpoints_as_data(module: ModuleType) -> None:
     @functools.wraps(fromstring)
     def checked(cfg_str: str, file_format: str) -> Any:
         caller = sys._getframe(1).f_globals.get('__name__', '')
-        if (
-            file_format == '.py'
-            and caller.startswith(_CHECKPOINT_READERS)
-            and not _is_plain_data(cfg_str)
-        ):
-            _acted('code-in-checkpoint-configs', 'the config text of a checkpoint is not executed')
+        of_checkpoint = caller.startswith(('mmengine.runner', 'mmengine.infer'))
+        if of_checkpoint and file_format == '.py' and not _is_plain_data(cfg_str):
+            acted('the config text of a checkpoint is not executed')
             raise pickle.UnpicklingError(
                 'the checkpoint was refused: the config text it carries is code, not plain settings'
             )
@@ -336,72 +284,48 @@ def _read_configs_of_checkpoints_as_data(module: ModuleType) -> None:
     module.Config.fromstring = staticmethod(checked)
 
 
-# --- 2. torchvision ----------------------------------------------------------------------------
+# --- torchvision ---------------------------------------------------------------------------------
 
-_TORCHVISION_SCHEMAS = {
-    'nms': '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
-    'qnms': '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
-}
 _torchvision_library: list[torch.library.Library] = []  # a library's schemas end with the object
 
 
-def _define_torchvision_schemas(spec: Any) -> None:
+@_repairs('torchvision-without-ops', 'torchvision.extension')
+def _define_torchvision_schemas(_: ModuleType, acted: Callable[[str], None]) -> None:
     """Let torchvision be imported where its compiled operators cannot be loaded.
 
-    A CUDA build of torchvision beside a CPU-only torch finds no libcudart, goes on without its
-    operators, and then raises RuntimeError because it describes two that do not exist. Its own
-    library is tried first: if that loads, the pair matches and nothing is touched.
+    A CUDA build of torchvision beside a CPU-only torch finds no libcudart.
+    ``torchvision.extension`` goes on without its operators, and what is imported next raises
+    RuntimeError because it describes two that do not exist.
     """
-    for folder in spec.submodule_search_locations or ():
-        for library in sorted(Path(folder).glob('_C*.*')):
-            try:
-                torch.ops.load_library(library)
-            except OSError:
-                logger.debug('%s does not fit this torch', library)
-    missing = [n for n in _TORCHVISION_SCHEMAS if not hasattr(torch.ops.torchvision, n)]
+    missing = [name for name in ('nms', 'qnms') if not hasattr(torch.ops.torchvision, name)]
     if missing:
         library = torch.library.Library('torchvision', 'FRAGMENT')
         for name in missing:
-            library.define(name + _TORCHVISION_SCHEMAS[name])
+            library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
         _torchvision_library.append(library)
-        _acted('torchvision-without-ops', f'described the missing operators {", ".join(missing)}')
+        acted(f'described the missing operators {", ".join(missing)}')
 
 
-# --- 3. and 4. distributed runs on CPUs ---------------------------------------------------------
+# --- distributed runs on CPUs --------------------------------------------------------------------
 
 
-def _on_cpu() -> bool:
-    if torch.cuda.is_available():
-        return False
-    return importlib.import_module('mmengine.device').get_device() == 'cpu'
-
-
-@contextmanager
-def _no_cuda_device() -> Iterator[None]:
-    set_device = torch.cuda.set_device
-    torch.cuda.set_device = lambda device: None
-    try:
-        yield
-    finally:
-        torch.cuda.set_device = set_device
-
-
-def _init_dist_without_cuda(module: ModuleType) -> None:
+@_repairs('init-dist-without-cuda', 'mmengine.dist.utils')
+def _init_dist_without_cuda(module: ModuleType, acted: Callable[[str], None]) -> None:
     """Start process groups on machines without an accelerator, over gloo instead of nccl."""
 
-    def without_cuda(init: Callable) -> Callable:
-        @functools.wraps(init)
-        def wrapped(backend: str, *args: Any, **kwargs: Any) -> None:
-            if not _on_cpu():
-                return init(backend, *args, **kwargs)
-            _acted('init-dist-without-cuda', 'init_dist uses no CUDA device, and gloo for nccl')
-            with _no_cuda_device():
-                return init('gloo' if backend == 'nccl' else backend, *args, **kwargs)
+    def set_device(device: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device)
+        else:
+            acted('init_dist uses no CUDA device, and gloo for nccl')
 
-        return wrapped
+    def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
+        if backend == 'nccl' and not torch.cuda.is_available():
+            backend = 'gloo'
+        torch.distributed.init_process_group(backend, *args, **kwargs)
 
-    for name in ('_init_dist_pytorch', '_init_dist_mpi', '_init_dist_slurm'):
-        setattr(module, name, without_cuda(getattr(module, name)))
+    module.torch = _altered(torch, cuda=_altered(torch.cuda, set_device=set_device))
+    module.torch_dist = _altered(torch.distributed, init_process_group=init_process_group)
 
 
 @functools.cache  # a model may be wrapped in parts
@@ -414,7 +338,8 @@ def _warn_of_reverted_norms() -> None:
     )
 
 
-def _wrap_cpu_models(module: ModuleType) -> None:
+@_repairs('ddp-and-syncbn-on-cpu', 'mmengine.model.wrappers.distributed')
+def _wrap_cpu_models(module: ModuleType, acted: Callable[[str], None]) -> None:
     """Wrap models on the CPU in DDP without GPU numbers, and with BN in place of SyncBN."""
     wrapper = module.MMDistributedDataParallel
     init = wrapper.__init__
@@ -427,7 +352,7 @@ def _wrap_cpu_models(module: ModuleType) -> None:
             module = importlib.import_module('mmengine.model').revert_sync_batchnorm(module)
             had_sync_bn = not before.issubset(module.modules())
             if had_gpus or had_sync_bn:
-                _acted('ddp-and-syncbn-on-cpu', 'a model on the CPU is wrapped as one')
+                acted('a model on the CPU is wrapped as one')
             if had_sync_bn:
                 _warn_of_reverted_norms()
         init(self, module, *args, **kwargs)
@@ -435,16 +360,7 @@ def _wrap_cpu_models(module: ModuleType) -> None:
     wrapper.__init__ = __init__
 
 
-# --- 5. setuptools without pkg_resources --------------------------------------------------------
-
-
-def _replace_everywhere(old: Any, new: Any, package: str) -> None:
-    """Rebind a function in every loaded module of a package that imported it by name."""
-    for name, module in list(sys.modules.items()):
-        if name.partition('.')[0] == package:
-            for attribute, value in list(vars(module).items()):
-                if value is old:
-                    setattr(module, attribute, new)
+# --- where mmengine finds packages and their configs ---------------------------------------------
 
 
 def _top_level_modules(package: str) -> list[str]:
@@ -452,10 +368,11 @@ def _top_level_modules(package: str) -> list[str]:
         listed = importlib.metadata.distribution(package).read_text('top_level.txt') or ''
     except importlib.metadata.PackageNotFoundError:
         listed = ''
-    return [package, *listed.split()]
+    return listed.split()
 
 
-def _find_packages_without_pkg_resources(module: ModuleType) -> None:
+@_repairs('pkg-resources', 'mmengine.utils.package_utils')
+def _find_packages_without_pkg_resources(module: ModuleType, acted: Callable[[str], None]) -> None:
     """Find installed packages by importlib.metadata instead of pkg_resources.
 
     setuptools 82 removed pkg_resources; earlier ones warn, and mmengine reloads it at each call.
@@ -464,7 +381,7 @@ def _find_packages_without_pkg_resources(module: ModuleType) -> None:
         return
 
     def get_installed_path(package: str) -> str:
-        for name in _top_level_modules(package):
+        for name in (package, *_top_level_modules(package)):
             spec = importlib.util.find_spec(name)
             if spec is not None and spec.origin is not None:
                 return os.path.dirname(spec.origin)
@@ -478,19 +395,25 @@ def _find_packages_without_pkg_resources(module: ModuleType) -> None:
         return True
 
     def package2module(package: str) -> str:
-        modules = _top_level_modules(package)
-        if len(modules) == 1:
-            raise ValueError(f'can not infer the module name of {package}')
-        return modules[1]
+        for name in _top_level_modules(package):
+            return name
+        raise ValueError(f'can not infer the module name of {package}')
 
-    for new in (get_installed_path, is_installed, package2module):
-        old = getattr(module, new.__name__)
-        setattr(module, new.__name__, new)
-        _replace_everywhere(old, new, 'mmengine')
-    _acted('pkg-resources', 'mmengine finds packages by importlib.metadata')
+    new = {
+        function.__name__: function
+        for function in (get_installed_path, is_installed, package2module)
+    }
+    old = {getattr(module, name): name for name in new}
+    # Modules that were imported before have the functions by name.
+    for user in [loaded for name, loaded in sys.modules.items() if name.startswith('mmengine')]:
+        for attribute, value in list(vars(user).items()):
+            if isinstance(value, FunctionType) and value in old:
+                setattr(user, attribute, new[old[value]])
+    acted('mmengine finds packages by importlib.metadata')
 
 
-def _find_configs_of_forks(module: ModuleType) -> None:
+@_repairs('configs-of-forks', 'mmengine.config.utils')
+def _find_configs_of_forks(module: ModuleType, acted: Callable[[str], None]) -> None:
     """Let ``mmseg::`` in a config find a fork, which has the module but another distribution.
 
     mmengine looks for the distribution that it knows, mmsegmentation, or a module of that name.
@@ -502,19 +425,21 @@ def _find_configs_of_forks(module: ModuleType) -> None:
             importlib.metadata.distribution(package)
         except importlib.metadata.PackageNotFoundError:
             module.MODULE2PACKAGE[name] = name
-            _acted('configs-of-forks', 'bases of configs are found in forks of the toolboxes')
+            acted('bases of configs are found in forks of the toolboxes')
 
 
-def _know_configs_of_hat_mm(module: ModuleType) -> None:
+@_repairs('configs-of-hat-mm', 'mmengine.config.utils')
+def _know_configs_of_hat_mm(module: ModuleType, acted: Callable[[str], None]) -> None:
     """Let ``hat_mm::`` in a config name a config of this package, as ``mmdet::`` does for mmdet.
 
     mmengine has a fixed list of packages whose configs it finds.
     """
     module.MODULE2PACKAGE['hat_mm'] = 'hat_mm'
-    _acted('configs-of-hat-mm', 'configs can have bases named hat_mm::')
+    acted('configs can have bases named hat_mm::')
 
 
-def _keep_scope_of_hat_mm_bases(module: ModuleType) -> None:
+@_repairs('scope-of-hat-mm-configs', 'mmengine.config.config')
+def _keep_scope_of_hat_mm_bases(module: ModuleType, acted: Callable[[str], None]) -> None:
     """Read a ``hat_mm::`` base as if it were named by its path.
 
     mmengine marks what an external base defines with the scope of its package. Our configs define
@@ -528,77 +453,60 @@ def _keep_scope_of_hat_mm_bases(module: ModuleType) -> None:
         path, scope = get_cfg_path(cfg_path, filename)
         if scope != 'hat_mm':
             return path, scope
-        _acted('scope-of-hat-mm-configs', 'bases named hat_mm:: keep the scope of the config')
+        acted('bases named hat_mm:: keep the scope of the config')
         return path, None
 
     module.Config._get_cfg_path = staticmethod(without_our_scope)
 
 
-# --- 6. NumPy ----------------------------------------------------------------------------------
+# --- mmpretrain ----------------------------------------------------------------------------------
 
 
-def _restore_in1d(_: ModuleType) -> None:
+@_repairs('numpy-in1d', 'mmpretrain.evaluation.metrics.retrieval')
+def _restore_in1d(_: ModuleType, acted: Callable[[str], None]) -> None:
     """Give NumPy >= 2.4 back the name ``in1d``, which mmpretrain's retrieval metrics call."""
     if not hasattr(np, 'in1d'):
         np.in1d = np.isin
-        _acted('numpy-in1d', 'numpy.in1d is numpy.isin')
+        acted('numpy.in1d is numpy.isin')
 
 
-# --- 7. mmpretrain's list of models --------------------------------------------------------------
-
-
-def _add_models_to_mmpretrain(module: ModuleType) -> None:
+@_repairs('models-in-mmpretrain', 'mmpretrain.apis.model')
+def _add_models_to_mmpretrain(module: ModuleType, acted: Callable[[str], None]) -> None:
     """Let mmpretrain's ``list_models`` and ``get_model`` know the models of this package."""
     if importlib.import_module('hat_mm.zoo.models').add_to_mmpretrain(module):
-        _acted('models-in-mmpretrain', "mmpretrain's functions know the models of hat_mm")
+        acted("mmpretrain's functions know the models of hat_mm")
 
 
-# --- the table ---------------------------------------------------------------------------------
+# --- applying them -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Breakage:
-    """A known breakage, or something that a toolbox cannot know of itself, and its repair.
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls functions with a module that has just been imported."""
 
-    Attributes:
-        name: How docs/compat.md, ``HAT_MM_NO_COMPAT``, the log and bug reports call it.
-        module: The module whose import triggers the repair; None repairs at once.
-        repair: Called with the imported module (with its spec if ``before``).
-        before: Repair before the module's code runs, instead of after.
-    """
+    def __init__(self) -> None:
+        self.functions: dict[str, list[Callable[[ModuleType], None]]] = {}
 
-    name: str
-    module: str | None
-    repair: Callable[[Any], None]
-    before: bool = False
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname not in self.functions:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        exec_module = spec.loader.exec_module
 
+        def exec_and_call(module: ModuleType) -> None:
+            exec_module(module)
+            for function in self.functions[fullname]:
+                function(module)
 
-BREAKAGES = (
-    Breakage('numpy-in-checkpoints', None, _allow_plain_data),
-    Breakage('history-buffer-in-checkpoints', _HISTORY_BUFFER, _allow_history_buffer),
-    Breakage('unsafe-loading', 'mmengine.runner.checkpoint', _load_weights_only),
-    Breakage(
-        'code-in-checkpoint-configs', 'mmengine.config.config', _read_configs_of_checkpoints_as_data
-    ),
-    Breakage('torchvision-without-ops', 'torchvision', _define_torchvision_schemas, before=True),
-    Breakage('init-dist-without-cuda', 'mmengine.dist.utils', _init_dist_without_cuda),
-    Breakage('ddp-and-syncbn-on-cpu', 'mmengine.model.wrappers.distributed', _wrap_cpu_models),
-    Breakage('pkg-resources', 'mmengine.utils.package_utils', _find_packages_without_pkg_resources),
-    Breakage('configs-of-forks', 'mmengine.config.utils', _find_configs_of_forks),
-    Breakage('configs-of-hat-mm', 'mmengine.config.utils', _know_configs_of_hat_mm),
-    Breakage('scope-of-hat-mm-configs', 'mmengine.config.config', _keep_scope_of_hat_mm_bases),
-    Breakage('numpy-in1d', 'mmpretrain.evaluation.metrics.retrieval', _restore_in1d),
-    Breakage('models-in-mmpretrain', 'mmpretrain.apis.model', _add_models_to_mmpretrain),
-)
-
-_hook = _ImportHook()
+        # The loader itself stays, so that inspect and importlib.resources keep working.
+        spec.loader.exec_module = exec_and_call
+        return spec
 
 
-def _after_import(module: str, function: Callable[[ModuleType], None]) -> None:
-    """Call a function with a module, now if it was imported, or else when it is."""
-    _hook.after.setdefault(module, []).append(function)
-    if (loaded := sys.modules.get(module)) is not None:
-        function(loaded)
+_finder = _AfterImport()
 
 
 def _switched_off() -> set[str]:
@@ -622,18 +530,19 @@ def apply() -> None:
     Raises:
         DependencyError: torch is older than 2.6, whose loading of checkpoints cannot be made safe.
     """
-    if _hook in sys.meta_path:
+    if _finder in sys.meta_path:
         return
     off = _switched_off()
     wanted = [breakage for breakage in BREAKAGES if breakage.name not in off]
     if not wanted:
         return
     _check_torch()
+    sys.meta_path.insert(0, _finder)
     for breakage in wanted:
+        repair = functools.partial(breakage.repair, acted=functools.partial(_acted, breakage.name))
         if breakage.module is None:
-            breakage.repair(None)
-        elif breakage.before:
-            _hook.before.setdefault(breakage.module, []).append(breakage.repair)
-        else:
-            _after_import(breakage.module, breakage.repair)
-    sys.meta_path.insert(0, _hook)
+            repair(None)
+            continue
+        _finder.functions.setdefault(breakage.module, []).append(repair)
+        if breakage.module in sys.modules:
+            repair(sys.modules[breakage.module])

@@ -1,20 +1,19 @@
 """What ``tools/train.py`` and ``tools/test.py`` do, for configs of mmdet, mmseg and mmpretrain.
 
 The config's ``default_scope`` decides the toolbox; what its own tools do differently stands in
-:data:`TOOLBOXES`. Errors of the user end in one line and a non-zero exit status, bugs in a
-traceback.
+:data:`TOOLBOXES`. What the user can put right is a :class:`UserError`, raised where it is found and
+shown as one line, as are missing packages, files and what a refused checkpoint carries. Other
+exceptions keep their traceback.
 """
 
 import argparse
 import copy
-import difflib
-import dis
+import functools
 import importlib
 import os
 import pickle
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,19 +23,9 @@ import torch
 
 import hat_mm
 from hat_mm import compat
+from hat_mm.layers import Deployable
 
 from .allocator import tune_allocator
-
-__all__ = [
-    'TOOLBOXES',
-    'Toolbox',
-    'UserError',
-    'run_tool',
-    'test',
-    'test_parser',
-    'train',
-    'train_parser',
-]
 
 
 class UserError(Exception):
@@ -60,103 +49,71 @@ class Toolbox:
     """The meaning of the tools' flags in one toolbox.
 
     Attributes:
-        show: Settings of the visualization hook for ``--show``/``--show-dir``, from the arguments;
-            None if the toolbox has no such hook.
-        show_dir_of_visualizer: Whether ``--show-dir`` is the visualizer's ``save_dir``.
+        show: Setting of the visualization hook that turns it on, for ``--show`` and ``--show-dir``.
+        show_dir: Setting of that hook for the folder; None if it is the visualizer's ``save_dir``.
         dump: Metric that writes ``--out`` as a pickle of predictions; None if ``--out`` is the
             folder of the metric's own prediction files.
         tta_model: Default of ``tta_model``; None if the config must have one.
-        tta_pack: Type and arguments of the last transform of the default ``tta_pipeline``; None
-            keeps the last one of the test pipeline.
+        tta_pack: Last transform of the default ``tta_pipeline``; None keeps that of the test
+            pipeline.
         loader_defaults: Whether dataloaders get pinned memory, persistent workers and
             ``default_collate`` where the config is silent.
     """
 
-    show: Callable[[argparse.Namespace], dict] | None = None
-    show_dir_of_visualizer: bool = False
+    show: str = 'draw'
+    show_dir: str | None = None
     dump: str | None = 'mmengine.DumpResults'
     tta_model: dict | None = None
     tta_pack: dict | None = None
     loader_defaults: bool = False
 
 
-def _show_mmdet(args: argparse.Namespace) -> dict:
-    hook: dict[str, Any] = dict(draw=True)
-    if args.show:
-        hook.update(show=True, wait_time=args.wait_time)
-    if args.show_dir:
-        hook.update(test_out_dir=args.show_dir)
-    return hook
-
-
-def _show_mmseg(args: argparse.Namespace) -> dict:
-    return dict(draw=True, **(dict(show=True, wait_time=args.wait_time) if args.show else {}))
-
-
-def _show_mmpretrain(args: argparse.Namespace) -> dict:
-    return dict(enable=True, show=args.show, wait_time=args.wait_time, out_dir=args.show_dir)
-
-
 TOOLBOXES = {
     'mmdet': Toolbox(
-        show=_show_mmdet,
+        show_dir='test_out_dir',
         dump='mmdet.DumpDetResults',
         tta_model=dict(
             type='DetTTAModel',  # mmdet registers it in mmengine's scope
             tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
         ),
-        tta_pack=dict(
-            type='PackDetInputs',
-            meta_keys=(
-                'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
-                'flip_direction',
-            ),
-        ),
+        tta_pack=dict(type='PackDetInputs'),  # by default it keeps how an image was flipped
     ),
-    'mmseg': Toolbox(show=_show_mmseg, show_dir_of_visualizer=True, dump=None),
+    'mmseg': Toolbox(dump=None),
     'mmpretrain': Toolbox(
-        show=_show_mmpretrain,
+        show='enable',
+        show_dir='out_dir',
         tta_model=dict(type='mmpretrain.AverageClsScoreTTA'),
         loader_defaults=True,
     ),
-}  # fmt: skip
+}
 
 
 # --- command lines -------------------------------------------------------------------------------
 
 
+def _key_value(text: str) -> str:
+    """Refuses what is not ``KEY=VALUE``; mmengine's action reads it."""
+    key, equals, _ = text.partition('=')
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f'expected KEY=VALUE, got {text!r}')
+    return text
+
+
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:
-    dict_action = compat.require('mmengine').DictAction
-
-    class KeyValues(dict_action):
-        """``KEY=VALUE`` pairs, a wrong one being an error of the command line."""
-
-        def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-            for pair in values:
-                if not pair.partition('=')[0] or '=' not in pair:
-                    raise argparse.ArgumentError(self, f'expected KEY=VALUE, got {pair!r}')
-            try:
-                super().__call__(parser, namespace, values, option)
-            except AssertionError as error:
-                raise argparse.ArgumentError(self, str(error)) from error
-
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument('config', help='config file of mmdet, mmseg or mmpretrain')
     parser.add_argument('--work-dir', help='folder for logs, checkpoints and metrics')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=KeyValues,
+        type=_key_value,
+        action=compat.require('mmengine').DictAction,
         metavar='KEY=VALUE',
         help='override settings of the config; lists and tuples as KEY="[a,b]" or KEY=a,b, nested '
         'ones as KEY="[(a,b),(c,d)]", without white space',
     )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='job launcher',
-    )
+    launchers = ['none', 'pytorch', 'slurm', 'mpi']
+    parser.add_argument('--launcher', choices=launchers, default='none', help='job launcher')
     # torch.distributed.launch passes --local-rank since torch 2.0 and --local_rank before.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     return parser
@@ -165,12 +122,10 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
 def train_parser() -> argparse.ArgumentParser:
     """The command line of ``tools/train.py``."""
     parser = _parser('train.py', 'Train a model.')
-    parser.add_argument(
-        '--amp', action='store_true', help='train with automatic mixed precision (needs a GPU)'
-    )
-    parser.add_argument(
+    flag = functools.partial(parser.add_argument, action='store_true')
+    flag('--amp', help='train with automatic mixed precision (needs a GPU)')
+    flag(
         '--auto-scale-lr',
-        action='store_true',
         help='scale the learning rate with the batch size, by auto_scale_lr of the config',
     )
     parser.add_argument(
@@ -187,48 +142,35 @@ def test_parser() -> argparse.ArgumentParser:
     """The command line of ``tools/test.py``."""
     parser = _parser('test.py', 'Test (and evaluate) a model.')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
-    parser.add_argument(
-        '--out',
-        help='mmdet, mmpretrain: pickle file for the predictions; mmseg: folder for the prediction '
-        'maps',
-    )
-    parser.add_argument(
-        '--out-item',
-        choices=['metrics', 'pred'],
-        help='mmpretrain: what --out holds (default: pred)',
-    )
-    parser.add_argument('--show', action='store_true', help='show predictions in a window')
-    parser.add_argument('--show-dir', help='folder for painted images')
-    parser.add_argument(
-        '--wait-time', type=float, default=2, help='seconds that --show shows an image'
-    )
-    parser.add_argument('--tta', action='store_true', help='test time augmentation')
-    parser.add_argument(
-        '--deploy',
-        action='store_true',
-        help='fold what the backbone needs for training alone: faster, the same predictions',
-    )
+    option = parser.add_argument
+    flag = functools.partial(option, action='store_true')
+    option('--out', help='pickle file for the predictions; mmseg: folder for the prediction maps')
+    items = ['metrics', 'pred']
+    option('--out-item', choices=items, help='mmpretrain: what --out holds (default: pred)')
+    flag('--show', help='show predictions in a window')
+    option('--show-dir', help='folder for painted images')
+    option('--wait-time', type=float, default=2, help='seconds that --show shows an image')
+    flag('--tta', help='test time augmentation')
+    flag('--deploy', help='fold what only training needs: faster, the same predictions')
     return parser
 
 
 # --- configs -------------------------------------------------------------------------------------
 
 
-def _load_config(args: argparse.Namespace) -> Any:
+def _load_config(args: argparse.Namespace) -> tuple[Any, Toolbox]:
     """Read the config with the options of the command line; check toolbox and work dir."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if not os.path.isfile(args.config):
         raise UserError(f'config file {args.config!r} does not exist')
     try:
         cfg = compat.require('mmengine').Config.fromfile(args.config)
-    except Exception as error:
-        raise UserError(
-            f'config {args.config!r} cannot be read: {type(error).__name__}: {_text(error)}'
-        ) from error
+    except (OSError, SyntaxError) as error:  # of a base, too
+        raise UserError(f'config {args.config!r} cannot be read: {error}') from error
     try:
         cfg.merge_from_dict(args.cfg_options or {})
-    except Exception as error:
-        raise UserError(f'--cfg-options do not fit the config: {_text(error)}', 2) from error
+    except (TypeError, LookupError) as error:
+        raise UserError(f'--cfg-options do not fit the config: {error}', status=2) from error
     for key in ('model', 'default_scope'):
         if cfg.get(key) is None:
             raise UserError(f'config {args.config!r} has no {key!r}')
@@ -240,7 +182,10 @@ def _load_config(args: argparse.Namespace) -> Any:
     elif cfg.get('work_dir') is None:
         cfg.work_dir = os.path.join('./work_dirs', Path(args.config).stem)
     _make_writable(cfg.work_dir, 'work dir')
-    return cfg
+    toolbox = TOOLBOXES.get(cfg.default_scope, Toolbox())
+    if toolbox.loader_defaults:
+        _set_loader_defaults(cfg)
+    return cfg, toolbox
 
 
 def _make_writable(folder: str, name: str) -> None:
@@ -253,24 +198,9 @@ def _make_writable(folder: str, name: str) -> None:
         raise UserError(f'cannot write to {name} {folder!r}: {error.strerror}') from error
 
 
-def _innermost_dataset(loader: Any) -> Any:
-    dataset = loader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    return dataset
-
-
-def _set_amp(cfg: Any) -> None:
-    if importlib.import_module('mmengine.device').get_device() == 'cpu':
-        raise UserError('--amp needs a GPU: mmengine has no mixed precision training on the CPU')
-    wrapper = cfg.optim_wrapper
-    kind = wrapper.get('type', 'OptimWrapper')
-    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
-        raise UserError(
-            f"--amp needs optim_wrapper.type='OptimWrapper', but the config has {kind!r}"
-        )
-    wrapper.type = 'AmpOptimWrapper'
-    wrapper.setdefault('loss_scale', 'dynamic')
+def _check_checkpoint(path: str) -> None:
+    if '://' not in path and not os.path.isfile(os.path.expanduser(path)):
+        raise UserError(f'checkpoint {path!r} does not exist')
 
 
 def _set_loader_defaults(cfg: Any) -> None:
@@ -283,36 +213,52 @@ def _set_loader_defaults(cfg: Any) -> None:
         loader.setdefault('collate_fn', dict(type='default_collate'))
 
 
+def _set_amp(cfg: Any) -> None:
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise UserError(
+            f"--amp needs optim_wrapper.type='OptimWrapper', but the config has {kind!r}"
+        )
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
 def _set_show(cfg: Any, toolbox: Toolbox, args: argparse.Namespace) -> None:
     hook = cfg.get('default_hooks', {}).get('visualization')
-    if toolbox.show is None or hook is None:
+    if hook is None:
         raise UserError(
             "--show and --show-dir need a visualization hook in the config's default_hooks, such "
             "as visualization=dict(type='DetVisualizationHook')"
         )
-    hook.update(toolbox.show(args))
-    if toolbox.show_dir_of_visualizer and args.show_dir:
+    hook[toolbox.show] = True
+    if args.show:
+        hook.update(show=True, wait_time=args.wait_time)
+    if args.show_dir and toolbox.show_dir is not None:
+        hook[toolbox.show_dir] = args.show_dir
+    elif args.show_dir:
         cfg.visualizer.save_dir = args.show_dir
+
+
+def _innermost_dataset(loader: Any) -> Any:
+    dataset = loader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    return dataset
 
 
 def _set_tta(cfg: Any, toolbox: Toolbox) -> None:
     """Wrap the model for test time augmentation; where the toolbox has a default, flip images."""
+    if toolbox.tta_model is None and None in (cfg.get('tta_model'), cfg.get('tta_pipeline')):
+        raise UserError('--tta needs tta_model and tta_pipeline in the config')
     dataset = _innermost_dataset(cfg.test_dataloader)
-    if cfg.get('tta_model') is None:
-        if toolbox.tta_model is None:
-            raise UserError('--tta needs tta_model and tta_pipeline in the config')
-        cfg.tta_model = toolbox.tta_model
     if cfg.get('tta_pipeline') is None:
-        if toolbox.tta_model is None:
-            raise UserError('--tta needs tta_pipeline in the config')
         pipeline = copy.deepcopy(dataset.pipeline)
         flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
         pack = toolbox.tta_pack or pipeline[-1]
         pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, [pack]])
         cfg.tta_pipeline = pipeline
     dataset.pipeline = cfg.tta_pipeline
-    cfg.model = dict(cfg.tta_model, module=cfg.model)
-    _drop_averaging(cfg)
+    cfg.model = dict(cfg.get('tta_model') or toolbox.tta_model, module=cfg.model)
 
 
 def _drop_averaging(cfg: Any) -> None:
@@ -333,41 +279,17 @@ def _drop_averaging(cfg: Any) -> None:
 def _set_out(cfg: Any, toolbox: Toolbox, args: argparse.Namespace) -> None:
     """Check ``--out``, and for toolboxes whose metrics write their own files set their folder."""
     if toolbox.dump is None:
-        metrics = (
-            cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
-        )
-        for metric in metrics:
+        metrics = cfg.test_evaluator
+        for metric in metrics if isinstance(metrics, list) else [metrics]:
             metric.update(output_dir=args.out, keep_results=True)
         _make_writable(args.out, '--out folder')
         return
     if args.out_item != 'metrics' and not args.out.endswith(('.pkl', '.pickle')):
-        raise UserError(f'--out must end with .pkl or .pickle, got {args.out!r}', 2)
+        raise UserError(f'--out must end with .pkl or .pickle, got {args.out!r}', status=2)
     _make_writable(os.path.dirname(args.out) or '.', 'the folder of --out')
 
 
-def _is_local(checkpoint: str) -> bool:
-    return '://' not in checkpoint
-
-
-def _check_checkpoint(path: str, flag: str) -> None:
-    if _is_local(path) and not os.path.isfile(os.path.expanduser(path)):
-        raise UserError(f'{flag} {path!r} does not exist')
-
-
 # --- the tools -----------------------------------------------------------------------------------
-
-
-def _build_runner(cfg: Any) -> Any:
-    if 'runner_type' in cfg:
-        return importlib.import_module('mmengine.registry').RUNNERS.build(cfg)
-    return importlib.import_module('mmengine.runner').Runner.from_cfg(cfg)
-
-
-def _set_deploy(runner: Any) -> None:
-    layers = importlib.import_module('hat_mm.layers')
-    if not any(isinstance(module, layers.Deployable) for module in runner.model.modules()):
-        raise UserError('--deploy: the model has no backbone or plugin of hat_mm')
-    runner.register_hook(importlib.import_module('hat_mm.engine.hooks').SwitchToDeployHook())
 
 
 def _set_memory_format(model: torch.nn.Module) -> None:
@@ -376,9 +298,8 @@ def _set_memory_format(model: torch.nn.Module) -> None:
     Its outputs stay contiguous. Those of necks and heads would not, and mmcv's RoI operators read
     any memory as if it were. HAT-Net computes channels last by itself.
     """
-    backbone = importlib.import_module('hat_mm.backbones').FasterViT
     for module in model.modules():
-        if isinstance(module, backbone) and next(module.parameters()).device.type == 'cpu':
+        if isinstance(module, hat_mm.FasterViT) and next(module.parameters()).device.type == 'cpu':
             module.to(memory_format=torch.channels_last)
 
 
@@ -387,40 +308,35 @@ def _accumulated(cfg: Any) -> int:
     return (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
 
 
-def _check_scaling(cfg: Any) -> None:
-    scaling = cfg.get('auto_scale_lr') or {}
-    if scaling.get('enable') and _accumulated(cfg) != 1:
-        raise UserError(
-            '--auto-scale-lr (auto_scale_lr.enable) does not count '
-            f'optim_wrapper.accumulative_counts={_accumulated(cfg)}: use one of them, and where '
-            'both are needed set optim_wrapper.optimizer.lr by hand'
+def _check_learning_rate(cfg: Any, runner: Any) -> None:
+    """Warn of a learning rate that is meant for another number of images a step."""
+    scaling, loader = cfg.get('auto_scale_lr') or {}, cfg.get('train_dataloader') or {}
+    base, images = scaling.get('base_batch_size'), loader.get('batch_size')
+    steps = _accumulated(cfg)
+    if scaling.get('enable') or None in (base, images):
+        return
+    found = runner.world_size * images * steps
+    if found != base:
+        runner.logger.warning(
+            f'the learning rate is meant for {base} images a step, this run takes {found} '
+            f'({runner.world_size} process(es) x {images} images x {steps} accumulated): '
+            '--auto-scale-lr scales it unless images are accumulated, '
+            'optim_wrapper.optimizer.lr sets it, train_dataloader.batch_size changes the images'
         )
 
 
-def _batch_warning(cfg: Any, processes: int) -> str | None:
-    """What to say of a learning rate that is meant for another number of images a step."""
-    scaling = cfg.get('auto_scale_lr') or {}
-    base, loader = scaling.get('base_batch_size'), cfg.get('train_dataloader')
-    if not base or scaling.get('enable') or not isinstance(loader, dict):
-        return None
-    images, steps = loader.get('batch_size'), _accumulated(cfg)
-    if images is None or processes * images * steps == base:
-        return None
-    accumulated = f' x {steps} accumulated' if steps != 1 else ''
-    scale = '' if steps != 1 else '--auto-scale-lr scales it, '
-    return (
-        f'the learning rate is meant for {base} images a step, this run takes '
-        f'{processes * images * steps} ({processes} process{"es" * (processes != 1)} x {images} '
-        f'images{accumulated}): {scale}optim_wrapper.optimizer.lr sets it, '
-        'train_dataloader.batch_size changes the number of images'
-    )
-
-
-def _versions(scope: str) -> str:
-    """Versions that mmengine's log leaves out; tools/misc/make_metafile_entry.py reads the line."""
-    names = [name for name in ('mmcv', scope) if name != 'mmengine']
-    modules = [hat_mm, *(importlib.import_module(name) for name in names)]
-    return ', '.join(f'{module.__name__} {module.__version__}' for module in modules)
+def _run(run: Callable[[], Any], loader: Any) -> Any:
+    """Run, and name the data folder where a file is not found because the folder is not there."""
+    try:
+        return run()
+    except FileNotFoundError as error:
+        root = _innermost_dataset(loader).get('data_root') if loader else None
+        if not root or os.path.isdir(root):
+            raise
+        raise UserError(
+            f'data folder {root!r} does not exist (docs/datasets.md says what belongs there and '
+            f'how to point data_root to another folder): {error}'
+        ) from error
 
 
 def train(argv: Sequence[str] | None = None) -> None:
@@ -430,34 +346,38 @@ def train(argv: Sequence[str] | None = None) -> None:
         argv: Arguments of the command line, by default the process's.
 
     Raises:
-        UserError: For whatever the user can put right; see :func:`run_tool` for the rest.
+        UserError: For what is wrong in the command line and can be put right.
     """
     args = train_parser().parse_args(argv)
-    cfg = _load_config(args)
-    toolbox = TOOLBOXES.get(cfg.default_scope, Toolbox())
-    if toolbox.loader_defaults:
-        _set_loader_defaults(cfg)
+    cfg, _ = _load_config(args)
     if args.amp:
         _set_amp(cfg)
+    scaling = cfg.get('auto_scale_lr') or {}
     if args.auto_scale_lr:
-        if not {'enable', 'base_batch_size'} <= set(cfg.get('auto_scale_lr') or ()):
+        if not {'enable', 'base_batch_size'} <= set(scaling):
             raise UserError(
                 '--auto-scale-lr needs auto_scale_lr=dict(enable=…, base_batch_size=…) in the '
                 'config'
             )
-        cfg.auto_scale_lr.enable = True
-    _check_scaling(cfg)
+        scaling.enable = True
+    if scaling.get('enable') and _accumulated(cfg) != 1:
+        raise UserError(
+            '--auto-scale-lr (auto_scale_lr.enable) does not count '
+            f'optim_wrapper.accumulative_counts={_accumulated(cfg)}: use one of them, and where '
+            'both are needed set optim_wrapper.optimizer.lr by hand'
+        )
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if cfg.get('load_from') is not None:
-        _check_checkpoint(cfg.load_from, 'checkpoint')
-    runner = _build_runner(cfg)
-    runner.logger.info(f'Software: {_versions(cfg.default_scope)}')
-    warning = _batch_warning(cfg, runner.world_size)
-    if warning:
-        runner.logger.warning(warning)
-    runner.train()
+        _check_checkpoint(cfg.load_from)
+    runner = compat.require('mmengine.registry').RUNNERS.build(cfg)
+    # mmengine's log leaves these out; tools/misc/make_metafile_entry.py reads the line.
+    modules = [hat_mm, *map(importlib.import_module, sorted({'mmcv', cfg.default_scope}))]
+    versions = ', '.join(f'{module.__name__} {module.__version__}' for module in modules)
+    runner.logger.info(f'Software: {versions}')
+    _check_learning_rate(cfg, runner)
+    _run(runner.train, cfg.get('train_dataloader'))
 
 
 def test(argv: Sequence[str] | None = None) -> dict:
@@ -470,123 +390,46 @@ def test(argv: Sequence[str] | None = None) -> dict:
         The metrics by name.
 
     Raises:
-        UserError: For whatever the user can put right; see :func:`run_tool` for the rest.
+        UserError: For what is wrong in the command line and can be put right.
     """
     parser = test_parser()
     args = parser.parse_args(argv)
     if args.out_item is not None and args.out is None:
         parser.error('--out-item needs --out')
-    _check_checkpoint(args.checkpoint, 'checkpoint')
-    cfg = _load_config(args)
-    toolbox = TOOLBOXES.get(cfg.default_scope, Toolbox())
+    _check_checkpoint(args.checkpoint)
+    cfg, toolbox = _load_config(args)
     cfg.load_from = args.checkpoint
     cfg.resume = False
-    if toolbox.loader_defaults:
-        _set_loader_defaults(cfg)
     if args.show or args.show_dir:
         _set_show(cfg, toolbox, args)
     if args.out is not None:
         _set_out(cfg, toolbox, args)
     if args.tta:
         _set_tta(cfg, toolbox)
-    if args.deploy:
+    if args.tta or args.deploy:
         _drop_averaging(cfg)
-    runner = _build_runner(cfg)
+    runner = compat.require('mmengine.registry').RUNNERS.build(cfg)
     if isinstance(runner.model, torch.nn.Module):  # FlexibleRunner has a config until it runs
         _set_memory_format(runner.model)
     if args.deploy:
-        _set_deploy(runner)
+        if not any(isinstance(module, Deployable) for module in runner.model.modules()):
+            raise UserError('--deploy: the model has no backbone or plugin of hat_mm')
+        runner.register_hook(hat_mm.SwitchToDeployHook())
     if args.out is not None and toolbox.dump is not None and args.out_item != 'metrics':
-        metrics = importlib.import_module('mmengine.registry').METRICS
-        dump = metrics.build(dict(type=toolbox.dump, out_file_path=args.out))
-        runner.test_evaluator.metrics.append(dump)
-    results = runner.test()
+        dump = dict(type=toolbox.dump, out_file_path=args.out)
+        metrics = compat.require('mmengine.registry').METRICS
+        runner.test_evaluator.metrics.append(metrics.build(dump))
+    results = _run(runner.test, cfg.test_dataloader)
     if args.out_item == 'metrics':
-        importlib.import_module('mmengine').dump(results, args.out)
+        compat.require('mmengine').dump(results, args.out)
     return results
 
 
-# --- errors --------------------------------------------------------------------------------------
-
-# While these functions run, an error that was raised on purpose is about the config or about a
-# checkpoint. The last one says what test time augmentation cannot do.
-_CONFIGURING = (
-    'build_from_cfg',
-    'load_checkpoint',
-    'load_or_resume',
-    'init_weights',
-    'merge_preds',
-)
-_CONFIGURING_PACKAGES = ('mmengine.', 'mmdet.models.test_time_augs')
-# Raised here with a text that names the file; others without a file name may be bugs.
-_NAMING_ERRORS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError)
-_CONFIG_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, AssertionError, ImportError)
-
-
-def _text(error: BaseException) -> str:
-    """The message of an exception in one line."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if 'Original Traceback' in text:  # raised in a worker process of a DataLoader
-        text = text.strip().splitlines()[-1]
-    return ' '.join(text.split())
-
-
-def _raised_on_purpose(error: BaseException) -> bool:
-    """Whether a ``raise`` or ``assert`` statement raised it, or a call that did not fit."""
-    tb = error.__traceback__
-    while tb is not None and tb.tb_next is not None:
-        tb = tb.tb_next
-    if tb is None:
-        return False
-    code = tb.tb_frame.f_code
-    return (
-        code.co_code[tb.tb_lasti] == dis.opmap['RAISE_VARARGS'] or code.co_name == 'build_from_cfg'
-    )
-
-
-def _name_hint(text: str) -> str:
-    """Point from a name that no registry knows to the class of hat_mm that may be meant."""
-    name, known, _ = text.partition(' is not in the ')
-    if not known:
-        return text
-    text = text.partition('. ')[0]
-    near = difflib.get_close_matches(name.rpartition('.')[2], hat_mm.__all__, n=1, cutoff=0.8)
-    return f"{text}; did you mean type='hat_mm.{near[0]}'?" if near else text
-
-
-def explain(error: BaseException) -> str | None:
-    """Say in one line what the user can put right; None if the error looks like a bug."""
-    if isinstance(error, UserError | compat.DependencyError | pickle.UnpicklingError):
-        return _text(error)
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    configuring = [
-        frame
-        for frame in frames
-        if frame.f_code.co_name in _CONFIGURING
-        and frame.f_globals.get('__name__', '').startswith(_CONFIGURING_PACKAGES)
-    ]
-    text = _name_hint(_text(error))
-    if isinstance(error, OSError):
-        if error.filename is None and not isinstance(error, _NAMING_ERRORS):
-            return None
-    elif not (
-        configuring and text and isinstance(error, _CONFIG_ERRORS) and _raised_on_purpose(error)
-    ):
-        return None
-    built = [frame for frame in configuring if frame.f_code.co_name == 'build_from_cfg']
-    if built:
-        settings = built[-1].f_locals
-        kind = settings.get('obj_type') or settings['cfg'].get('type')
-        text = f'{kind if isinstance(kind, str) else getattr(kind, "__name__", kind)}: {text}'
-        root = settings['cfg'].get('data_root')
-        if isinstance(root, str) and _is_local(root) and not os.path.isdir(root):
-            text = (
-                f'data folder {root!r} does not exist (data_root of {kind}; docs/datasets.md says '
-                f'what belongs there and how to point to another folder): {_text(error)}'
-            )
-        elif isinstance(root, str) and isinstance(error, FileNotFoundError):
-            text += f' (docs/datasets.md says what belongs into data_root {root!r})'
-    return text
+def explain(error: Exception) -> str | None:
+    """Say in one line what the user can put right; None of any other error."""
+    known = isinstance(error, UserError | compat.DependencyError | pickle.UnpicklingError)
+    names_its_file = isinstance(error, OSError) and error.filename is not None
+    return ' '.join(str(error).split()) if known or names_its_file else None
 
 
 def run_tool(tool: Callable[[], Any], name: str) -> int:
@@ -595,8 +438,7 @@ def run_tool(tool: Callable[[], Any], name: str) -> int:
     Where no GPU is in sight, the process keeps the memory that it frees, see
     :func:`hat_mm.tune_allocator`; nothing big may be allocated before.
 
-    What :func:`explain` can explain is printed to stderr as one line; ``HAT_MM_DEBUG=1`` shows the
-    traceback of that, too. Other exceptions pass through.
+    What :func:`explain` can explain is printed to stderr as one line; other exceptions pass.
 
     Args:
         tool: Called without arguments.
@@ -611,7 +453,7 @@ def run_tool(tool: Callable[[], Any], name: str) -> int:
         tool()
     except Exception as error:
         line = explain(error)
-        if line is None or os.environ.get('HAT_MM_DEBUG'):
+        if line is None:
             raise
         print(f'{name}: error: {line}', file=sys.stderr)
         return error.status if isinstance(error, UserError) else 1

@@ -1,19 +1,23 @@
 """Command lines, flags and errors of the tools, without training anything."""
 
-import multiprocessing
+import functools
+import json
+import logging
 import os
-import stat
+import re
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
-from mmengine.config import Config
+import torch
+from mmengine.registry import RUNNERS
 
-from hat_mm import compat
+from hat_mm import FasterViT
 from hat_mm.engine import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-TOY_CONFIG = str(ROOT / 'configs/toy/mask-rcnn_fastervit-tiny_fpn_shapes.py')
 
 
 @pytest.fixture
@@ -44,7 +48,6 @@ def assert_one_line(status, stderr, *parts, name='train.py', expected=1):
     [
         (cli.train_parser, ['c.py', '--cfg-options', 'novalue']),
         (cli.train_parser, ['c.py', '--cfg-options', '=1']),
-        (cli.train_parser, ['c.py', '--cfg-options', 'a=[(1,2]']),
         (cli.train_parser, ['c.py', '--launcher', 'ray']),
         (cli.train_parser, ['c.py', '--work-dri', 'x']),
         (cli.train_parser, []),
@@ -63,10 +66,10 @@ def test_command_line_of_train():
     parse = cli.train_parser().parse_args
     args = parse(
         ['c.py', '--work-dir', 'w', '--amp', '--auto-scale-lr', '--resume', 'a.pth',
-         '--launcher', 'slurm', '--cfg-options', 'a.b=1', 'c=[1,2]', 'd=(x,y)']
+         '--launcher', 'slurm', '--cfg-options', 'a.b=1', 'c=[1,2]', 'd=(x,y)', 'e=f=g']
     )  # fmt: skip
     assert (args.work_dir, args.amp, args.auto_scale_lr, args.resume) == ('w', True, True, 'a.pth')
-    assert args.cfg_options == {'a.b': 1, 'c': [1, 2], 'd': ('x', 'y')}
+    assert args.cfg_options == {'a.b': 1, 'c': [1, 2], 'd': ('x', 'y'), 'e': 'f=g'}
     assert parse(['c.py', '--resume']).resume == 'auto'
     assert parse(['c.py']).resume is None
     for flag in ('--local_rank', '--local-rank'):
@@ -98,11 +101,9 @@ def test_scripts_end_with_the_status_of_their_tool(run_python):
 @pytest.mark.parametrize(
     ('text', 'parts'),
     [
-        ('a = (', ['cannot be read', 'SyntaxError']),
-        ('a = undefined', ['cannot be read', 'NameError', 'undefined']),
+        ('a = (', ['cannot be read', 'syntax error']),
         ("_base_ = ['missing.py']", ['cannot be read', 'missing.py']),
         ("_base_ = ['mmdet::_base_/models/missing.py']", ['cannot be read', 'missing.py']),
-        ("custom_imports = dict(imports=['no_such_module'])", ['cannot be read', 'no_such_module']),
         ("default_scope = 'mmdet'", ["has no 'model'"]),
         ("model = dict(type='FasterRCNN')", ["has no 'default_scope'"]),
         ("model = dict(); default_scope = 'mmnowhere'", ['mmnowhere is not installed']),
@@ -117,229 +118,285 @@ def test_configs_that_cannot_be_used(text, parts, tool, tmp_path):
 
 
 def test_missing_toolbox_of_a_config(tool, tmp_path, monkeypatch):
-    has_module = compat._has_module
-    monkeypatch.setattr(compat, '_has_module', lambda name: name != 'mmseg' and has_module(name))
+    monkeypatch.setitem(sys.modules, 'mmseg', None)
     config = tmp_path / 'config.py'
     config.write_text("model = dict(type='EncoderDecoder')\ndefault_scope = 'mmseg'\n")
     status, stderr = tool(cli.train, config, '--work-dir', tmp_path / 'w')
     assert_one_line(status, stderr, 'mmseg is not installed', "pip install 'hat_mm[seg]'")
 
 
-@pytest.mark.parametrize('option', ['model.type.deeper=1', 'train_pipeline.99.type=x'])
-def test_options_that_do_not_fit(option, tool, tmp_path):
-    status, stderr = tool(cli.train, TOY_CONFIG, '--work-dir', tmp_path, '--cfg-options', option)
-    assert_one_line(status, stderr, '--cfg-options do not fit', expected=2)
+def test_errors_in_the_code_of_a_config_and_of_a_tool_keep_their_traceback(tool, tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text('a = undefined\n')
+    with pytest.raises(NameError, match='undefined'):
+        tool(cli.train, config)
+
+    def buggy(_):
+        raise OSError('a bug')
+
+    with pytest.raises(OSError, match='a bug'):
+        tool(buggy)
 
 
 @pytest.mark.parametrize('where', ['file', 'file/below', '/proc/hat_mm'])
-def test_work_dirs_that_cannot_be_written(where, tool, tmp_path):
+def test_work_dirs_that_cannot_be_written(where, run, tool, tmp_path):
     (tmp_path / 'file').write_text('')
-    status, stderr = tool(cli.train, TOY_CONFIG, '--work-dir', tmp_path / where)
+    status, stderr = tool(cli.train, run.config(), '--work-dir', tmp_path / where)
     assert_one_line(status, stderr, 'cannot write to work dir', where)
     assert (tmp_path / 'file').read_text() == ''
 
 
-def _as_nobody(folder, queue):
-    try:
-        if os.getuid() == 0:
-            os.setuid(65534)
-        cli._make_writable(folder, 'work dir')
-    except cli.UserError as error:
-        queue.put(str(error))
-    else:
-        queue.put(None)
+# --- what the runner is told ----------------------------------------------------------------------
+
+CONFIG = """
+default_scope = {scope!r}
+runner_type = 'RecordingRunner'
+model = dict(type='Model')
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1))
+auto_scale_lr = dict(enable=False, base_batch_size=16)
+train_dataloader = dict(
+    batch_size=8, num_workers=0, pin_memory=False, collate_fn=dict(type='mine'),
+    dataset=dict(type='Twice', dataset=dict(data_root='no/such/folder')),
+)
+test_dataloader = dict(
+    num_workers=2,
+    dataset=dict(pipeline=[dict(type='Load'), dict(type='Pack', key=1)]),
+)
+test_evaluator = dict(type='Metric')
+default_hooks = dict(visualization=dict(type='Hook'))
+visualizer = dict(type='Visualizer')
+{more}
+"""
 
 
-def test_work_dir_without_permission(tmp_path):
-    tmp_path.chmod(0o555)
-    for parent in tmp_path.parents[:3]:
-        parent.chmod(parent.stat().st_mode | stat.S_IXOTH | stat.S_IXGRP)
-    context = multiprocessing.get_context('fork')
-    queue = context.Queue()
-    process = context.Process(target=_as_nobody, args=(str(tmp_path), queue))
-    process.start()
-    message = queue.get(timeout=60)
-    process.join()
-    tmp_path.chmod(0o755)
-    assert message == f'cannot write to work dir {str(tmp_path)!r}: Permission denied'
+@RUNNERS.register_module()
+class RecordingRunner:
+    """Keeps its config, and calls a function instead of running."""
+
+    built: list = []
+    make_model = functools.partial(torch.nn.Conv2d, 1, 1, 1)
+    world_size = 1
+    running = staticmethod(lambda: {'accuracy': 0.5})
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.hooks = []
+        self.logger = logging.getLogger('recording')
+        self.model = self.make_model()
+        self.test_evaluator = types.SimpleNamespace(metrics=[])
+        self.register_hook = self.hooks.append
+        self.built.append(self)
+
+    from_cfg = classmethod(lambda cls, cfg: cls(cfg))
+
+    def train(self):
+        self.running()
+
+    def test(self):
+        return self.running()
 
 
-def test_missing_checkpoint(tool, tmp_path):
-    missing = tmp_path / 'no.pth'
-    status, stderr = tool(cli.test, TOY_CONFIG, missing, '--work-dir', tmp_path)
-    assert_one_line(status, stderr, f"checkpoint '{missing}' does not exist", name='test.py')
-    status, stderr = tool(cli.train, TOY_CONFIG, '--work-dir', tmp_path, '--resume', missing)
-    assert_one_line(status, stderr, f"checkpoint '{missing}' does not exist")
-
-
-def test_amp_needs_a_gpu(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr('mmengine.device.get_device', lambda: 'cpu')
-    status, stderr = tool(cli.train, TOY_CONFIG, '--work-dir', tmp_path, '--amp')
-    assert_one_line(status, stderr, '--amp needs a GPU')
-
-
-def test_out_of_mmdet_must_be_a_pickle(tool, tmp_path):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run a tool with a config of a toolbox; returns the runner that it has built."""
+    monkeypatch.setattr(RecordingRunner, 'built', [])
     checkpoint = tmp_path / 'a.pth'
     checkpoint.write_bytes(b'')
-    status, stderr = tool(
-        cli.test, TOY_CONFIG, checkpoint, '--work-dir', tmp_path, '--out', 'out.json'
-    )
-    assert_one_line(
-        status, stderr, "must end with .pkl or .pickle, got 'out.json'", name='test.py', expected=2
-    )
 
+    def config(scope='mmdet', more=''):
+        path = tmp_path / f'{scope}.py'
+        path.write_text(CONFIG.format(scope=scope, more=more))
+        return path
 
-# --- what is an error of the user, and what a bug -------------------------------------------------
+    def run(tool, *argv, **settings):
+        given = [checkpoint] if tool is cli.test else []
+        argv = [config(**settings), *given, '--work-dir', tmp_path / 'work', *argv]
+        tool([str(word) for word in argv])
+        [runner] = RecordingRunner.built
+        return runner
 
-
-def raised(error):
-    try:
-        raise error
-    except BaseException as caught:
-        return caught
-
-
-def test_a_bug_keeps_its_traceback():
-    for bug in (ValueError('x'), RuntimeError('x'), TypeError('x'), OSError('x'), KeyError('x')):
-        assert cli.explain(raised(bug)) is None
-
-    def tool():
-        raise ValueError('a bug')
-
-    with pytest.raises(ValueError, match='a bug'):
-        cli.run_tool(tool, 'train.py')
-
-
-def test_a_bug_while_building_keeps_its_traceback():
-    from mmengine.registry import Registry
-
-    registry = Registry('buggy')
-
-    @registry.register_module()
-    class Buggy:
-        def __init__(self, size):
-            self.size = len(size)
-
-    with pytest.raises(TypeError) as caught:
-        registry.build(dict(type='Buggy', size=3))
-    assert cli.explain(caught.value) is None
-    with pytest.raises(TypeError) as caught:
-        registry.build(dict(type='Buggy', sizes=3))
-    assert "unexpected keyword argument 'sizes'" in cli.explain(caught.value)
-
-
-def test_debugging_shows_the_traceback_of_user_errors(monkeypatch):
-    monkeypatch.setenv('HAT_MM_DEBUG', '1')
-
-    def tool():
-        raise cli.UserError('wrong')
-
-    with pytest.raises(cli.UserError):
-        cli.run_tool(tool, 'train.py')
-
-
-def test_errors_of_dataloader_workers_become_one_line():
-    error = raised(
-        FileNotFoundError(
-            'Caught FileNotFoundError in DataLoader worker process 0.\n'
-            'Original Traceback (most recent call last):\n  File "x", line 1\n'
-            "FileNotFoundError: [Errno 2] No such file or directory: 'a.png'\n"
-        )
-    )
-    line = cli.explain(error)
-    assert line == "FileNotFoundError: [Errno 2] No such file or directory: 'a.png'"
-
-
-# --- flags in each toolbox -----------------------------------------------------------------------
-
-
-def cfg_of(**settings):
-    return Config(
-        dict(
-            model=dict(type='Model'),
-            test_dataloader=dict(
-                num_workers=2,
-                dataset=dict(pipeline=[dict(type='Load'), dict(type='Pack', key=1)]),
-            ),
-            test_evaluator=dict(type='Metric'),
-            default_hooks=dict(visualization=dict(type='Hook')),
-            visualizer=dict(type='Visualizer'),
-            **settings,
-        )
-    )
-
-
-def test_args(*extra):
-    return cli.test_parser().parse_args(['c.py', 'a.pth', *extra])
-
-
-test_args.__test__ = False
+    run.config = config
+    return run
 
 
 @pytest.mark.parametrize(
-    ('toolbox', 'hook', 'save_dir'),
+    'option', ['model.type.deeper=1', 'test_dataloader.dataset.pipeline.9.a=1']
+)
+def test_options_that_do_not_fit(option, run, tool, tmp_path):
+    status, stderr = tool(cli.train, run.config(), '--work-dir', tmp_path, '--cfg-options', option)
+    assert_one_line(status, stderr, '--cfg-options do not fit', expected=2)
+
+
+def test_options_and_work_dir_reach_the_runner(run, tmp_path):
+    cfg = run(cli.train, '--cfg-options', 'model.depth=3', 'model.size=(1,2)').cfg
+    assert cfg.model == dict(type='Model', depth=3, size=(1, 2))
+    assert cfg.work_dir == str(tmp_path / 'work')
+    assert cfg.launcher == 'none'
+
+
+def test_the_work_dir_is_named_after_the_config(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.train([str(run.config())])
+    assert RecordingRunner.built[0].cfg.work_dir == './work_dirs/mmdet'
+
+
+def test_resume(run, tmp_path):
+    assert run(cli.train, '--resume').cfg.resume is True
+    assert RecordingRunner.built.pop().cfg.load_from is None
+    cfg = run(cli.train, '--resume', tmp_path / 'a.pth').cfg
+    assert (cfg.resume, cfg.load_from) == (True, str(tmp_path / 'a.pth'))
+
+
+def test_missing_checkpoint(run, tool, tmp_path):
+    missing = tmp_path / 'no.pth'
+    result = tool(cli.test, run.config(), missing, '--work-dir', tmp_path)
+    assert_one_line(*result, f"checkpoint '{missing}' does not exist", name='test.py')
+    for words in (['--resume', missing], ['--cfg-options', f'load_from={missing}']):
+        result = tool(cli.train, run.config(), '--work-dir', tmp_path, *words)
+        assert_one_line(*result, f"checkpoint '{missing}' does not exist")
+    assert RecordingRunner.built == []
+
+
+def test_amp(run):
+    wrapper = run(cli.train, '--amp').cfg.optim_wrapper
+    assert (wrapper.type, wrapper.loss_scale) == ('AmpOptimWrapper', 'dynamic')
+    with pytest.raises(cli.UserError, match="but the config has 'Other'"):
+        run(cli.train, '--amp', '--cfg-options', 'optim_wrapper.type=Other')
+
+
+def test_scaling_of_the_learning_rate(run):
+    assert run(cli.train, '--auto-scale-lr').cfg.auto_scale_lr.enable is True
+    with pytest.raises(cli.UserError, match='--auto-scale-lr needs auto_scale_lr='):
+        run(cli.train, '--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None')
+    # mmengine's scaling would count the images of one forward pass only.
+    with pytest.raises(cli.UserError, match=r'does not count optim_wrapper.accumulative_counts=4'):
+        run(cli.train, '--auto-scale-lr', '--cfg-options', 'optim_wrapper.accumulative_counts=4')
+
+
+@pytest.mark.parametrize(
+    ('option', 'processes', 'told'),
+    [
+        ('a=1', 2, None),
+        ('a=1', 1, 'this run takes 8 (1 process(es) x 8 images x 1 accumulated)'),
+        ('optim_wrapper.accumulative_counts=2', 1, None),
+        ('optim_wrapper.accumulative_counts=3', 2, 'this run takes 48 (2 process(es) x 8 images'),
+        ('auto_scale_lr.enable=True', 1, None),
+        ('auto_scale_lr=None', 1, None),
+        ('train_dataloader=None', 1, None),  # mmengine says what is missing
+        ('optim_wrapper=None', 1, 'this run takes 8'),
+    ],
+)
+def test_which_batches_are_warned_of(option, processes, told, run, monkeypatch, caplog):
+    monkeypatch.setattr(RecordingRunner, 'world_size', processes)
+    run(cli.train, '--cfg-options', option)
+    warnings = [r.getMessage() for r in caplog.records if r.name == 'recording']
+    assert len(warnings) == (told is not None)
+    assert all(told in warning for warning in warnings)
+
+
+def test_the_log_names_the_software(run, caplog):
+    caplog.set_level(logging.INFO)
+    run(cli.train)
+    [line] = [r.getMessage() for r in caplog.records if 'Software' in r.getMessage()]
+    assert re.fullmatch(r'Software: hat_mm \S+, mmcv \S+, mmdet \S+', line)
+
+
+def test_a_missing_data_folder_is_named_where_a_file_is_not_found(run, monkeypatch):
+    def running():
+        Path('no/such/folder/a.json').read_text()
+
+    monkeypatch.setattr(RecordingRunner, 'running', staticmethod(running))
+    with pytest.raises(cli.UserError, match=r"data folder 'no/such/folder' does not exist .*docs/"):
+        run(cli.train)
+    with pytest.raises(FileNotFoundError):  # its data sets have no folder
+        run(cli.test)
+
+
+def test_loader_defaults_of_mmpretrain_leave_what_is_set(run):
+    cfg = run(cli.train, scope='mmpretrain').cfg
+    assert cfg.test_dataloader.collate_fn == dict(type='default_collate')
+    assert cfg.test_dataloader.persistent_workers is True
+    assert cfg.train_dataloader.persistent_workers is False
+    assert cfg.train_dataloader.pin_memory is False
+    assert cfg.train_dataloader.collate_fn == dict(type='mine')
+
+
+@pytest.mark.parametrize(
+    ('scope', 'hook', 'save_dir'),
     [
         ('mmdet', dict(draw=True, show=True, wait_time=1.0, test_out_dir='s'), None),
         ('mmseg', dict(draw=True, show=True, wait_time=1.0), 's'),
         ('mmpretrain', dict(enable=True, show=True, wait_time=1.0, out_dir='s'), None),
     ],
 )
-def test_show(toolbox, hook, save_dir):
-    cfg = cfg_of()
-    args = test_args('--show', '--show-dir', 's', '--wait-time', '1')
-    cli._set_show(cfg, cli.TOOLBOXES[toolbox], args)
+def test_show(scope, hook, save_dir, run):
+    cfg = run(cli.test, '--show', '--show-dir', 's', '--wait-time', '1', scope=scope).cfg
     assert cfg.default_hooks.visualization == dict(type='Hook', **hook)
     assert cfg.visualizer.get('save_dir') == save_dir
 
 
-def test_show_needs_a_hook():
-    cfg = cfg_of()
-    cfg.default_hooks = {}
+def test_show_needs_a_hook(run):
     with pytest.raises(cli.UserError, match='visualization hook'):
-        cli._set_show(cfg, cli.TOOLBOXES['mmdet'], test_args('--show'))
+        run(cli.test, '--show', more='default_hooks = dict()')
 
 
-@pytest.mark.parametrize('toolbox', ['mmdet', 'mmpretrain'])
-def test_default_tta_flips(toolbox):
-    cfg = cfg_of()
-    cli._set_tta(cfg, cli.TOOLBOXES[toolbox])
-    assert cfg.model.type == cli.TOOLBOXES[toolbox].tta_model['type']
+@pytest.mark.parametrize('scope', ['mmdet', 'mmpretrain'])
+def test_default_tta_flips(scope, run):
+    cfg = run(cli.test, '--tta', scope=scope).cfg
+    assert cfg.model.type == cli.TOOLBOXES[scope].tta_model['type']
     assert cfg.model.module == dict(type='Model')
     *rest, tta = cfg.test_dataloader.dataset.pipeline
     assert rest == [dict(type='Load')]
     flips, [pack] = tta['transforms']
     assert [flip['prob'] for flip in flips] == [1.0, 0.0]
-    assert pack['type'] == ('PackDetInputs' if toolbox == 'mmdet' else 'Pack')
+    assert pack['type'] == ('PackDetInputs' if scope == 'mmdet' else 'Pack')
 
 
-def test_tta_of_the_config_comes_first():
-    cfg = cfg_of(tta_model=dict(type='Mine'), tta_pipeline=[dict(type='MyPipeline')])
-    cli._set_tta(cfg, cli.TOOLBOXES['mmseg'])
+def test_tta_of_the_config_comes_first(run):
+    more = "tta_model = dict(type='Mine'); tta_pipeline = [dict(type='MyPipeline')]"
+    cfg = run(cli.test, '--tta', scope='mmseg', more=more).cfg
     assert cfg.model == dict(type='Mine', module=dict(type='Model'))
     assert cfg.test_dataloader.dataset.pipeline == [dict(type='MyPipeline')]
 
 
-@pytest.mark.parametrize('settings', [{}, dict(tta_model=dict(type='Mine'))])
-def test_mmseg_has_no_default_tta(settings):
+@pytest.mark.parametrize('more', ['', "tta_model = dict(type='Mine')"])
+def test_mmseg_has_no_default_tta(more, run):
     with pytest.raises(cli.UserError, match='--tta needs'):
-        cli._set_tta(cfg_of(**settings), cli.TOOLBOXES['mmseg'])
+        run(cli.test, '--tta', scope='mmseg', more=more)
 
 
-def test_out_of_mmseg_is_a_folder(tmp_path):
-    cfg = cfg_of()
+def test_out(run, tool, tmp_path):
     out = str(tmp_path / 'maps')
-    cli._set_out(cfg, cli.TOOLBOXES['mmseg'], test_args('--out', out))
+    cfg = run(cli.test, '--out', out, scope='mmseg').cfg
     assert cfg.test_evaluator == dict(type='Metric', output_dir=out, keep_results=True)
+    RecordingRunner.built.clear()
+    [dump] = run(cli.test, '--out', tmp_path / 'folder/out.pkl').test_evaluator.metrics
+    assert dump.out_file_path == str(tmp_path / 'folder/out.pkl')
+    RecordingRunner.built.clear()
+    out = tmp_path / 'metrics.json'
+    runner = run(cli.test, '--out', out, '--out-item', 'metrics', scope='mmpretrain')
+    assert runner.test_evaluator.metrics == []
+    assert json.loads(out.read_text()) == {'accuracy': 0.5}
+    result = tool(
+        cli.test, run.config(), tmp_path / 'a.pth', '--work-dir', tmp_path, '--out', 'out.json'
+    )
+    part = "must end with .pkl or .pickle, got 'out.json'"
+    assert_one_line(*result, part, name='test.py', expected=2)
 
 
-def test_loader_defaults_of_mmpretrain_leave_what_is_set():
-    cfg = cfg_of()
-    cfg.val_dataloader = dict(num_workers=0, pin_memory=False, collate_fn=dict(type='mine'))
-    cli._set_loader_defaults(cfg)
-    assert cfg.test_dataloader.collate_fn == dict(type='default_collate')
-    assert cfg.test_dataloader.persistent_workers is True
-    assert cfg.val_dataloader.persistent_workers is False
-    assert cfg.val_dataloader.collate_fn == dict(type='mine')
+def test_deploy(run, monkeypatch):
+    with pytest.raises(cli.UserError, match='--deploy: the model has no backbone'):
+        run(cli.test, '--deploy')
+    RecordingRunner.built.clear()
+    tiny = dict(
+        embed_dims=16, stem_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 4), window_size=2,
+        carriers=(2,),
+    )  # fmt: skip
+    monkeypatch.setattr(RecordingRunner, 'make_model', functools.partial(FasterViT, tiny))
+    more = "custom_hooks = [dict(type='EMAHook'), dict(type='Other')]"
+    runner = run(cli.test, '--deploy', more=more)
+    assert [type(hook).__name__ for hook in runner.hooks] == ['SwitchToDeployHook']
+    assert [hook.type for hook in runner.cfg.custom_hooks] == ['Other']
 
 
 # --- launchers ------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-import hat_mm.backbones
 from hat_mm.engine import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +96,7 @@ model = dict(
 test_evaluator = dict(type='Accuracy', topk=1)
 default_hooks = dict(visualization=dict(type='VisualizationHook'))
 visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
+custom_hooks = [dict(type='EMAHook', momentum=0.5)]
 """
 
 pytestmark = pytest.mark.usefixtures('plain_dumps')
@@ -152,40 +152,26 @@ def test_mmseg_tta(segmentor, tmp_path):
     assert 'mIoU' in cli.test([*segmentor, '--work-dir', str(tmp_path), '--tta'])
 
 
-def test_mmpretrain_dumps_predictions(classifier, tmp_path):
+def test_mmseg_deploy_predicts_the_same(segmentor, forms, tmp_path):
+    config, checkpoint = segmentor
     out = tmp_path / 'out.pkl'
-    metrics = cli.test(
-        [*classifier, '--work-dir', str(tmp_path), '--out', str(out), '--show-dir',
-         str(tmp_path / 'painted')]
-    )  # fmt: skip
-    assert 'accuracy/top1' in metrics
-    assert len(pickle.loads(out.read_bytes())) == 4
-    assert list((tmp_path / 'painted').rglob('*.png'))
+    path = tmp_path / 'dumping.py'
+    dump = f"dict(type='DumpResults', out_file_path={str(out)!r})"
+    path.write_text(Path(config).read_text() + f'test_evaluator = [test_evaluator, {dump}]\n')
+
+    def logits(*flags):
+        cli.test([str(path), checkpoint, '--work-dir', str(tmp_path / 'run'), *flags])
+        return torch.stack(
+            [sample['seg_logits']['data'] for sample in pickle.loads(out.read_bytes())]
+        )
+
+    plain, deployed = logits(), logits('--deploy')
+    assert forms == [False, False, True, True]
+    assert plain.std() > 1e-2
+    torch.testing.assert_close(deployed, plain, rtol=0, atol=1e-5)
 
 
-def test_mmpretrain_dumps_metrics_and_flips(classifier, tmp_path):
-    out = tmp_path / 'metrics.json'
-    metrics = cli.test(
-        [*classifier, '--work-dir', str(tmp_path), '--out', str(out), '--out-item', 'metrics',
-         '--tta']
-    )  # fmt: skip
-    assert json.loads(out.read_text()) == pytest.approx(metrics)
-
-
-def test_tta_of_averaged_weights(classifier, images, tmp_path):
-    """A config with an average of the weights is tested with the average, flipped or not."""
-    config, _ = classifier
-    average = "[dict(type='EMAHook',momentum=0.5)]"
-    text = Path(config).read_text() + f'custom_hooks = {average}\n'
-    path = tmp_path / 'averaged.py'
-    path.write_text(text)
-    work_dir = ['--work-dir', str(tmp_path)]
-    cli.train([str(path), *work_dir])
-    checkpoint = str(tmp_path / 'epoch_1.pth')
-    assert 'accuracy/top1' in cli.test([str(path), checkpoint, *work_dir, '--tta'])
-
-
-# --- the deploy form ------------------------------------------------------------------------------
+# --- classification: the model's weights are an average -------------------------------------------
 
 
 def scores(config, checkpoint, folder, *flags) -> np.ndarray:
@@ -196,115 +182,56 @@ def scores(config, checkpoint, folder, *flags) -> np.ndarray:
     return np.stack([prediction['pred_score'] for prediction in pickle.loads(out.read_bytes())])
 
 
-def test_deploy_predicts_the_same(classifier, forms, tmp_path):
-    plain = scores(*classifier, tmp_path)
-    assert forms == [False, False]
-    deployed = scores(*classifier, tmp_path, '--deploy')
-    assert forms == [False, False, True, True]
-    assert np.abs(deployed - plain).max() <= 1e-5
-
-
-def test_mmseg_deploy_predicts_the_same(segmentor, forms, tmp_path):
-    config, checkpoint = segmentor
-    out = tmp_path / 'out.pkl'
-    path = tmp_path / 'dumping.py'
-    dump = f"dict(type='DumpResults', out_file_path={str(out)!r})"
-    path.write_text(Path(config).read_text() + f'test_evaluator = [test_evaluator, {dump}]\n')
-
-    balanced = tmp_path / 'balanced.pth'
-
-    def tested(checkpoint, *flags):
-        work_dir = str(tmp_path / 'run')
-        metrics = cli.test([str(path), str(checkpoint), '--work-dir', work_dir, *flags])
-        logits = [sample['seg_logits']['data'] for sample in pickle.loads(out.read_bytes())]
-        return metrics, torch.stack(logits)
-
-    # Two steps of training find one class only: mIoU is of worth where both are found.
-    _, logits = tested(checkpoint)
-    content = torch.load(checkpoint, weights_only=True)
-    bias = content['state_dict']['decode_head.conv_seg.bias']
-    bias[1] -= (logits[:, 1] - logits[:, 0]).mean()
-    torch.save(content, balanced)
-    metrics, logits = tested(balanced)
-    assert metrics['mIoU'] > 1
-    assert 0.4 < logits.argmax(dim=1).float().mean() < 0.6
-    assert forms == [False] * 4
-
-    forms.clear()
-    deployed_metrics, deployed_logits = tested(balanced, '--deploy')
-    assert forms == [True] * 2
-    assert deployed_metrics == pytest.approx(metrics, abs=0.1)  # percent: 16 of 16384 pixels
-    torch.testing.assert_close(deployed_logits, logits, rtol=0, atol=1e-5)
-
-
 @pytest.fixture(scope='module')
-def averaged(classifier, tmp_path_factory):
-    """Checkpoint as EMAHook saves it, and what is predicted with its two sets of weights."""
-    folder = tmp_path_factory.mktemp('averaged')
+def plain_scores(classifier, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('plain')
+    found = scores(*classifier, folder, '--show-dir', str(folder / 'painted'))
+    assert list((folder / 'painted').rglob('*.png'))
+    return found
+
+
+def test_mmpretrain_dumps_metrics_and_flips(classifier, tmp_path):
+    out = tmp_path / 'metrics.json'
+    metrics = cli.test(
+        [*classifier, '--work-dir', str(tmp_path), '--out', str(out), '--out-item', 'metrics',
+         '--tta']
+    )  # fmt: skip
+    assert 'accuracy/top1' in metrics
+    assert json.loads(out.read_text()) == pytest.approx(metrics)
+
+
+def test_deploy_predicts_the_same(classifier, plain_scores, forms, tmp_path):
+    deployed = scores(*classifier, tmp_path, '--deploy')
+    assert forms == [True, True]
+    assert deployed.shape == (4, 2)
+    assert np.abs(deployed - plain_scores).max() <= 1e-5
+
+
+def test_deploy_and_tta_keep_to_the_weights_of_the_hook(classifier, plain_scores, tmp_path):
     config, checkpoint = classifier
     average = torch.load(checkpoint, weights_only=True)['state_dict']
     raw = {k: v * 1.5 if k.endswith(('weight', 'bias')) else v for k, v in average.items()}
     others = {f'module.{key}': value for key, value in raw.items()}
     others['steps'] = torch.tensor(2)
-    torch.save({'state_dict': average, 'ema_state_dict': others}, folder / 'both.pth')
-    torch.save({'state_dict': raw}, folder / 'raw.pth')
-    predicted = {
-        (name, *flags): scores(config, path, folder, *flags)
-        for name, path in (('average', checkpoint), ('raw', folder / 'raw.pth'))
-        for flags in ((), ('--tta',))
-    }
-    return folder / 'both.pth', predicted
-
-
-@pytest.mark.parametrize(
-    ('settings', 'weights'),
-    [
-        ("type='EMAHook', strict_load=True", 'average'),
-        ("type='EMAHook', evaluate_on_ema=False", 'raw'),
-        ("type='mmengine.EMAHook', strict_load=True", 'average'),
-    ],
-)
-def test_deploy_and_tta_keep_to_the_weights_of_the_hook(
-    settings, weights, classifier, averaged, tmp_path
-):
-    checkpoint, predicted = averaged
-    assert np.abs(predicted['raw',] - predicted['average',]).max() > 1e-2
-    path = tmp_path / 'averaged.py'
-    path.write_text(Path(classifier[0]).read_text() + f'custom_hooks = [dict({settings})]\n')
-    for flags, expected in (
-        ((), predicted[weights,]),
-        (('--deploy',), predicted[weights,]),
-        (('--tta',), predicted[weights, '--tta']),
-        (('--tta', '--deploy'), predicted[weights, '--tta']),
+    both, raw_alone, no_hook = tmp_path / 'both.pth', tmp_path / 'raw.pth', tmp_path / 'plain.py'
+    torch.save({'state_dict': average, 'ema_state_dict': others}, both)
+    torch.save({'state_dict': raw}, raw_alone)
+    no_hook.write_text(Path(config).read_text() + 'custom_hooks = []\n')
+    raw_scores = scores(no_hook, raw_alone, tmp_path)
+    assert np.abs(raw_scores - plain_scores).max() > 1e-2
+    flipped = scores(no_hook, checkpoint, tmp_path, '--tta')
+    for settings, flags, expected in (
+        ("type='mmengine.EMAHook', strict_load=True", ['--deploy'], plain_scores),
+        ("type='EMAHook', strict_load=True", ['--tta', '--deploy'], flipped),
+        ("type='EMAHook', evaluate_on_ema=False", ['--deploy'], raw_scores),
     ):
-        found = scores(path, checkpoint, tmp_path, *flags)
-        assert np.abs(found - expected).max() <= 1e-5, flags
+        path = tmp_path / 'averaged.py'
+        path.write_text(Path(config).read_text() + f'custom_hooks = [dict({settings})]\n')
+        found = scores(path, both, tmp_path, *flags)
+        assert np.abs(found - expected).max() <= 1e-5, settings
 
 
-def test_deploy_folds_the_loaded_weights(classifier, tmp_path, monkeypatch):
-    switched = []
-    switch = hat_mm.backbones.FasterViT.switch_to_deploy
-
-    def spy(backbone):
-        switched.append(next(iter(backbone.state_dict().values())).clone())
-        switch(backbone)
-
-    monkeypatch.setattr(hat_mm.backbones.FasterViT, 'switch_to_deploy', spy)
-    cli.test([*classifier, '--work-dir', str(tmp_path), '--deploy'])
-    saved = torch.load(classifier[1], weights_only=True)['state_dict']
-    assert len(switched) == 1
-    assert torch.equal(switched[0], next(v for k, v in saved.items() if k.startswith('backbone.')))
-
-
-def test_deploy_needs_something_of_ours(classifier, tmp_path):
-    config, checkpoint, *rest = classifier
-    path = tmp_path / 'resnet.py'
-    path.write_text(
-        Path(config).read_text()
-        + "model['backbone'] = dict(type='ResNet', depth=18)\nmodel['head']['in_channels'] = 512\n"
-    )
-    with pytest.raises(cli.UserError, match='--deploy: the model has no backbone'):
-        cli.test([str(path), checkpoint, *rest, '--work-dir', str(tmp_path), '--deploy'])
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -322,10 +249,3 @@ def test_missing_data_name_the_page_that_helps(config, folder, tmp_path, monkeyp
     [line] = [line for line in capsys.readouterr().err.splitlines() if 'error: ' in line]
     assert f"data folder '{folder}' does not exist" in line
     assert 'docs/datasets.md says what belongs there' in line
-
-
-def test_mmpretrain_builds_the_backbone_by_name():
-    from mmpretrain.registry import MODELS
-
-    model = MODELS.build(dict(type='hat_mm.FasterViT', arch=TINY))
-    assert type(model).__name__ == 'FasterViT'

@@ -9,47 +9,30 @@ commands:
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
-from typing import Any
 
 import attention
-import measuring
 import models
 import report
 
 from hat_mm.engine.cli import run_tool
 
-COMMANDS = {'models': models.main, 'attention': attention.main, 'report': report.main}
 
-
-def answer(job: dict[str, Any]) -> None:
-    """Does what this process was started for."""
-    measured = attention if 'form' in job else models
-    if job.get('mode', '').endswith('memory'):
-        measuring.answer(measured.memory_of_job(job))
-    else:
-        measuring.answer_times(measured.work_of(job), job['device'])
-
-
-def main() -> None:
-    """Runs a command, or a job of one."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter('ignore')  # of the toolboxes
-    job = measuring.job()
-    if job is not None:
-        answer(job)
-        return
-    parser = argparse.ArgumentParser(
-        prog='benchmark',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument('command', choices=COMMANDS)
-    parser.add_argument('arguments', nargs=argparse.REMAINDER, help='COMMAND --help lists them')
-    args = parser.parse_args()
-    COMMANDS[args.command](args.arguments)
+def main(argv: list[str] | None = None) -> None:
+    """Runs a command."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser('benchmark', description=__doc__, formatter_class=style)
+    commands = parser.add_subparsers(metavar='COMMAND', required=True)
+    for name, description, add_arguments, run in (
+        ('models', models.DESCRIPTION, models.add_models_arguments, models.run),
+        ('attention', attention.__doc__, models.add_attention_arguments, models.run_attention),
+        ('report', report.__doc__, report.add_arguments, report.run),
+    ):
+        command = commands.add_parser(name, description=description, formatter_class=style)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    args = parser.parse_args(argv)
+    args.run(args)
 
 
 if __name__ == '__main__':

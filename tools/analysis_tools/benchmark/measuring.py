@@ -1,43 +1,27 @@
-"""What is measured with: seconds in turns, memory in fresh processes."""
+"""What is measured with: seconds and memory, in processes of their own."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import json
-import math
-import os
+import logging
+import multiprocessing
+import re
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.benchmark import Timer, timer
 
-from hat_mm.engine.allocator import tune_allocator
 from hat_mm.engine.cli import UserError
-
-PROGRAM = Path(__file__).parent
-"""What is started to measure in a process of its own; it asks :func:`job`."""
-JOB = 'HAT_MM_MEASURING_JOB'
-"""Environment variable by which a fresh process is told what to measure, in JSON."""
-_RESULT = 'HAT_MM_MEASURING_RESULT '  # starts the line with its answer
-
-PRECISIONS = {
-    'float32': torch.float32,
-    'tf32': torch.float32,
-    'bf16': torch.bfloat16,
-    'fp16': torch.float16,
-}
-"""Names of what products are computed in, and the type of their factors."""
+from hat_mm.engine.environment import tune
 
 
 @dataclass(frozen=True)
@@ -61,311 +45,182 @@ class Work:
             result.backward()
 
 
+def one_line(error: BaseException) -> str:
+    """An error as a cell of a table."""
+    text = ' '.join(str(error).split()) or 'no message'
+    return f'{type(error).__name__}: {text}'[:200]
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+class Worker(AbstractContextManager):
+    """A fresh process that measures; it ends with the ``with`` block.
+
+    How fast the system hands out memory depends on all that a process has done before, so on a CPU
+    each candidate has one.
+
+    Args:
+        device: ``'cpu'`` or ``'cuda'``.
+        tuned: Whether a process that measures on a CPU keeps the memory that it frees, unless the
+            user's environment says otherwise.
+
+    Attributes:
+        allocator: How the process gets its memory, in words; None on a GPU.
+    """
+
+    def __init__(self, device: str, tuned: bool) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn'))
+        self.allocator: str | None = self.run(_begin, device, tuned)
+
+    def run(self, function: Callable, *arguments: Any) -> Any:
+        """Calls a function in the process.
+
+        Raises:
+            UserError: It failed, or the process was killed.
+        """
+        try:
+            return self._pool.submit(_call, function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError('the process was killed: out of memory?') from error
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _begin(device: str, tuned: bool) -> str | None:
+    logging.disable(logging.WARNING)
+    warnings.simplefilter('ignore')  # of the toolboxes
+    if device == 'cuda':
+        torch.backends.cudnn.benchmark = True
+        return None
+    return tune() if tuned else 'default'
+
+
+def _call(function: Callable, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except Exception as error:  # not every exception can be sent to another process
+        raise UserError(one_line(error)) from error
+
+
 # --- time -----------------------------------------------------------------------------------------
 
-
-def synchronize(device: str) -> None:
-    """Waits until the device has done what it was given."""
-    if device == 'cuda':
-        torch.cuda.synchronize()
+_timers: dict[str, Timer] = {}
+"""In a process that measures, what it times."""
 
 
-def seconds_of(work: Work, device: str) -> float:
-    """Seconds that one run takes."""
-    work.reset()
-    synchronize(device)
-    start = time.perf_counter()
-    work.run()
-    synchronize(device)
-    return time.perf_counter() - start
+def add_timer(name: str, prepare: Callable[..., Work], *arguments: Any) -> float:
+    """Prepares what :func:`turn` times.
 
-
-def turn(work: Work, device: str) -> float:
-    """Seconds that one run takes, the median of as many as fill a fifth of a second.
-
-    After a pause, or after another process, the first runs of something short take twice as long.
+    Returns:
+        Seconds of a first run, which compiles what has to be compiled.
     """
-    seconds = [seconds_of(work, device)]
-    while sum(seconds) < 0.2:
-        seconds.append(seconds_of(work, device))
-    return statistics.median(seconds)
+    work = prepare(*arguments)
+    _timers[name] = Timer(
+        'work.run()', 'work.reset()', globals={'work': work}, num_threads=torch.get_num_threads()
+    )
+    work.reset()
+    start = timer()
+    work.run()
+    return timer() - start
+
+
+def turn(name: str) -> float:
+    """Seconds that one run takes: the median of as many as fill a fifth of a second.
+
+    A run before them does not count: after a pause, or after another process, it takes longer.
+    """
+    return _timers[name].blocked_autorange(min_run_time=0.2).median
 
 
 def time_in_turns(
-    timers: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1
+    timers: Mapping[str, Callable[[], float]], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Times several things in turns, so that whatever slows the machine slows them alike.
 
     Args:
         timers: By name, what does the thing once and returns the seconds that it took.
-        rounds: Timed turns of each.
-        warm_up: Rounds before those that count.
+        rounds: Turns of each.
 
     Returns:
         By name the seconds of each turn, and what ended those that failed in one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     failed: dict[str, Exception] = {}
-    for _ in range(warm_up + rounds):
+    for _ in range(rounds):
         for name in [*seconds]:
             try:
                 seconds[name].append(timers[name]())
             except Exception as error:  # the others can still be measured
                 failed[name] = error
                 del seconds[name]
-    return {name: values[warm_up:] for name, values in seconds.items()}, failed
-
-
-def set_tf32(allowed: bool) -> None:
-    """Whether float32 products on a GPU may round their factors to 10 bits of mantissa."""
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
-
-
-def product_side(precision: str, device: str) -> int:
-    """Side of the matrices of :func:`product`: as large as shows what the machine can do."""
-    if device == 'cuda':
-        return 8192
-    # Processors without units for half precision take minutes for more.
-    return 2048 if PRECISIONS[precision] == torch.float32 else 512
-
-
-def product(precision: str, device: str) -> Work:
-    """A product of square matrices.
-
-    Args:
-        precision: Key of :data:`PRECISIONS`.
-        device: ``'cpu'`` or ``'cuda'``.
-    """
-    side = product_side(precision, device)
-    matrix = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
-    matrix = matrix.to(device, PRECISIONS[precision])
-
-    def forward() -> torch.Tensor:
-        with torch.inference_mode():
-            return matrix @ matrix
-
-    return Work(forward, reset=lambda: set_tf32(precision == 'tf32'))
-
-
-def median(values: Sequence[float] | None) -> float | None:
-    """The median; None of nothing."""
-    return statistics.median(values) if values else None
-
-
-def fit_exponent(xs: Sequence[float], ys: Sequence[float]) -> float | None:
-    """The e of ``y = c * x ** e`` by least squares of the logarithms.
-
-    Returns:
-        None if there are fewer than three different ``xs``, or one of ``ys`` is not positive.
-    """
-    if len(set(xs)) < 3 or min(ys) <= 0:
-        return None
-    return statistics.linear_regression([*map(math.log, xs)], [*map(math.log, ys)]).slope
+    return seconds, failed
 
 
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def _status(field: str) -> int:
-    """A size in bytes from ``/proc/self/status``."""
+def _resident(field: str) -> int:
+    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at the peak."""
     path = Path('/proc/self/status')
-    for line in path.read_text().splitlines() if path.exists() else ():
-        if line.startswith(f'{field}:'):
-            return int(line.split()[1]) * 1024
-    raise UserError(f'/proc/self/status has no {field}: memory can be measured on Linux only')
+    found = re.search(rf'^{field}:\s*(\d+)', path.read_text() if path.exists() else '', re.M)
+    if found is None:
+        raise UserError(f'{path} has no {field}: memory can be measured on Linux only')
+    return int(found[1]) * 1024
 
 
-def _return_free_memory() -> None:
-    """Gives memory that is free inside this process back, so that it does not count as taken."""
+def _used(device: str) -> int:
+    """Bytes in use, without those that are free inside this process."""
     gc.collect()
+    if device == 'cuda':
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
     if trim is not None:  # the C library is glibc
         trim(0)
+    return _resident('VmRSS')
 
 
-def warm_libraries(training: bool) -> None:
-    """Makes torch and its libraries allocate what they do once, on the CPU."""
-    layers = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3),
-        torch.nn.BatchNorm2d(8),
-        torch.nn.GELU(),
-        torch.nn.Flatten(2),
-        torch.nn.LayerNorm(16),
-        torch.nn.Linear(16, 16),
-    )
-    x = layers(torch.ones(1, 3, 6, 6))[:, None]
-    loss = torch.nn.functional.scaled_dot_product_attention(x, x, x).softmax(-1).sum()
-    if training:
-        loss.backward()
-        # Its first call imports modules.
-        checkpoint(torch.nn.Identity(), x.detach().requires_grad_(), use_reentrant=False)
-
-
-def peak_memory(work: Work, device: str) -> dict[str, int | None]:
+def peak_memory(device: str, prepare: Callable[..., Work], *arguments: Any) -> dict[str, Any]:
     """Measures memory beyond what is in use before, which holds weights and input.
 
     On the CPU this is the resident set, so it has to be the first large thing that a process does.
 
-    Args:
-        work: What to run once.
-        device: ``'cpu'`` or ``'cuda'``.
-
     Returns:
         Bytes: ``peak`` and, if training, ``held`` between the forward and the backward pass.
     """
-    cuda = device == 'cuda'
-
-    def used() -> int:
-        synchronize(device)
-        _return_free_memory()
-        return torch.cuda.memory_allocated() if cuda else _status('VmRSS')
-
+    work = prepare(*arguments)
+    work.run()  # what libraries allocate once is no part of a pass
     work.reset()
-    before = used()
-    if cuda:
+    before = _used(device)
+    if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     else:
         Path('/proc/self/clear_refs').write_text('5')  # resets the peak
     result = work.forward()
     held = None
     if work.training:
-        held = used() - before
+        held = _used(device) - before
         result.backward()
-    synchronize(device)
-    peak = torch.cuda.max_memory_allocated() if cuda else _status('VmHWM')
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() if device == 'cuda' else _resident('VmHWM')
     return {'peak': peak - before, 'held': held}
 
 
-# --- fresh processes ------------------------------------------------------------------------------
-
-
-def job() -> dict | None:
-    """What this process was started to measure; None if it was not started to measure.
-
-    On a CPU the process keeps the memory that it frees from here on, unless the user does not want
-    it.
-    """
-    text = os.environ.get(JOB)
-    if text is None:
-        return None
-    found = json.loads(text)
-    if found['device'] == 'cpu':
-        tune_allocator()
-    return found
-
-
-def answer(result: Any) -> None:
-    """Hands a result of :func:`job` to the process that asked for it."""
-    print('\n' + _RESULT + json.dumps(result), flush=True)
-
-
-class Worker:
-    """The program in a process of its own; see :func:`start`.
-
-    Args:
-        process: The process.
-        errors: What it writes to stderr.
-    """
-
-    def __init__(self, process: subprocess.Popen, errors: IO[str]) -> None:
-        self._process = process
-        self._errors = errors
-
-    def answer(self) -> Any:
-        """Waits for the next answer.
-
-        Raises:
-            UserError: The program ended without it; the message is its last line on stderr.
-        """
-        for line in self._process.stdout:
-            if line.startswith(_RESULT):
-                return json.loads(line[len(_RESULT) :])
-        status = self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines() or ['no message']
-        killed = ', killed: out of memory?' if status == -9 else ''
-        raise UserError(f'{lines[-1]} (status {status}{killed})')
-
-    def ask(self) -> Any:
-        """Asks for another answer and waits for it.
-
-        Raises:
-            UserError: As in :meth:`answer`.
-        """
-        with suppress(BrokenPipeError):  # answer() says why
-            self._process.stdin.write('\n')
-            self._process.stdin.flush()
-        return self.answer()
-
-
-@contextmanager
-def start(job: dict) -> Iterator[Worker]:
-    """Starts the program in a process of its own for a job, and ends it whatever it does."""
-    with tempfile.TemporaryFile('w+') as errors:
-        process = subprocess.Popen(
-            [sys.executable, str(PROGRAM)],
-            env={**os.environ, JOB: json.dumps(job)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-        try:
-            yield Worker(process, errors)
-        finally:
-            process.kill()
-            process.communicate()
-
-
-def in_fresh_process(job: dict) -> Any:
-    """Has a job measured in a process of its own.
-
-    Raises:
-        UserError: As :meth:`Worker.answer`.
-    """
-    with start(job) as worker:
-        return worker.answer()
-
-
-def timer_of(
-    job: dict[str, Any], work_of: Callable[[dict], Work], stack: ExitStack
-) -> tuple[Callable[[], float], float]:
-    """Makes what times a job.
-
-    On a CPU it is in a process of its own, as a model is where it is used: how fast the system
-    hands out memory depends on all that a process has done before. A GPU's allocator keeps what it
-    has, and a process for each model would multiply that.
-
-    Args:
-        job: What to time, with the ``device``.
-        work_of: Makes the work of a job.
-        stack: Where the end of the process is arranged.
-
-    Returns:
-        The timer, and the seconds of a first run.
-    """
-    if job['device'] == 'cpu':
-        worker = stack.enter_context(start(job))
-        return worker.ask, worker.answer()
-    work = work_of(job)
-    return partial(turn, work, job['device']), seconds_of(work, job['device'])
-
-
-def answer_times(work: Work, device: str) -> None:
-    """Answers with the seconds of a first run, then of a turn for each request."""
-    answer(seconds_of(work, device))
-    for _ in sys.stdin:
-        answer(turn(work, device))
-
-
-def memory_of(job: dict, processes: int) -> dict[str, Any]:
+def memory_of(
+    processes: int, device: str, tuned: bool, prepare: Callable[..., Work], *arguments: Any
+) -> dict[str, Any]:
     """Measures memory in several fresh processes.
 
     Returns:
         ``peak`` and ``held`` in bytes, medians, and all ``peaks``.
     """
-    found = [in_fresh_process(job) for _ in range(processes)]
+    found = []
+    for _ in range(processes):
+        with Worker(device, tuned) as worker:
+            found.append(worker.run(peak_memory, device, prepare, *arguments))
     peaks = [result['peak'] for result in found]
     held = [result['held'] for result in found if result['held'] is not None]
     return {

@@ -16,29 +16,32 @@ how FasterViT compares.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import itertools
-import os
+import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attention
 import measuring
 import report
 import torch
-from candidates import FLAGS, PEERS, Candidate, Size, complexity, parse, prepare
-from measuring import Work
+from candidates import FLAGS, HALVES, PEERS, Candidate, Size, complexity, parse, prepare
+from measuring import Worker, one_line
 
-from hat_mm.engine.allocator import VARIABLE
 from hat_mm.engine.cli import UserError
 from hat_mm.engine.environment import circumstances
 
-MODES = ('forward', 'train', 'memory', 'train-memory')
+DESCRIPTION = __doc__.format(
+    peers=', '.join(PEERS),
+    flags='\n'.join(f'  {name:14}{meaning}' for name, meaning in FLAGS.items()),
+)
 AUTHORS = 'authors/faster_vit_0_any_res'
+TRAINED = ['hat_mm.FasterViT:arch=0', 'hat_mm.FasterViT:arch=0@cp', 'swin-t']
 # What is measured without candidates: by mode, the authors' model being last where it is there.
 PLAN = {
     'forward': [
@@ -47,17 +50,17 @@ PLAN = {
         *('hat_mm.FasterViT:arch=2@deploy', 'hat_mm.FasterViT:arch=2@deploy+compile'),
         *('hat_mm.HATNet:arch=small', 'resnet50', 'convnext-t', 'swin-t'),
     ],
-    'train': ['hat_mm.FasterViT:arch=0', 'hat_mm.FasterViT:arch=0@cp', 'swin-t'],
+    'train': TRAINED,
     'memory': [
         *('hat_mm.FasterViT:arch=0', 'hat_mm.FasterViT:arch=0@deploy', 'hat_mm.HATNet:arch=small'),
         *('convnext-t', 'swin-t'),
     ],
-    'train-memory': ['hat_mm.FasterViT:arch=0', 'hat_mm.FasterViT:arch=0@cp', 'swin-t'],
+    'train-memory': TRAINED,
 }
-PLAN_PEERS = ['convnext-t', 'swin-t']
+PLAN_PEERS = ['convnext-t', 'swin-t', AUTHORS]
 
 
-# --- command line ---------------------------------------------------------------------------------
+# --- command lines --------------------------------------------------------------------------------
 
 
 def read_size(text: str) -> Size:
@@ -75,72 +78,68 @@ def read_positive(text: str) -> int:
     return int(text)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    flags = '\n'.join(f'  {name:14}{meaning}' for name, meaning in FLAGS.items())
-    parser = argparse.ArgumentParser(
-        prog='benchmark models',
-        description=__doc__.format(peers=', '.join(PEERS), flags=flags),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('--rounds', type=read_positive, default=5, help='timed turns of each (default: 5)')
+    add('--processes', type=read_positive, default=3,
+        help='fresh processes whose median is the memory (default: 3)')  # fmt: skip
+    add('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--allocator', choices=['tuned', 'default'], default='tuned',
+        help='tuned: on a CPU freed memory stays with the process, as in our other tools; default: '
+        'the C library as it comes (default: tuned)')  # fmt: skip
+
+
+def add_models_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``benchmark models``."""
     add = parser.add_argument
     add('candidates', nargs='*', metavar='CANDIDATE', help='such as hat_mm.FasterViT:arch=0@deploy')
     add('--size', nargs='+', type=read_size, default=[(800, 1280)], metavar='HxW',
         help='pixels of the images (default: 800x1280)')  # fmt: skip
     add('--batch-size', nargs='+', type=read_positive, default=[1], metavar='N')
-    add('--mode', nargs='+', choices=MODES,
+    add('--mode', nargs='+', choices=PLAN,
         help='time of a forward pass (default) or of a training step, that is forward and '
         'backward, or the memory of either')  # fmt: skip
-    add(
-        '--rounds', type=read_positive, default=7, help='timed turns of each candidate (default: 7)'
-    )
-    add('--processes', type=read_positive,
-        help='fresh processes whose median is the memory (default: 3; 1 on a GPU, which counts '
-        'exactly)')  # fmt: skip
     add('--peer', nargs='+', metavar='CANDIDATE',
         help='what the others are compared with, or its index (default: the last)')  # fmt: skip
-    add('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
-    add('--allocator', choices=['tuned', 'default'], default='tuned',
-        help='tuned: on a CPU freed memory stays with the process, as in our other tools; default: '
-        'the C library as it comes (default: tuned)')  # fmt: skip
     add('--out', type=Path, metavar='DIR',
         help='folder for benchmark.json, benchmark.md and plots')  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('--device cuda: torch sees no GPU')
-    if args.processes is None:
-        args.processes = 1 if args.device == 'cuda' else 3
-    return args
+    _add_common(parser)
 
 
-def misplaced(candidate: Candidate, mode: str) -> str:
-    """The flag that makes no sense in a mode: what it is for; empty if there is none."""
-    if mode.startswith('train'):
-        return 'deploy is for forward and memory' * ('deploy' in candidate.flags)
-    return 'cp is for train and train-memory' * ('cp' in candidate.flags)
+def add_attention_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``benchmark attention``."""
+    add = parser.add_argument
+    sizes = ' '.join(f'{height}x{width}' for height, width in attention.SIZES)
+    add('--size', nargs='+', type=read_size, default=attention.SIZES, metavar='HxW',
+        help=f'tokens of the map (default: {sizes})')  # fmt: skip
+    add('--dim', type=read_positive, default=256, help='channels (default: 256)')
+    add('--heads', type=read_positive, default=8)
+    add('--dtype', choices=['float32', *HALVES], default='float32')
+    add('--out', type=Path, default=Path('work_dirs/attention_scaling'), metavar='DIR')
+    _add_common(parser)
+
+
+def run_attention(args: argparse.Namespace) -> None:
+    """Measures the forms of attention as any other candidates."""
+    flag = '' if args.dtype == 'float32' else f'@{args.dtype}'
+    args.candidates = [
+        f'attention/{form}:dim={args.dim},heads={args.heads}{flag}' for form in attention.FORMS
+    ]
+    args.mode, args.batch_size, args.peer = ['forward', 'memory'], [1], None
+    run(args)
 
 
 def make_plan(args: argparse.Namespace) -> dict[str, list[Candidate]]:
     """The candidates of each mode."""
     if args.candidates:
+        twice = {text for text in args.candidates if args.candidates.count(text) > 1}
+        if twice:
+            raise UserError(f'given twice: {", ".join(sorted(twice))}')
         plan = dict.fromkeys(args.mode or ['forward'], args.candidates)
     else:
         found = all(importlib.util.find_spec(name) for name in ('fastervit', 'timm'))
-        plan = {mode: PLAN[mode] + [AUTHORS] * found for mode in args.mode or MODES}
-    for mode, texts in plan.items():
-        twice = {text for text in texts if texts.count(text) > 1}
-        if twice:
-            raise UserError(f'given twice: {", ".join(sorted(twice))}')
-        plan[mode] = []
-        for candidate in map(parse, texts):
-            why = misplaced(candidate, mode)
-            if why:
-                print(f'{mode} leaves out {candidate.text} ({why})', file=sys.stderr)
-            else:
-                plan[mode].append(candidate)
-        if not plan[mode]:
-            raise UserError(f'no candidate for --mode {mode}')
-    return plan
+        plan = {mode: PLAN[mode] + [AUTHORS] * found for mode in args.mode or PLAN}
+    return {mode: [parse(text) for text in texts] for mode, texts in plan.items()}
 
 
 def find_peers(args: argparse.Namespace, plan: dict[str, list[Candidate]]) -> list[str]:
@@ -151,128 +150,82 @@ def find_peers(args: argparse.Namespace, plan: dict[str, list[Candidate]]) -> li
     """
     texts = list(dict.fromkeys(c.text for candidates in plan.values() for c in candidates))
     if args.peer is None:
-        return [texts[-1]] if args.candidates else [t for t in texts if t in (*PLAN_PEERS, AUTHORS)]
-    peers = []
+        return [texts[-1]] if args.candidates else [t for t in texts if t in PLAN_PEERS]
+    by_name = {text: text for text in texts}
+    for index, text in enumerate(texts):
+        by_name |= {str(index): text, str(index - len(texts)): text}
     for peer in args.peer:
-        if peer.removeprefix('-').isdecimal() and -len(texts) <= int(peer) < len(texts):
-            peer = texts[int(peer)]
-        if peer not in texts:
+        if peer not in by_name:
             raise UserError(
                 f'--peer {peer!r} is no candidate and no index of one; choices: {", ".join(texts)}'
             )
-        peers.append(peer)
-    return peers
+    return [by_name[peer] for peer in args.peer]
 
 
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def make_folder(path: Path) -> None:
-    """Makes the folder of results before anything is measured.
-
-    Raises:
-        UserError: It cannot be written to.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f'cannot write to --out {str(path)!r}: {error.strerror}') from error
-
-
-def one_line(error: BaseException) -> str:
-    """An error as a cell of a table."""
-    text = ' '.join(str(error).split()) or 'no message'
-    return f'{type(error).__name__}: {text}'[:200]
-
-
-def work_of(job: dict[str, Any]) -> Work:
-    """What a job measures: a candidate, or the product that tells what the machine can do."""
-    if 'product' in job:
-        return measuring.product(job['product'], job['device'])
-    training = job['mode'].startswith('train')
-    where = (tuple(job['size']), job['batch'], training, job['device'])
-    return prepare(parse(job['candidate']), *where)
-
-
 def time_rows(
-    candidates: Sequence[Candidate], mode: str, size: Size, batch: int, rounds: int, device: str
+    candidates: Sequence[Candidate], setting: tuple[Size, int, bool, str], rounds: int, tuned: bool
 ) -> list[dict[str, Any]]:
-    """Times candidates in turns, at one size.
+    """Times candidates in turns.
 
-    Beside them the matrix product is timed that tells what the machine can do.
+    Args:
+        candidates: What to time.
+        setting: Size, batch, whether to train, and device.
+        rounds: Turns of each.
+        tuned: As :class:`Worker` takes it.
 
     Returns:
         For each candidate its ``seconds`` and what belongs to them, or its ``error``.
     """
-    if any('compile' in candidate.flags for candidate in candidates):
-        torch._dynamo.reset()  # what is compiled is compiled for this size
-    torch.backends.cudnn.benchmark = True
-    rows = {candidate.text: {'candidate': candidate.text} for candidate in candidates}
+    size, *_, device = setting
+    rows: dict[str, dict[str, Any]] = {c.text: {'candidate': c.text} for c in candidates}
     timers = {}
     with ExitStack() as stack:
+        worker = None
         for candidate in candidates:
-            job = dict(candidate=candidate.text, mode=mode, size=size, batch=batch, device=device)
-            row: dict[str, Any] = rows[candidate.text]
+            # A GPU's allocator keeps what it has, and would for each process.
+            if worker is None or device == 'cpu':
+                worker = stack.enter_context(Worker(device, tuned))
+            text, row = candidate.text, rows[candidate.text]
             try:
                 row['parameters'], row['macs'] = complexity(candidate.base, size)
-                timer, row['first_seconds'] = measuring.timer_of(job, work_of, stack)
+                row['first_seconds'] = worker.run(
+                    measuring.add_timer, text, prepare, candidate, *setting
+                )
+                timers[text] = partial(worker.run, measuring.turn, text)
             except Exception as error:  # the others can still be measured
                 row['error'] = one_line(error)
-            else:
-                timers[candidate.text] = timer
-        for precision in {c.precision for c in candidates if c.text in timers}:
-            job = dict(product=precision, device=device)
-            try:
-                timer, _ = measuring.timer_of(job, work_of, stack)
-            except Exception as error:  # the candidates go without their share of it
-                print(f'product in {precision}: {one_line(error)}', file=sys.stderr)
-            else:
-                timers[f'product {precision}'] = timer
-        warm_up = 3 if device == 'cuda' else 1
-        seconds, failed = measuring.time_in_turns(timers, rounds, warm_up)
-    for name, error in failed.items():
-        print(f'{name}: {one_line(error)}', file=sys.stderr)
-    for candidate in candidates:
-        row = rows[candidate.text]
-        if candidate.text in failed:
-            row['error'] = one_line(failed[candidate.text])
-        elif candidate.text in seconds:
-            row['seconds'] = seconds[candidate.text]
-            row['product_macs'] = measuring.product_side(candidate.precision, device) ** 3
-            row['product_seconds'] = seconds.get(f'product {candidate.precision}')
+        seconds, failed = measuring.time_in_turns(timers, rounds)
+    for text, values in seconds.items():
+        rows[text]['seconds'] = values
+    for text, error in failed.items():
+        rows[text]['error'] = one_line(error)
     return list(rows.values())
 
 
 def memory_rows(
-    candidates: Sequence[Candidate], mode: str, size: Size, batch: int, processes: int, device: str
+    candidates: Sequence[Candidate],
+    setting: tuple[Size, int, bool, str],
+    processes: int,
+    tuned: bool,
 ) -> list[dict[str, Any]]:
-    """Measures the memory of candidates, at one size.
-
-    Returns:
-        For each candidate ``peak``, ``peaks`` and ``held`` in bytes, or its ``error``.
-    """
+    """Measures the memory of candidates; arguments and result are like those of time_rows."""
     rows = []
     for candidate in candidates:
-        job = dict(candidate=candidate.text, mode=mode, size=size, batch=batch, device=device)
+        job = (setting[-1], tuned, prepare, candidate, *setting)
         try:
-            found = measuring.memory_of(job, processes)
+            found = measuring.memory_of(processes, *job)
         except UserError as error:
             found = {'error': one_line(error)}
         rows.append({'candidate': candidate.text, **found})
     return rows
 
 
-def memory_of_job(job: dict[str, Any]) -> dict[str, int | None]:
-    """The memory of a candidate, in a fresh process."""
-    measuring.warm_libraries(job['mode'] == 'train-memory')
-    work = work_of(job)
-    if job['device'] == 'cuda' or 'compile' in parse(job['candidate']).flags:
-        # A GPU's memory is counted exactly; compiling takes memory of its own.
-        work.reset()
-        work.run()
-    return measuring.peak_memory(work, job['device'])
+def check(candidate: Candidate, *setting: Any) -> None:
+    """Raises whatever keeps a candidate from being built."""
+    prepare(candidate, *setting)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -283,43 +236,39 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """
     plan = make_plan(args)
     peers = find_peers(args, plan)
-    wanted = [(c.text, m.startswith('train')) for m, candidates in plan.items() for c in candidates]
-    for text, training in dict.fromkeys(wanted):  # a wrong name is better known now than later
-        prepare(parse(text), args.size[0], 1, training, args.device)
+    device, tuned = args.device, args.allocator == 'tuned'
+    with Worker(device, tuned) as worker:
+        for mode, candidates in plan.items():
+            for candidate in candidates:  # a wrong name is better known now than later
+                worker.run(check, candidate, args.size[0], 1, mode.startswith('train'), device)
+        results = worker.run(circumstances, device, worker.allocator)
     rows: list[dict[str, Any]] = []
-    settings = [
-        (mode, *setting)
-        for mode in plan
-        for setting in itertools.product(args.size, args.batch_size)
-    ]
-    for mode, size, batch in settings:
+    results |= {'peers': peers, 'rounds': args.rounds, 'processes': args.processes, 'rows': rows}
+    for mode, size, batch in itertools.product(plan, args.size, args.batch_size):
         print(f'{mode}, {size[0]}x{size[1]}, batch {batch}', file=sys.stderr, flush=True)
-        where = (plan[mode], mode, size, batch)
+        setting = (size, batch, mode.startswith('train'), device)
         if mode.endswith('memory'):
-            found = memory_rows(*where, args.processes, args.device)
+            found = memory_rows(plan[mode], setting, args.processes, tuned)
         else:
-            found = time_rows(*where, args.rounds, args.device)
+            found = time_rows(plan[mode], setting, args.rounds, tuned)
         rows += [{'mode': mode, 'size': list(size), 'batch': batch, **row} for row in found]
-        results = {**circumstances(args.device), 'peers': peers, 'rows': rows}
-        results |= {'rounds': args.rounds, 'processes': args.processes}
         if args.out is not None:
-            report.save(results, args.out)
-        gc.collect()
-        if args.device == 'cuda':
-            torch.cuda.empty_cache()
+            text = json.dumps(results, indent=1) + '\n'
+            (args.out / 'benchmark.json').write_text(text, encoding='utf-8')
     return results
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run(args: argparse.Namespace) -> None:
     """Measures, writes and prints."""
-    args = parse_args(argv)
-    if args.allocator == 'default':
-        os.environ[VARIABLE] = '1'  # the processes that measure inherit it
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device cuda: torch sees no GPU', status=2)
     if args.out is not None:
-        make_folder(args.out)
+        args.out.mkdir(parents=True, exist_ok=True)
     results = measure(args)
-    print(report.markdown(results))
+    text = report.markdown(results)
+    print(text)
     if args.out is not None:
+        (args.out / 'benchmark.md').write_text(text, encoding='utf-8')
         for path in report.plot(results, args.out):
             print(path, file=sys.stderr)
     failed = [row for row in results['rows'] if 'error' in row]

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from hat_mm import compat
@@ -229,12 +230,8 @@ def plot(results: dict, out: Path) -> None:
         results: What the file of ``--out`` holds.
         out: PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use('agg')
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    figure = Figure(figsize=(10, 3.8), layout='tight')
+    left, right = figure.subplots(1, 2, sharey=True)
     for index, (name, row) in enumerate(results['backbones'].items()):
         mean, deviation = mean_sd(row, 'mAP')
         style = dict(fmt='o', color='tab:red' if name in GLOBAL else 'tab:blue', capsize=4)
@@ -255,10 +252,8 @@ def plot(results: dict, out: Path) -> None:
     right.legend(fontsize=8, loc='lower right')
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
-    pyplot.close(figure)
 
 
 # --- the study ------------------------------------------------------------------------------------

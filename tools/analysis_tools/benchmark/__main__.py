@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import attention
 import models
@@ -20,17 +21,23 @@ from hat_mm.engine.cli import run_tool
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a command."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser('benchmark', description=__doc__, formatter_class=style)
+    style = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser('benchmark', description=__doc__, **style)
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
-    for name, description, add_arguments, run in (
-        ('models', models.DESCRIPTION, models.add_models_arguments, models.run),
-        ('attention', attention.__doc__, models.add_attention_arguments, models.run_attention),
-        ('report', report.__doc__, report.add_arguments, report.run),
-    ):
-        command = commands.add_parser(name, description=description, formatter_class=style)
-        add_arguments(command)
-        command.set_defaults(run=run)
+    command = commands.add_parser('models', description=models.DESCRIPTION, **style)
+    models.add_arguments(command, run=models.run)
+    command = commands.add_parser('attention', description=attention.__doc__, **style)
+    models.add_arguments(
+        command,
+        run=models.run,
+        candidates=[f'attention/{form}' for form in attention.FORMS],
+        size=attention.SIZES,
+        mode=['forward', 'memory'],
+        out=Path('work_dirs/attention_scaling'),
+    )
+    command = commands.add_parser('report', description=report.__doc__, **style)
+    command.add_argument('results', type=Path, help='a benchmark.json')
+    command.set_defaults(run=report.run)
     args = parser.parse_args(argv)
     args.run(args)
 

@@ -4,12 +4,12 @@ The block is that of stage 2 of FasterViT-0 (256 channels, 8 heads, windows of 7
 carriers each), in eval mode on one map. Beside it: the same without carriers, so that windows know
 nothing of each other, and the same layer with attention of all tokens to all, with FasterViT's
 position bias and without. The bias is a number for each head and pair of tokens; of many tokens it
-is made for a chunk of the queries at a time.
+is made for a chunk of the queries at a time. Other blocks are candidates, too:
+attention/carriers:dim=512,heads=16. A size is that of the map, in tokens.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,12 +17,7 @@ from hat_mm.backbones.fastervit import HATStage
 from hat_mm.layers import SelfAttention, TransformerLayer
 
 SIZES = [(14, 14), (28, 28), (56, 56), (80, 112), (112, 160), (160, 224)]
-FORMS = {
-    'carriers': 'windows with carriers',
-    'windows': 'windows alone',
-    'full': 'full attention, with bias',
-    'full-no-bias': 'full attention, no bias',
-}
+FORMS = ('carriers', 'windows', 'full', 'full-no-bias')
 
 
 class FusedAttention(SelfAttention):
@@ -67,8 +62,10 @@ class FullBlock(nn.Module):
         return tokens.unflatten(1, grid_size).permute(0, 3, 1, 2)
 
 
-def build(form: str, dim: int, heads: int) -> nn.Module:
+def build(form: str, dim: int = 256, heads: int = 8) -> nn.Module:
     """Makes the block of one of :data:`FORMS`, with random weights, in eval mode."""
+    if form not in FORMS:
+        raise ValueError(f'unknown form {form!r}; choices: {", ".join(FORMS)}')
     if form.startswith('full'):
         return FullBlock(dim, heads, bias=form == 'full').eval()
     carrier_size = 2 if form == 'carriers' else 0

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import attention
@@ -22,44 +21,15 @@ from hat_mm.engine.cli import UserError
 Size = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A well-known backbone under a short name.
-
-    Attributes:
-        type: Its type in a toolbox's registry.
-        arguments: What makes it this one and lets it give four maps.
-        top1: ImageNet-1K accuracy in percent, reported by its authors.
-        box_ap: COCO box AP of Cascade Mask R-CNN with the 3x schedule, reported by its authors.
-    """
-
-    type: str
-    arguments: dict[str, Any]
-    top1: float
-    box_ap: float | None = None
-
-
-def _swin(dim: int, depth: int, heads: int, **reported: float) -> Peer:
-    arguments = dict(embed_dims=dim, depths=[2, 2, depth, 2])
-    arguments['num_heads'] = [heads * 2**i for i in range(4)]
-    return Peer('mmdet.SwinTransformer', arguments, **reported)
-
-
-def _convnext(arch: str, **reported: float) -> Peer:
-    maps = dict(out_indices=[0, 1, 2, 3], gap_before_final_norm=False)
-    return Peer('mmpretrain.ConvNeXt', dict(arch=arch, **maps), **reported)
-
-
+# Well-known backbones, with the settings that let them give four maps.
 PEERS = {
-    'resnet50': Peer('mmdet.ResNet', dict(depth=50, norm_eval=False), top1=76.1),
-    'swin-t': _swin(dim=96, depth=6, heads=3, top1=81.3, box_ap=50.4),
-    'swin-s': _swin(dim=96, depth=18, heads=3, top1=83.0, box_ap=51.9),
-    'swin-b': _swin(dim=128, depth=18, heads=4, top1=83.5, box_ap=51.9),
-    'convnext-t': _convnext('tiny', top1=82.1, box_ap=50.4),
-    'convnext-s': _convnext('small', top1=83.1, box_ap=51.9),
-    'convnext-b': _convnext('base', top1=83.8, box_ap=52.7),
+    'resnet50': ('mmdet.ResNet', dict(depth=50, norm_eval=False)),
+    'swin-t': ('mmdet.SwinTransformer', dict(embed_dims=96, depths=[2, 2, 6, 2])),
+    'convnext-t': (
+        'mmpretrain.ConvNeXt',
+        dict(arch='tiny', out_indices=[0, 1, 2, 3], gap_before_final_norm=False),
+    ),
 }
-
 FLAGS = {
     'deploy': 'switch_to_deploy, for forward passes',
     'compile': 'torch.compile; of a config the backbone',
@@ -100,7 +70,7 @@ class Candidate:
     @property
     def channels(self) -> int:
         """Channels of its input."""
-        return self.arguments['dim'] if self.name.startswith('attention/') else 3
+        return self.arguments.get('dim', 256) if self.name.startswith('attention/') else 3
 
 
 def parse(text: str) -> Candidate:
@@ -138,7 +108,7 @@ def build(candidate: Candidate, size: Size) -> tuple[torch.nn.Module, str | None
         return _created(candidate, size).eval(), None
     kind, arguments = candidate.name, candidate.arguments
     if kind in PEERS:
-        kind, arguments = PEERS[kind].type, PEERS[kind].arguments | arguments
+        kind, arguments = PEERS[kind][0], PEERS[kind][1] | arguments
     if '.' not in kind:
         raise UserError(
             f'{kind!r} has no scope; write for example hat_mm.{kind} or mmdet.{kind}, a config, '
@@ -229,11 +199,12 @@ def random_batch(scope: str, size: Size, batch: int, masks: bool) -> dict[str, A
 # --- running --------------------------------------------------------------------------------------
 
 
-def prepare(candidate: Candidate, size: Size, batch: int, training: bool, device: str) -> Work:
-    """Builds a candidate and makes a forward pass, or a training step, of it.
+@dataclass(frozen=True)
+class Setting:
+    """What is measured of a candidate.
 
-    Args:
-        candidate: What to build.
+    Attributes:
+        text: The candidate.
         size: Height and width of the images in pixels; sides of a config with a
             ``pad_size_divisor`` are rounded up to it.
         batch: Number of images.
@@ -241,6 +212,17 @@ def prepare(candidate: Candidate, size: Size, batch: int, training: bool, device
             map is what is minimized, of a config its losses for made-up ground truth. Without, a
             config predicts, with its post-processing.
         device: ``'cpu'`` or ``'cuda'``.
+    """
+
+    text: str
+    size: Size
+    batch: int
+    training: bool
+    device: str
+
+
+def prepare(setting: Setting) -> Work:
+    """Builds a candidate and makes a forward pass, or a training step, of it.
 
     Returns:
         The work; preprocessing is not part of it.
@@ -248,7 +230,8 @@ def prepare(candidate: Candidate, size: Size, batch: int, training: bool, device
     Raises:
         UserError: The candidate cannot be built, or its flags do not fit it.
     """
-    flags = candidate.flags
+    candidate, training = parse(setting.text), setting.training
+    flags, size = candidate.flags, setting.size
     misplaced = 'deploy' if training else 'cp'
     if misplaced in flags:
         raise UserError(f'{candidate.text}: {misplaced} is {FLAGS[misplaced].split(", ")[-1]}')
@@ -260,12 +243,13 @@ def prepare(candidate: Candidate, size: Size, batch: int, training: bool, device
             hat_mm.switch_to_deploy(model)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f'{candidate.text}: {error}') from error
-    model.to(device)
+    model.to(setting.device)
     data: dict[str, Any] = {}
     if scope is None:
-        inputs = torch.randn(batch, candidate.channels, *size).to(device)
+        inputs = torch.randn(setting.batch, candidate.channels, *size).to(setting.device)
     else:
-        data = random_batch(scope, size, batch, masks=getattr(model, 'with_mask', False))
+        masks = getattr(model, 'with_mask', False)
+        data = random_batch(scope, size, setting.batch, masks)
         data = model.data_preprocessor(data, training)
         inputs = data['inputs']
     if 'channels_last' in flags:
@@ -277,7 +261,10 @@ def prepare(candidate: Candidate, size: Size, batch: int, training: bool, device
     def outputs() -> Any:
         if scope is None:
             maps = model(inputs)
-            return sum(x.float().mean() for x in _as_list(maps)) if training else maps
+            if not training:
+                return maps
+            maps = [maps] if isinstance(maps, torch.Tensor) else maps
+            return sum(x.float().mean() for x in maps)
         if training:
             return model.parse_losses(model(inputs, data['data_samples'], mode='loss'))[0]
         return model(inputs, data['data_samples'], mode='predict')
@@ -285,16 +272,12 @@ def prepare(candidate: Candidate, size: Size, batch: int, training: bool, device
     def forward() -> Any:
         half = next((HALVES[flag] for flag in flags if flag in HALVES), None)
         with (
-            torch.autocast(device, half) if half else nullcontext(),
+            torch.autocast(setting.device, half) if half else nullcontext(),
             nullcontext() if training else torch.inference_mode(),
         ):
             return outputs()
 
     return Work(forward, training, reset=model.zero_grad)
-
-
-def _as_list(outputs: Any) -> Any:
-    return [outputs] if isinstance(outputs, torch.Tensor) else outputs
 
 
 @cache

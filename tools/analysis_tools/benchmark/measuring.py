@@ -7,18 +7,17 @@ import gc
 import logging
 import multiprocessing
 import re
-import statistics
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.benchmark import Timer, timer
+from torch.utils.benchmark import Timer
 
 from hat_mm.engine.cli import UserError
 from hat_mm.engine.environment import tune
@@ -45,10 +44,10 @@ class Work:
             result.backward()
 
 
-def one_line(error: BaseException) -> str:
-    """An error as a cell of a table."""
-    text = ' '.join(str(error).split()) or 'no message'
-    return f'{type(error).__name__}: {text}'[:200]
+Job = tuple[Callable[..., Work], Any]
+"""What makes a piece of work in the process that measures it, and its argument."""
+Measured = tuple[dict[str, list[float]], dict[str, str]]
+"""By name what was measured, and the errors of those that failed."""
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -56,9 +55,6 @@ def one_line(error: BaseException) -> str:
 
 class Worker(AbstractContextManager):
     """A fresh process that measures; it ends with the ``with`` block.
-
-    How fast the system hands out memory depends on all that a process has done before, so on a CPU
-    each candidate has one.
 
     Args:
         device: ``'cpu'`` or ``'cuda'``.
@@ -100,62 +96,51 @@ def _begin(device: str, tuned: bool) -> str | None:
 def _call(function: Callable, *arguments: Any) -> Any:
     try:
         return function(*arguments)
+    except UserError:
+        raise
     except Exception as error:  # not every exception can be sent to another process
-        raise UserError(one_line(error)) from error
+        text = ' '.join(str(error).split()) or 'no message'
+        raise UserError(f'{type(error).__name__}: {text}'[:200]) from error
 
 
 # --- time -----------------------------------------------------------------------------------------
 
-_timers: dict[str, Timer] = {}
-"""In a process that measures, what it times."""
+_timers: dict[str, Timer] = {}  # of this process
 
 
-def add_timer(name: str, prepare: Callable[..., Work], *arguments: Any) -> float:
-    """Prepares what :func:`turn` times.
-
-    Returns:
-        Seconds of a first run, which compiles what has to be compiled.
-    """
-    work = prepare(*arguments)
-    _timers[name] = Timer(
-        'work.run()', 'work.reset()', globals={'work': work}, num_threads=torch.get_num_threads()
-    )
-    work.reset()
-    start = timer()
-    work.run()
-    return timer() - start
-
-
-def turn(name: str) -> float:
+def turn(name: str, prepare: Callable[..., Work], argument: Any) -> float:
     """Seconds that one run takes: the median of as many as fill a fifth of a second.
 
     A run before them does not count: after a pause, or after another process, it takes longer.
     """
+    if name not in _timers:
+        names = {'work': prepare(argument)}
+        threads = torch.get_num_threads()
+        _timers[name] = Timer('work.run()', 'work.reset()', globals=names, num_threads=threads)
     return _timers[name].blocked_autorange(min_run_time=0.2).median
 
 
-def time_in_turns(
-    timers: Mapping[str, Callable[[], float]], rounds: int
-) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+def seconds_of(jobs: Mapping[str, Job], rounds: int, device: str, tuned: bool) -> Measured:
     """Times several things in turns, so that whatever slows the machine slows them alike.
 
-    Args:
-        timers: By name, what does the thing once and returns the seconds that it took.
-        rounds: Turns of each.
-
-    Returns:
-        By name the seconds of each turn, and what ended those that failed in one.
+    How fast the system hands out memory depends on all that a process has done before, so on a CPU
+    each has a process of its own. A GPU's allocator keeps what it has, and would for each process.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in timers}
-    failed: dict[str, Exception] = {}
-    for _ in range(rounds):
-        for name in [*seconds]:
-            try:
-                seconds[name].append(timers[name]())
-            except Exception as error:  # the others can still be measured
-                failed[name] = error
-                del seconds[name]
-    return seconds, failed
+    found: dict[str, list[float]] = {name: [] for name in jobs}
+    errors: dict[str, str] = {}
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for name in jobs:
+            if not workers or device == 'cpu':
+                worker = stack.enter_context(Worker(device, tuned))
+            workers[name] = worker
+        for _ in range(rounds):
+            for name in [name for name in jobs if name not in errors]:
+                try:
+                    found[name].append(workers[name].run(turn, name, *jobs[name]))
+                except UserError as error:  # the others can still be measured
+                    errors[name] = str(error)
+    return found, errors
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -170,61 +155,39 @@ def _resident(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def _used(device: str) -> int:
-    """Bytes in use, without those that are free inside this process."""
+def peak_memory(device: str, prepare: Callable[..., Work], argument: Any) -> int:
+    """Measures what a pass takes at its peak beyond what is in use before, in bytes.
+
+    In use before are weights and images, and what libraries allocate in a first pass. On the CPU
+    memory is the resident set, so it has to be the first large thing that a process does.
+    """
+    work = prepare(argument)
+    work.run()
+    work.reset()
     gc.collect()
     if device == 'cuda':
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()
-    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-    if trim is not None:  # the C library is glibc
-        trim(0)
-    return _resident('VmRSS')
-
-
-def peak_memory(device: str, prepare: Callable[..., Work], *arguments: Any) -> dict[str, Any]:
-    """Measures memory beyond what is in use before, which holds weights and input.
-
-    On the CPU this is the resident set, so it has to be the first large thing that a process does.
-
-    Returns:
-        Bytes: ``peak`` and, if training, ``held`` between the forward and the backward pass.
-    """
-    work = prepare(*arguments)
-    work.run()  # what libraries allocate once is no part of a pass
-    work.reset()
-    before = _used(device)
-    if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
-    else:
-        Path('/proc/self/clear_refs').write_text('5')  # resets the peak
-    result = work.forward()
-    held = None
-    if work.training:
-        held = _used(device) - before
-        result.backward()
-    if device == 'cuda':
-        torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() if device == 'cuda' else _resident('VmHWM')
-    return {'peak': peak - before, 'held': held}
+        before = torch.cuda.memory_allocated()
+        work.run()
+        return torch.cuda.max_memory_allocated() - before
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim is not None:  # the C library is glibc; what is free inside this process does not count
+        trim(0)
+    before = _resident('VmRSS')
+    Path('/proc/self/clear_refs').write_text('5')  # resets the peak
+    work.run()
+    return _resident('VmHWM') - before
 
 
-def memory_of(
-    processes: int, device: str, tuned: bool, prepare: Callable[..., Work], *arguments: Any
-) -> dict[str, Any]:
-    """Measures memory in several fresh processes.
-
-    Returns:
-        ``peak`` and ``held`` in bytes, medians, and all ``peaks``.
-    """
-    found = []
-    for _ in range(processes):
-        with Worker(device, tuned) as worker:
-            found.append(worker.run(peak_memory, device, prepare, *arguments))
-    peaks = [result['peak'] for result in found]
-    held = [result['held'] for result in found if result['held'] is not None]
-    return {
-        'peak': statistics.median(peaks),
-        'held': statistics.median(held) if held else None,
-        'peaks': peaks,
-    }
+def peaks_of(jobs: Mapping[str, Job], processes: int, device: str, tuned: bool) -> Measured:
+    """Measures the memory of several things, each time in a fresh process."""
+    found: dict[str, list[float]] = {name: [] for name in jobs}
+    errors: dict[str, str] = {}
+    for name, job in jobs.items():
+        try:
+            for _ in range(processes):
+                with Worker(device, tuned) as worker:
+                    found[name].append(worker.run(peak_memory, device, *job))
+        except UserError as error:
+            errors[name] = str(error)
+    return found, errors

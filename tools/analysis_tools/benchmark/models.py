@@ -20,18 +20,13 @@ import importlib.util
 import itertools
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import attention
 import measuring
 import report
 import torch
-from candidates import FLAGS, HALVES, PEERS, Candidate, Size, complexity, parse, prepare
-from measuring import Worker, one_line
+from candidates import FLAGS, PEERS, Setting, Size, complexity, parse, prepare
 
 from hat_mm.engine.cli import UserError
 from hat_mm.engine.environment import circumstances
@@ -41,20 +36,14 @@ DESCRIPTION = __doc__.format(
     flags='\n'.join(f'  {name:14}{meaning}' for name, meaning in FLAGS.items()),
 )
 AUTHORS = 'authors/faster_vit_0_any_res'
+PREDICTING = ['hat_mm.FasterViT:arch=0', 'hat_mm.FasterViT:arch=0@deploy']
+PREDICTING += ['hat_mm.HATNet:arch=small', 'resnet50', 'convnext-t', 'swin-t']
 TRAINED = ['hat_mm.FasterViT:arch=0', 'hat_mm.FasterViT:arch=0@cp', 'swin-t']
-# What is measured without candidates: by mode, the authors' model being last where it is there.
+# What is measured without candidates, with the authors' model where it is there.
 PLAN = {
-    'forward': [
-        *('hat_mm.FasterViT:arch=0', 'hat_mm.FasterViT:arch=0@deploy'),
-        *('hat_mm.FasterViT:arch=0@deploy+compile', 'hat_mm.FasterViT:arch=2'),
-        *('hat_mm.FasterViT:arch=2@deploy', 'hat_mm.FasterViT:arch=2@deploy+compile'),
-        *('hat_mm.HATNet:arch=small', 'resnet50', 'convnext-t', 'swin-t'),
-    ],
+    'forward': ['hat_mm.FasterViT:arch=0@deploy+compile', 'hat_mm.FasterViT:arch=2', *PREDICTING],
     'train': TRAINED,
-    'memory': [
-        *('hat_mm.FasterViT:arch=0', 'hat_mm.FasterViT:arch=0@deploy', 'hat_mm.HATNet:arch=small'),
-        *('convnext-t', 'swin-t'),
-    ],
+    'memory': PREDICTING,
     'train-memory': TRAINED,
 }
 PLAN_PEERS = ['convnext-t', 'swin-t', AUTHORS]
@@ -78,19 +67,8 @@ def read_positive(text: str) -> int:
     return int(text)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add('--rounds', type=read_positive, default=5, help='timed turns of each (default: 5)')
-    add('--processes', type=read_positive, default=3,
-        help='fresh processes whose median is the memory (default: 3)')  # fmt: skip
-    add('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
-    add('--allocator', choices=['tuned', 'default'], default='tuned',
-        help='tuned: on a CPU freed memory stays with the process, as in our other tools; default: '
-        'the C library as it comes (default: tuned)')  # fmt: skip
-
-
-def add_models_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of ``benchmark models``."""
+def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Adds the arguments of ``benchmark models``; with other defaults, those of ``attention``."""
     add = parser.add_argument
     add('candidates', nargs='*', metavar='CANDIDATE', help='such as hat_mm.FasterViT:arch=0@deploy')
     add('--size', nargs='+', type=read_size, default=[(800, 1280)], metavar='HxW',
@@ -99,56 +77,38 @@ def add_models_arguments(parser: argparse.ArgumentParser) -> None:
     add('--mode', nargs='+', choices=PLAN,
         help='time of a forward pass (default) or of a training step, that is forward and '
         'backward, or the memory of either')  # fmt: skip
+    add('--rounds', type=read_positive, default=5, help='timed turns of each (default: 5)')
+    add('--processes', type=read_positive, default=3,
+        help='fresh processes whose median is the memory (default: 3)')  # fmt: skip
     add('--peer', nargs='+', metavar='CANDIDATE',
         help='what the others are compared with, or its index (default: the last)')  # fmt: skip
+    add('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--allocator', choices=['tuned', 'default'], default='tuned',
+        help='tuned: on a CPU freed memory stays with the process, as in our other tools; default: '
+        'the C library as it comes (default: tuned)')  # fmt: skip
     add('--out', type=Path, metavar='DIR',
         help='folder for benchmark.json, benchmark.md and plots')  # fmt: skip
-    _add_common(parser)
+    parser.set_defaults(**defaults)
 
 
-def add_attention_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of ``benchmark attention``."""
-    add = parser.add_argument
-    sizes = ' '.join(f'{height}x{width}' for height, width in attention.SIZES)
-    add('--size', nargs='+', type=read_size, default=attention.SIZES, metavar='HxW',
-        help=f'tokens of the map (default: {sizes})')  # fmt: skip
-    add('--dim', type=read_positive, default=256, help='channels (default: 256)')
-    add('--heads', type=read_positive, default=8)
-    add('--dtype', choices=['float32', *HALVES], default='float32')
-    add('--out', type=Path, default=Path('work_dirs/attention_scaling'), metavar='DIR')
-    _add_common(parser)
-
-
-def run_attention(args: argparse.Namespace) -> None:
-    """Measures the forms of attention as any other candidates."""
-    flag = '' if args.dtype == 'float32' else f'@{args.dtype}'
-    args.candidates = [
-        f'attention/{form}:dim={args.dim},heads={args.heads}{flag}' for form in attention.FORMS
-    ]
-    args.mode, args.batch_size, args.peer = ['forward', 'memory'], [1], None
-    run(args)
-
-
-def make_plan(args: argparse.Namespace) -> dict[str, list[Candidate]]:
+def make_plan(args: argparse.Namespace) -> dict[str, list[str]]:
     """The candidates of each mode."""
+    for text in args.candidates:
+        if args.candidates.count(text) > 1:
+            raise UserError(f'given twice: {text}')
     if args.candidates:
-        twice = {text for text in args.candidates if args.candidates.count(text) > 1}
-        if twice:
-            raise UserError(f'given twice: {", ".join(sorted(twice))}')
-        plan = dict.fromkeys(args.mode or ['forward'], args.candidates)
-    else:
-        found = all(importlib.util.find_spec(name) for name in ('fastervit', 'timm'))
-        plan = {mode: PLAN[mode] + [AUTHORS] * found for mode in args.mode or PLAN}
-    return {mode: [parse(text) for text in texts] for mode, texts in plan.items()}
+        return dict.fromkeys(args.mode or ['forward'], args.candidates)
+    found = all(importlib.util.find_spec(name) for name in ('fastervit', 'timm'))
+    return {mode: PLAN[mode] + [AUTHORS] * found for mode in args.mode or PLAN}
 
 
-def find_peers(args: argparse.Namespace, plan: dict[str, list[Candidate]]) -> list[str]:
+def find_peers(args: argparse.Namespace, plan: dict[str, list[str]]) -> list[str]:
     """The candidates that ratios are made with.
 
     Raises:
         UserError: ``--peer`` names none of the candidates.
     """
-    texts = list(dict.fromkeys(c.text for candidates in plan.values() for c in candidates))
+    texts = list(dict.fromkeys(itertools.chain(*plan.values())))
     if args.peer is None:
         return [texts[-1]] if args.candidates else [t for t in texts if t in PLAN_PEERS]
     by_name = {text: text for text in texts}
@@ -165,67 +125,9 @@ def find_peers(args: argparse.Namespace, plan: dict[str, list[Candidate]]) -> li
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def time_rows(
-    candidates: Sequence[Candidate], setting: tuple[Size, int, bool, str], rounds: int, tuned: bool
-) -> list[dict[str, Any]]:
-    """Times candidates in turns.
-
-    Args:
-        candidates: What to time.
-        setting: Size, batch, whether to train, and device.
-        rounds: Turns of each.
-        tuned: As :class:`Worker` takes it.
-
-    Returns:
-        For each candidate its ``seconds`` and what belongs to them, or its ``error``.
-    """
-    size, *_, device = setting
-    rows: dict[str, dict[str, Any]] = {c.text: {'candidate': c.text} for c in candidates}
-    timers = {}
-    with ExitStack() as stack:
-        worker = None
-        for candidate in candidates:
-            # A GPU's allocator keeps what it has, and would for each process.
-            if worker is None or device == 'cpu':
-                worker = stack.enter_context(Worker(device, tuned))
-            text, row = candidate.text, rows[candidate.text]
-            try:
-                row['parameters'], row['macs'] = complexity(candidate.base, size)
-                row['first_seconds'] = worker.run(
-                    measuring.add_timer, text, prepare, candidate, *setting
-                )
-                timers[text] = partial(worker.run, measuring.turn, text)
-            except Exception as error:  # the others can still be measured
-                row['error'] = one_line(error)
-        seconds, failed = measuring.time_in_turns(timers, rounds)
-    for text, values in seconds.items():
-        rows[text]['seconds'] = values
-    for text, error in failed.items():
-        rows[text]['error'] = one_line(error)
-    return list(rows.values())
-
-
-def memory_rows(
-    candidates: Sequence[Candidate],
-    setting: tuple[Size, int, bool, str],
-    processes: int,
-    tuned: bool,
-) -> list[dict[str, Any]]:
-    """Measures the memory of candidates; arguments and result are like those of time_rows."""
-    rows = []
-    for candidate in candidates:
-        job = (setting[-1], tuned, prepare, candidate, *setting)
-        try:
-            found = measuring.memory_of(processes, *job)
-        except UserError as error:
-            found = {'error': one_line(error)}
-        rows.append({'candidate': candidate.text, **found})
-    return rows
-
-
-def check(candidate: Candidate, *setting: Any) -> None:
-    """Raises whatever keeps a candidate from being built."""
-    prepare(candidate, *setting)
+def check(setting: Setting) -> None:
+    """Raises what keeps a candidate from being built."""
+    prepare(setting)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -237,21 +139,32 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     plan = make_plan(args)
     peers = find_peers(args, plan)
     device, tuned = args.device, args.allocator == 'tuned'
-    with Worker(device, tuned) as worker:
-        for mode, candidates in plan.items():
-            for candidate in candidates:  # a wrong name is better known now than later
-                worker.run(check, candidate, args.size[0], 1, mode.startswith('train'), device)
+    with measuring.Worker(device, tuned) as worker:
+        for mode, texts in plan.items():
+            for text in texts:  # a wrong name is better known now than later
+                training = mode.startswith('train')
+                worker.run(check, Setting(text, args.size[0], 1, training, device))
         results = worker.run(circumstances, device, worker.allocator)
     rows: list[dict[str, Any]] = []
     results |= {'peers': peers, 'rounds': args.rounds, 'processes': args.processes, 'rows': rows}
     for mode, size, batch in itertools.product(plan, args.size, args.batch_size):
         print(f'{mode}, {size[0]}x{size[1]}, batch {batch}', file=sys.stderr, flush=True)
-        setting = (size, batch, mode.startswith('train'), device)
-        if mode.endswith('memory'):
-            found = memory_rows(plan[mode], setting, args.processes, tuned)
+        training, memory = mode.startswith('train'), mode.endswith('memory')
+        jobs = {t: (prepare, Setting(t, size, batch, training, device)) for t in plan[mode]}
+        if memory:
+            found, errors = measuring.peaks_of(jobs, args.processes, device, tuned)
         else:
-            found = time_rows(plan[mode], setting, args.rounds, tuned)
-        rows += [{'mode': mode, 'size': list(size), 'batch': batch, **row} for row in found]
+            found, errors = measuring.seconds_of(jobs, args.rounds, device, tuned)
+        for text in jobs:
+            row = {'mode': mode, 'size': list(size), 'batch': batch, 'candidate': text}
+            if text in errors:
+                row['error'] = errors[text]
+            elif memory:
+                row['peaks'] = found[text]
+            else:
+                row['seconds'] = found[text]
+                row['parameters'], row['macs'] = complexity(parse(text).base, size)
+            rows.append(row)
         if args.out is not None:
             text = json.dumps(results, indent=1) + '\n'
             (args.out / 'benchmark.json').write_text(text, encoding='utf-8')

@@ -11,16 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import yaml
-from candidates import PEERS, Candidate, parse
+from candidates import Candidate, parse
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from hat_mm.engine.environment import describe
-
-matplotlib.use('agg')
-from matplotlib import pyplot  # noqa: E402  files, not windows
 
 ROOT = Path(__file__).resolve().parents[3]
 TITLES = {
@@ -30,14 +27,10 @@ TITLES = {
     'train-memory': 'Memory of a training step',
 }
 TIME_NOTE = (
-    'Median, least and most seconds of all turns. Speed-up: median of the other divided by the '
-    'median of this one. Parameters, and multiply-adds of a forward pass of one image (1000 '
-    "proposals in a detector's second stage). A first run compiles what is compiled."
+    'Speed-up: median of the other divided by the median of this one. Parameters, and MACs of a '
+    "forward pass of one image (1000 proposals in a detector's second stage)."
 )
-MEMORY_NOTE = (
-    'Peak beyond weights and images, in training with the gradients of the weights; held is what '
-    'is there between the forward and the backward pass.'
-)
+MEMORY_NOTE = 'Peak beyond weights and images, in training with the gradients of the weights.'
 MIB = 2**20
 
 
@@ -50,8 +43,9 @@ def pixels(row: dict[str, Any]) -> int:
 
 
 def cost(row: dict[str, Any]) -> float | None:
-    """What a row measured: median seconds, or peak bytes; None if it failed."""
-    return statistics.median(row['seconds']) if 'seconds' in row else row.get('peak')
+    """What a row measured: median seconds, or bytes; None if it failed."""
+    values = row.get('seconds') or row.get('peaks')
+    return statistics.median(values) if values else None
 
 
 def against(row: dict[str, Any], peer: str, rows: Sequence[dict[str, Any]]) -> float | None:
@@ -93,6 +87,12 @@ def label(text: str) -> str:
 
 # --- accuracy that others have published ----------------------------------------------------------
 
+PEERS_REPORTED = {
+    'resnet50': dict(top1=76.1, box_ap=None),
+    'swin-t': dict(top1=81.3, box_ap=50.4),
+    'convnext-t': dict(top1=82.1, box_ap=50.4),
+}
+
 
 @cache
 def _models(family: str) -> list[dict[str, Any]]:
@@ -117,8 +117,8 @@ def published(candidate: Candidate) -> dict[str, float | None]:
         schedule; None where nothing is known.
     """
     name, arch = candidate.name, candidate.arguments.get('arch')
-    if name in PEERS and not candidate.arguments:
-        return dict(top1=PEERS[name].top1, box_ap=PEERS[name].box_ap)
+    if name in PEERS_REPORTED and not candidate.arguments:
+        return PEERS_REPORTED[name]
     released = re.fullmatch(r'authors/faster_vit_(\d)(?:_any_res|_224)', name)
     if released:
         name, arch = 'hat_mm.FasterViT', released[1]
@@ -149,8 +149,7 @@ def _cells(row: dict[str, Any], results: dict[str, Any]) -> dict[str, str]:
     if 'error' in row:
         return cells | {cost_name: 'failed'}
     if memory:
-        cells[cost_name] = f'{row["peak"] / MIB:.1f}'
-        cells['MiB a megapixel'] = f'{row["peak"] / MIB / (pixels(row) / 1e6) / row["batch"]:.0f}'
+        cells[cost_name] = f'{cost(row) / MIB:.1f}'
     else:
         cells[cost_name] = f'{cost(row):.4g}'
         cells['min–max s'] = f'{min(row["seconds"]):.3g}–{max(row["seconds"]):.3g}'
@@ -162,9 +161,6 @@ def _cells(row: dict[str, Any], results: dict[str, Any]) -> dict[str, str]:
     if not memory:
         cells['params M'] = f'{row["parameters"] / 1e6:.1f}'
         cells['MACs G'] = '' if row['macs'] is None else f'{row["macs"] / 1e9:.3g}'
-        cells['first run s'] = f'{row["first_seconds"]:.3g}'
-    elif row['held'] is not None:
-        cells['held MiB'] = f'{row["held"] / MIB:.1f}'
     return cells
 
 
@@ -206,9 +202,8 @@ def plot_growth(results: dict[str, Any], path: Path) -> bool:
             panel[key] = [(x, y / scale) for x, y in sorted(points)]
     if not panels:
         return False
-    figure, all_axes = pyplot.subplots(
-        1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False, layout='constrained'
-    )
+    figure = Figure(figsize=(6 * len(panels), 4.5), layout='constrained')
+    all_axes = figure.subplots(1, len(panels), squeeze=False)
     for axes, (title, lines) in zip(all_axes[0], panels.items(), strict=True):
         for name, points in lines.items():
             axes.loglog(*zip(*points, strict=True), 'o-', label=name, markersize=4)
@@ -216,7 +211,6 @@ def plot_growth(results: dict[str, Any], path: Path) -> bool:
         axes.grid(alpha=0.3, which='both')
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     return True
 
 
@@ -233,9 +227,8 @@ def plot_accuracy(results: dict[str, Any], path: Path) -> bool:
     panels = [key for key in titles if any(accuracy[key] is not None for _, accuracy in known)]
     if not panels:
         return False
-    figure, all_axes = pyplot.subplots(
-        1, len(panels), figsize=(3 + 5 * len(panels), 4.5), squeeze=False, layout='constrained'
-    )
+    figure = Figure(figsize=(3 + 5 * len(panels), 4.5), layout='constrained')
+    all_axes = figure.subplots(1, len(panels), squeeze=False)
     height, width = done[0]['size']
     for axes, key in zip(all_axes[0], panels, strict=True):
         for index, (row, accuracy) in enumerate(known):
@@ -247,9 +240,10 @@ def plot_accuracy(results: dict[str, Any], path: Path) -> bool:
         axes.set_xlim(left=0)
         axes.margins(y=0.2)
         axes.grid(alpha=0.3)
-    figure.legend(*all_axes[0][0].get_legend_handles_labels(), loc='outside right center', fontsize=7)
+    figure.legend(
+        *all_axes[0][0].get_legend_handles_labels(), loc='outside right center', fontsize=7
+    )
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     return True
 
 
@@ -264,11 +258,6 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 # --- the command ----------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of ``benchmark report``."""
-    parser.add_argument('results', type=Path, help='a benchmark.json')
 
 
 def run(args: argparse.Namespace) -> None:

@@ -156,8 +156,8 @@ def _cells(row: dict[str, Any], results: dict[str, Any]) -> dict[str, str]:
         cells['images/s'] = f'{row["batch"] / cost(row):.2f}'
     for peer in results['peers']:
         ratio = against(row, peer, results['rows'])
-        name = f'{"of" if memory else "speed-up over"} {label(peer)}'
-        cells[name] = '' if ratio is None else f'{ratio:.2f}'
+        if ratio is not None:
+            cells[f'{"of" if memory else "speed-up over"} {label(peer)}'] = f'{ratio:.2f}'
     if not memory:
         cells['params M'] = f'{row["parameters"] / 1e6:.1f}'
         cells['MACs G'] = '' if row['macs'] is None else f'{row["macs"] / 1e9:.3g}'

@@ -56,7 +56,6 @@ def changes(backbone: torch.nn.Module, image: Tensor, pad: float) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     """Prints a Markdown table."""
     args = parse_args(argv)
-    logging.disable(logging.WARNING)
     cfg = compat.require('mmengine').Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options)
     if 'backbone' not in cfg.get('model', {}):
@@ -79,4 +78,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
+    logging.disable(logging.WARNING)
     sys.exit(run_tool(main, 'padding_effect.py'))

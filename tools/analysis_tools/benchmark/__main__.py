@@ -9,7 +9,9 @@ commands:
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 import attention
@@ -43,4 +45,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
+    logging.disable(logging.WARNING)
+    warnings.simplefilter('ignore')  # of the toolboxes
     sys.exit(run_tool(main, 'benchmark'))

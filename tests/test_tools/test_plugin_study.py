@@ -170,42 +170,17 @@ def test_nothing_found_is_no_number():
     assert str(study.marker_right(truth(box(1, 'circle-a', 0)), [])) == 'nan'
 
 
-def results() -> dict:
-    """Results as in the file of ``--out``, with mAPs around i/10 for the i-th backbone."""
-    rows = {}
-    for i, name in enumerate(study.BACKBONES, 1):
-        runs = {
-            str(seed): {
-                'mAP': i / 10 + 0.02 * (seed - 1),
-                'recall': 0.5,
-                'right': 0.25 * (seed + 1),
-            }
-            for seed in range(3)
-        }
-        rows[name] = {'parameters': i * 1_000_000, 'seconds': i / 4, 'runs': runs}
-    return {
-        'command': 'python tools/analysis_tools/plugin_study.py',
-        'measured': '2 cores',
-        'backbones': rows,
-    }
-
-
-def test_table():
-    lines = study.table(results()).splitlines()
-    assert lines[0].count('|') == lines[1].count('|') == 7
-    cells = ['ResNet', '0.100 ± 0.020', '50% ± 25%', '0.500 ± 0.000', '1.00 M', '0.25 s']
-    assert [cell.strip() for cell in lines[2].strip('|').split('|')] == cells
-    assert [line.split('|')[1].strip() for line in lines[2:9]] == list(study.BACKBONES)
-    assert lines[-1] == '`python tools/analysis_tools/plugin_study.py`; 2 cores'
-
-
-def test_render_needs_no_run(tmp_path, capsys):
+def test_the_results_of_the_docs_are_rendered_again(tmp_path, capsys):
     """Table and plot come from the file of results alone."""
-    (tmp_path / 'study.json').write_text(json.dumps(results()))
-    paths = ['--out', str(tmp_path / 'study.json'), '--plot', str(tmp_path / 'images/study.png')]
+    paths = ['--out', str(ROOT / 'docs/plugin_study.json'), '--plot', str(tmp_path / 'a/study.png')]
     study.main(['--render', *paths])
-    assert capsys.readouterr().out == study.table(results()) + '\n'
-    with Image.open(tmp_path / 'images/study.png') as picture:
+    *lines, command = capsys.readouterr().out.splitlines()
+    page = (ROOT / 'docs/plugins.md').read_text().splitlines()
+    rows = [' | '.join(cell.strip() for cell in line.split('|')).strip() for line in lines[2:-1]]
+    assert [row.split(' | ')[0].strip('| ') for row in rows] == list(study.BACKBONES)
+    assert set(rows) <= set(page)
+    assert command.startswith('`python tools/analysis_tools/plugin_study.py`; 400 steps')
+    with Image.open(tmp_path / 'a/study.png') as picture:
         assert picture.width > picture.height > 300
         reds = [
             count

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 from pathlib import Path
 
 import numpy as np

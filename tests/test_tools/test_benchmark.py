@@ -250,7 +250,7 @@ def test_flags_keep_the_result(flags):
     other = prepare(FASTERVIT + flags).forward()
     tolerance = 0.1 if 'bf16' in flags else 1e-5
     for a, b in zip(plain, other, strict=True):
-        assert 0 < (a - b).norm() <= tolerance * a.norm()  # weights and images are the same
+        assert (a - b).norm() <= tolerance * a.norm()  # weights and images are the same
 
 
 def test_flags_reach_the_model(monkeypatch):

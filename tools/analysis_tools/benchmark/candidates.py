@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -184,16 +185,14 @@ def random_batch(scope: str, size: Size, batch: int, masks: bool) -> dict[str, A
         return data
     structures = compat.require(f'{scope}.structures')
     inputs = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)
-    if scope == 'mmpretrain':
-        samples = [structures.DataSample().set_gt_label(0) for _ in range(batch)]
-        return dict(inputs=inputs, data_samples=samples)
-    samples = []
-    for _ in range(batch):
+    if scope == 'mmseg':
         sample = structures.SegDataSample(metainfo=dict(img_shape=size, ori_shape=size))
         pixels = torch.zeros(1, *size, dtype=torch.int64)
         sample.gt_sem_seg = compat.require('mmengine.structures').PixelData(data=pixels)
-        samples.append(sample)
-    return dict(inputs=list(inputs), data_samples=samples)
+        inputs = list(inputs)
+    else:
+        sample = structures.DataSample().set_gt_label(0)
+    return dict(inputs=inputs, data_samples=[copy.deepcopy(sample) for _ in range(batch)])
 
 
 # --- running --------------------------------------------------------------------------------------

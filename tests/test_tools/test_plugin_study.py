@@ -195,7 +195,7 @@ def test_the_results_of_the_docs_are_rendered_again(tmp_path, capsys):
         (['--seeds', '0'], '--seeds must be two or more different ones'),
         (['--seeds', '1', '1'], '--seeds must be two or more different ones'),
         (['--seeds', '0', '-1'], '--seeds at least 0'),
-        (['--jobs', '0'], '--jobs and --rounds must be at least 1'),
+        (['--jobs', '0'], '--jobs must be at least 1'),
     ],
 )
 def test_bad_arguments(capsys, arguments, message):

@@ -54,7 +54,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/plugin_study'))
     parser.add_argument('--jobs', type=int, default=2, help='runs at once, of one thread each')
-    parser.add_argument('--rounds', type=int, default=15, help='timed steps of each backbone')
     parser.add_argument('--out', type=Path, default=Path('docs/plugin_study.json'))
     parser.add_argument('--plot', type=Path, default=Path('docs/images/plugin_study.png'))
     parser.add_argument(
@@ -69,8 +68,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='override the configs',
     )
     args = parser.parse_args(argv)
-    if min(args.jobs, args.rounds) < 1 or min(args.seeds) < 0:
-        parser.error('--jobs and --rounds must be at least 1, --seeds at least 0')
+    if args.jobs < 1 or min(args.seeds) < 0:
+        parser.error('--jobs must be at least 1, --seeds at least 0')
     if len(set(args.seeds)) < max(len(args.seeds), 2):
         parser.error('--seeds must be two or more different ones: one has no deviation')
     return args
@@ -147,21 +146,23 @@ def marker_right(truth: dict, predictions: list[dict]) -> float:
     from pycocotools import mask
 
     names = {c['id']: c['name'].split('-') for c in truth['categories']}
-    boxes: dict[tuple, list[dict]] = {}
-    for box in predictions:
-        boxes.setdefault((box['image_id'], names[box['category_id']][0]), []).append(box)
     right = []
     for object_ in truth['annotations']:
         outline, kind = names[object_['category_id']]
-        near = boxes.get((object_['image_id'], outline), [])
-        found = [b for b in near if mask.iou([b['bbox']], [object_['bbox']], [0]) >= 0.5]
+        found = [
+            box
+            for box in predictions
+            if box['image_id'] == object_['image_id']
+            and names[box['category_id']][0] == outline
+            and mask.iou([box['bbox']], [object_['bbox']], [0]) >= 0.5
+        ]
         if found:
             best = max(found, key=lambda b: b['score'])
             right.append(names[best['category_id']][1] == kind)
     return statistics.fmean(right) if right else float('nan')
 
 
-def costs(overrides: dict, rounds: int) -> dict[str, dict[str, float]]:
+def costs(overrides: dict, rounds: int = 15) -> dict[str, dict[str, float]]:
     """Measures what a training step of each detector takes, step by step in turns on one thread.
 
     Args:
@@ -281,7 +282,7 @@ def study(args: argparse.Namespace, command: str) -> dict:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    for name, cost in costs(args.cfg_options, args.rounds).items():
+    for name, cost in costs(args.cfg_options).items():
         backbones[name] = {**cost, **backbones[name]}
     cfg = load_config(BACKBONES['ResNet'], args.cfg_options)
     measured = (

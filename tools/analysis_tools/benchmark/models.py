@@ -93,9 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
 
 def make_plan(args: argparse.Namespace) -> dict[str, list[str]]:
     """The candidates of each mode."""
-    for text in args.candidates:
-        if args.candidates.count(text) > 1:
-            raise UserError(f'given twice: {text}')
     if args.candidates:
         return dict.fromkeys(args.mode or ['forward'], args.candidates)
     found = all(importlib.util.find_spec(name) for name in ('fastervit', 'timm'))

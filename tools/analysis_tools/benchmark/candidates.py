@@ -245,7 +245,9 @@ def prepare(setting: Setting) -> Work:
     model.to(setting.device)
     data: dict[str, Any] = {}
     if scope is None:
-        inputs = torch.randn(setting.batch, candidate.channels, *size).to(setting.device)
+        generator = torch.Generator().manual_seed(0)  # building has used the other one
+        inputs = torch.randn(setting.batch, candidate.channels, *size, generator=generator)
+        inputs = inputs.to(setting.device)
     else:
         masks = getattr(model, 'with_mask', False)
         data = random_batch(scope, size, setting.batch, masks)

@@ -53,7 +53,7 @@ study: setup ## train networks with and without global attention, 21 runs, an ho
 	@$(IN_VENV) $(PY) tools/analysis_tools/plugin_study.py $(ARGS)
 
 bench: setup ## time and memory beside Swin-T, ConvNeXt-T, ResNet-50; 15 minutes on two cores
-	@$(IN_VENV) $(PY) tools/analysis_tools/benchmark models --rounds 5 --processes 2 --out work_dirs/benchmark $(ARGS)
+	@$(IN_VENV) $(PY) tools/analysis_tools/benchmark models --rounds 3 --processes 2 --out work_dirs/benchmark $(ARGS)
 
 # A file's tests stay in one process, whose fixtures they share.
 test: setup ## run the tests; ARGS='-k word' passes options to pytest

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .allocator import objection
+from .allocator import objection, tune_allocator
 
 MODULES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'fastervit')
 
@@ -35,14 +35,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def allocator() -> str:
-    """How the processes that measure on a CPU get their memory."""
-    reason = objection()
-    return f'not tuned ({reason})' if reason else 'tuned'
+def tune() -> str:
+    """Calls :func:`hat_mm.tune_allocator`; returns what came of it, in words."""
+    return 'tuned' if tune_allocator() else f'not tuned ({objection() or "glibc refused"})'
 
 
-def circumstances(device: str) -> dict[str, Any]:
-    """Command, date, hardware and versions of a measurement, for its results."""
+def circumstances(device: str, allocator: str | None = None) -> dict[str, Any]:
+    """Command, date, hardware and versions of a measurement, for its results.
+
+    Args:
+        device: ``'cpu'`` or ``'cuda'``.
+        allocator: How the processes that measured on a CPU got their memory, as :func:`tune` says.
+    """
     words = [os.path.relpath(sys.argv[0]), *sys.argv[1:]]
     return {
         'command': f'python {shlex.join(words)}',
@@ -52,7 +56,7 @@ def circumstances(device: str) -> dict[str, Any]:
         'processor': processor(),
         'cores': os.cpu_count(),
         'threads': torch.get_num_threads(),
-        'allocator': allocator() if device == 'cpu' else None,
+        'allocator': allocator,
         'versions': versions(),
     }
 

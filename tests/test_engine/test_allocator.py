@@ -5,13 +5,10 @@ import logging
 import os
 import platform
 
-import measuring
-import models as benchmark
 import pytest
 
 import hat_mm
-from hat_mm.engine import allocator
-from hat_mm.engine.environment import circumstances
+from hat_mm.engine import allocator, environment
 
 needs_glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != 'glibc', reason='only the allocator of glibc is set'
@@ -150,8 +147,6 @@ torch.cuda.is_available = lambda: {gpu}
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
-JOB = json.dumps(dict(product='float32', device='cpu'))
-BENCHMARK = 'tools/analysis_tools/benchmark'
 
 
 @needs_glibc
@@ -161,8 +156,6 @@ BENCHMARK = 'tools/analysis_tools/benchmark'
         (['tools/train.py', '--help'], {}, False, True),
         (['tools/train.py', '--help'], {}, True, None),
         (['tools/test.py', '--help'], {'HAT_MM_NO_MALLOPT': '1'}, False, False),
-        ([BENCHMARK], {measuring.JOB: JOB}, False, True),
-        ([BENCHMARK], {measuring.JOB: JOB, 'HAT_MM_NO_MALLOPT': '1'}, False, False),
     ],
 )
 def test_tools_call_it_on_a_cpu(command, environment, gpu, tuned, run_python):
@@ -172,19 +165,9 @@ def test_tools_call_it_on_a_cpu(command, environment, gpu, tuned, run_python):
     assert ('allocator left alone' in done.stderr) is (tuned is False)
 
 
-@pytest.mark.parametrize(
-    ('words', 'expected'),
-    [
-        ([], 'tuned'),
-        (['--allocator', 'tuned'], 'tuned'),
-        (['--allocator', 'default'], 'not tuned (HAT_MM_NO_MALLOPT is set)'),
-    ],
-)
-def test_benchmark_says_which_allocator_it_measured_with(
-    words, expected, undecided, monkeypatch, capsys
-):
-    rows = dict(rows=[], peers=[], rounds=1, processes=1)
-    monkeypatch.setattr(benchmark, 'measure', lambda args: circumstances('cpu') | rows)
-    monkeypatch.setenv('HAT_MM_NO_MALLOPT', '')
-    benchmark.main(words)
-    assert f'; allocator {expected}; ' in capsys.readouterr().out
+def test_what_came_of_it_in_words(undecided, monkeypatch):
+    monkeypatch.setattr(environment, 'tune_allocator', lambda: True)
+    assert environment.tune() == 'tuned'
+    monkeypatch.undo()
+    monkeypatch.setenv('HAT_MM_NO_MALLOPT', '1')
+    assert environment.tune() == 'not tuned (HAT_MM_NO_MALLOPT is set)'

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,10 @@ import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.runner import Runner
 from PIL import Image
 
 import hat_mm
-from hat_mm.engine import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +24,7 @@ CATEGORIES = [{'id': i + 1, 'name': name} for i, name in enumerate(shapes.RELATI
 
 @functools.cache
 def parsed(backbone: str) -> Config:
-    return Config.fromfile(study.config_of(backbone))
+    return study.load_config(backbone, {})
 
 
 def config(backbone: str) -> dict:
@@ -41,6 +40,7 @@ def overrides(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp('data') / 'relation'
     shapes.make_dataset(folder, num_train=2, num_val=2, relation=True)
     return {
+        'data_root': f'{folder}/',
         'train_dataloader.dataset.data_root': f'{folder}/',
         'train_dataloader.batch_size': 2,
         'val_dataloader.dataset.data_root': f'{folder}/',
@@ -60,17 +60,20 @@ def test_every_detector_trains_and_is_timed(overrides):
     assert parameters['FasterViT without carriers'] < parameters['FasterViT']
 
 
-def test_a_run_is_an_ordinary_training_and_is_not_repeated(overrides, tmp_path, capsys):
-    options = [f'{key}={value}' for key, value in overrides.items()]
-    arguments = (tmp_path / 'run', 'resnet-hat-toy', 5, 'key', options)
-    metrics = study.train(*arguments)
-    assert metrics.mAP >= -1  # COCO's for nothing to find
-    assert 'tools/train.py configs/toy/faster-rcnn_resnet-hat-toy' in capsys.readouterr().out
-    assert 'seed: 5\n' in (tmp_path / 'run/output.log').read_text()
-    assert str(study.train(*arguments)) == str(metrics)  # nan is unlike itself
-    assert 'done before' in capsys.readouterr().out
-    with pytest.raises(cli.UserError, match=r'training failed; the cause stands in .*output'):
-        study.train(*arguments[:3], 'other', ['train_cfg=1'])
+@pytest.mark.usefixtures('plain_dumps')
+def test_a_run_is_not_repeated_unless_something_changes(overrides, tmp_path, monkeypatch):
+    arguments = (tmp_path / 'run', 'resnet-hat-toy', 5)
+    metrics = study.train(*arguments, overrides)
+    assert metrics['mAP'] >= -1  # COCO's for nothing to find
+    assert set(metrics) == {'mAP', 'recall', 'right'}
+    log = (tmp_path / 'run/output.log').read_text()
+    assert 'seed: 5\n' in log
+    assert 'coco/bbox_mAP' in log
+    monkeypatch.setattr(Runner, 'from_cfg', lambda cfg: pytest.fail('trained again'))
+    assert str(study.train(*arguments, overrides)) == str(metrics)  # nan is unlike itself
+    for seed, changes in ((6, {}), (5, {'train_cfg.max_iters': 3})):
+        with pytest.raises(pytest.fail.Exception, match='trained again'):
+            study.train(*arguments[:2], seed, overrides | changes)
 
 
 def test_all_have_one_recipe():
@@ -166,99 +169,17 @@ def test_nothing_found_is_no_number():
     assert str(study.marker_right(truth(box(1, 'circle-a', 0)), [])) == 'nan'
 
 
-def write_run(folder: Path, annotations: Path, *lines: dict) -> None:
-    """The files that a training leaves behind, as far as they are read."""
-    log = folder / '20261121_120000/vis_data'
-    log.mkdir(parents=True)
-    (log / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)) + '\n')
-    (log / 'config.py').write_text(f'val_evaluator = dict(ann_file={str(annotations)!r})\n')
-    (folder / 'predictions.bbox.json').write_text(json.dumps([box(1, 'circle-a', 0, 0.9)]))
-
-
-def test_metrics_are_those_of_the_last_validation(tmp_path):
-    annotations = tmp_path / 'val.json'
-    annotations.write_text(json.dumps(truth(box(1, 'circle-a', 2))))
-    write_run(
-        tmp_path / 'run',
-        annotations,
-        {'lr': 0.1, 'loss': 1.5, 'time': 0.5, 'iter': 20, 'step': 20},
-        {'coco/bbox_mAP': 0.1, 'coco/AR@100': 0.2, 'step': 20},
-        {'lr': 0.1, 'loss': 0.5, 'time': 0.5, 'iter': 40, 'step': 40},
-        {'coco/bbox_mAP': 0.3, 'coco/AR@100': 0.4, 'step': 40},
-    )
-    assert study.read_metrics(tmp_path / 'run') == study.Metrics(0.3, 0.4, 1.0)
-
-
-def test_a_run_without_a_validation_is_an_error(tmp_path):
-    with pytest.raises(cli.UserError, match='no validation with coco/bbox_mAP'):
-        study.read_metrics(tmp_path)
-    write_run(tmp_path, tmp_path / 'val.json', {'loss': 1.5, 'iter': 20, 'step': 20})
-    with pytest.raises(cli.UserError, match='no validation with coco/bbox_mAP'):
-        study.read_metrics(tmp_path)
-
-
-def test_only_a_result_of_the_same_run_is_taken_for_it(tmp_path):
-    assert study.finished(tmp_path, 'key') is None
-    content = {'key': 'key', 'metrics': {'mAP': 0.1, 'recall': 0.2, 'right': 0.5}}
-    (tmp_path / study.RESULT).write_text(json.dumps(content))
-    assert study.finished(tmp_path, 'key') == study.Metrics(0.1, 0.2, 0.5)
-    assert study.finished(tmp_path, 'other') is None
-    (tmp_path / study.RESULT).write_text('{"key"')
-    assert study.finished(tmp_path, 'key') is None
-
-
-def test_the_fingerprint_follows_config_seed_and_data(tmp_path):
-    def key(seed=0, **overrides):
-        cfg = study.load_config('resnet-toy', {'data_root': str(tmp_path), **overrides})
-        return study.fingerprint(cfg, seed)
-
-    (tmp_path / shapes.MARKER).write_text('{"seed": 0}')
-    first = key()
-    assert key() == first
-    assert len({first, key(seed=1), key(**{'train_cfg.max_iters': 3})}) == 3
-    (tmp_path / shapes.MARKER).write_text('{"seed": 1}')
-    assert key() != first
-
-
-def results() -> dict:
-    """Results as in the file of ``--out``, with mAPs around i/10 for the i-th backbone."""
-    rows = {}
-    for i, name in enumerate(study.BACKBONES, 1):
-        runs = {
-            str(seed): {
-                'mAP': i / 10 + 0.02 * (seed - 1),
-                'recall': 0.5,
-                'right': 0.25 * (seed + 1),
-            }
-            for seed in range(3)
-        }
-        rows[name] = {'parameters': i * 1_000_000, 'seconds': i / 4, 'runs': runs}
-    return {
-        'command': 'python tools/analysis_tools/plugin_study.py',
-        'measured': '2 cores',
-        'backbones': rows,
-    }
-
-
-def test_mean_and_sample_deviation():
-    assert study.mean_sd([1.0, 2.0, 6.0]) == pytest.approx((3.0, 7**0.5))
-
-
-def test_table():
-    lines = study.table(results()).splitlines()
-    assert lines[0].count('|') == lines[1].count('|') == 7
-    assert lines[2] == '| ResNet | 0.100 ± 0.020 | 50% ± 25% | 0.500 ± 0.000 | 1.00 M | 0.25 s |'
-    assert [line.split('|')[1].strip() for line in lines[2:9]] == list(study.BACKBONES)
-    assert lines[-1] == '`python tools/analysis_tools/plugin_study.py`; 2 cores'
-
-
-def test_render_needs_no_run(tmp_path, capsys):
+def test_the_results_of_the_docs_are_rendered_again(tmp_path, capsys):
     """Table and plot come from the file of results alone."""
-    (tmp_path / 'study.json').write_text(json.dumps(results()))
-    paths = ['--out', str(tmp_path / 'study.json'), '--plot', str(tmp_path / 'images/study.png')]
+    paths = ['--out', str(ROOT / 'docs/plugin_study.json'), '--plot', str(tmp_path / 'a/study.png')]
     study.main(['--render', *paths])
-    assert capsys.readouterr().out == study.table(results()) + '\n'
-    with Image.open(tmp_path / 'images/study.png') as picture:
+    *lines, command = capsys.readouterr().out.splitlines()
+    page = (ROOT / 'docs/plugins.md').read_text().splitlines()
+    rows = [' | '.join(cell.strip() for cell in line.split('|')).strip() for line in lines[2:-1]]
+    assert [row.split(' | ')[0].strip('| ') for row in rows] == list(study.BACKBONES)
+    assert set(rows) <= set(page)
+    assert command.startswith('`python tools/analysis_tools/plugin_study.py`; 400 steps')
+    with Image.open(tmp_path / 'a/study.png') as picture:
         assert picture.width > picture.height > 300
         reds = [
             count
@@ -274,7 +195,7 @@ def test_render_needs_no_run(tmp_path, capsys):
         (['--seeds', '0'], '--seeds must be two or more different ones'),
         (['--seeds', '1', '1'], '--seeds must be two or more different ones'),
         (['--seeds', '0', '-1'], '--seeds at least 0'),
-        (['--jobs', '0'], '--jobs and --rounds must be at least 1'),
+        (['--jobs', '0'], '--jobs must be at least 1'),
     ],
 )
 def test_bad_arguments(capsys, arguments, message):
@@ -282,12 +203,3 @@ def test_bad_arguments(capsys, arguments, message):
         study.parse_args(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_missing_results_are_an_error_in_one_line(run_python, tmp_path):
-    done = run_python(
-        'tools/analysis_tools/plugin_study.py', '--render', '--out', str(tmp_path / 'none.json')
-    )
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith('plugin_study.py: error: ')
-    assert 'none.json' in done.stderr

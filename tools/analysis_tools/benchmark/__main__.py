@@ -12,45 +12,39 @@ import argparse
 import logging
 import sys
 import warnings
-from typing import Any
+from pathlib import Path
 
 import attention
-import measuring
 import models
 import report
 
 from hat_mm.engine.cli import run_tool
 
-COMMANDS = {'models': models.main, 'attention': attention.main, 'report': report.main}
 
-
-def answer(job: dict[str, Any]) -> None:
-    """Does what this process was started for."""
-    measured = attention if 'form' in job else models
-    if job.get('mode', '').endswith('memory'):
-        measuring.answer(measured.memory_of_job(job))
-    else:
-        measuring.answer_times(measured.work_of(job), job['device'])
-
-
-def main() -> None:
-    """Runs a command, or a job of one."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter('ignore')  # of the toolboxes
-    job = measuring.job()
-    if job is not None:
-        answer(job)
-        return
-    parser = argparse.ArgumentParser(
-        prog='benchmark',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def main(argv: list[str] | None = None) -> None:
+    """Runs a command."""
+    style = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser('benchmark', description=__doc__, **style)
+    commands = parser.add_subparsers(metavar='COMMAND', required=True)
+    command = commands.add_parser('models', description=models.DESCRIPTION, **style)
+    models.add_arguments(command, run=models.run)
+    command = commands.add_parser('attention', description=attention.__doc__, **style)
+    models.add_arguments(
+        command,
+        run=models.run,
+        candidates=[f'attention/{form}' for form in attention.FORMS],
+        size=attention.SIZES,
+        mode=['forward', 'memory'],
+        out=Path('work_dirs/attention_scaling'),
     )
-    parser.add_argument('command', choices=COMMANDS)
-    parser.add_argument('arguments', nargs=argparse.REMAINDER, help='COMMAND --help lists them')
-    args = parser.parse_args()
-    COMMANDS[args.command](args.arguments)
+    command = commands.add_parser('report', description=report.__doc__, **style)
+    command.add_argument('results', type=Path, help='a benchmark.json')
+    command.set_defaults(run=report.run)
+    args = parser.parse_args(argv)
+    args.run(args)
 
 
 if __name__ == '__main__':
+    logging.disable(logging.WARNING)
+    warnings.simplefilter('ignore')  # of the toolboxes
     sys.exit(run_tool(main, 'benchmark'))

@@ -138,16 +138,11 @@ def _fixed_point(values: np.ndarray | float) -> np.ndarray:
 
 
 def _object_mask(
-    rng: np.random.Generator,
-    style: Style,
-    label: int,
-    size: tuple[int, int],
-    columns: tuple[int, int] | None = None,
+    rng: np.random.Generator, style: Style, label: int, size: tuple[int, int]
 ) -> np.ndarray:
-    """Mask (H, W) of a whole object at a random place in the image, or in its given columns."""
-    first, end = columns or (0, size[1])
+    """Mask (H, W) of a whole object at a random place in the image."""
     side = int(rng.integers(style.object_sizes[0], style.object_sizes[1] + 1))
-    left = int(rng.integers(first, end - side + 1))
+    left = int(rng.integers(0, size[1] - side + 1))
     top = int(rng.integers(0, size[0] - side + 1))
     angle = rng.uniform(0, 2 * np.pi) if style.rotate else 0.0
     # From the centre of the first pixel to that of the last.
@@ -230,8 +225,11 @@ def draw_scene(rng: np.random.Generator, style: Style = EASY, only: int | None =
         width += 1 if width < greatest else -1
     image, base = _background(rng, style, (height, width))
     if only is None:
-        return _with_objects(rng, style, image, base, range(len(style.classes)))
-    return _with_objects(rng, style, image, base, range(only, only + 1), count=1)
+        labels, masks = _add_objects(rng, style, image, base, range(len(style.classes)))
+    else:
+        labels, masks = _add_objects(rng, style, image, base, range(only, only + 1), count=1)
+    image = image + rng.normal(0, style.noise, image.shape)
+    return Scene(_pixels(image), labels, masks)
 
 
 def draw_relation(
@@ -259,33 +257,36 @@ def draw_relation(
     end = start + MARKER_WIDTH
     image[:, start:end] = MARKER_COLOURS[mark]
     outlines = len(style.classes) // len(style.marks)
-    labels = range(mark * outlines, (mark + 1) * outlines)
-    columns = (end + FAR, RELATION_SIZE[1])
-    scene = _with_objects(rng, style, image, base, labels, columns=columns)
+    choices = range(mark * outlines, (mark + 1) * outlines)
+    near = end + FAR
+    labels, masks = _add_objects(rng, style, image[:, near:], base, choices)
+    masks = np.pad(masks, ((0, 0), (0, 0), (near, 0)))
     if left:
-        return scene
-    return Scene(scene.image[:, ::-1], scene.labels, scene.masks[..., ::-1])
+        return Scene(_pixels(image), labels, masks)
+    return Scene(_pixels(image[:, ::-1]), labels, masks[..., ::-1])
 
 
-def _with_objects(
+def _pixels(image: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def _add_objects(
     rng: np.random.Generator,
     style: Style,
     image: np.ndarray,
     base: np.ndarray,
     choices: range,
     count: int | None = None,
-    columns: tuple[int, int] | None = None,
-) -> Scene:
-    """The scene of a background, (H, W, 3) float, with objects drawn into it.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws objects into a background; returns their labels and visible masks.
 
     Args:
         rng: Source of all randomness.
         style: What to draw.
-        image: The background.
+        image: The background, (H, W, 3) float.
         base: Its mean colour.
         choices: The labels to choose from, equally likely.
         count: Number of objects; None for one from the style's range.
-        columns: The columns that objects may cover; None for all.
     """
     colours, labels = [base], []
     masks: list[np.ndarray] = []
@@ -294,7 +295,7 @@ def _with_objects(
     for _ in range(rng.integers(least, greatest + 1) if count is None else count):
         label = int(rng.integers(choices.start, choices.stop)) if len(choices) > 1 else choices[0]
         for _ in range(20):
-            mask = _object_mask(rng, style, label, image.shape[:2], columns)
+            mask = _object_mask(rng, style, label, image.shape[:2])
             left = [int((other & ~mask).sum()) for other in masks]
             if all(now >= style.min_visible * area for now, area in zip(left, areas, strict=True)):
                 break
@@ -308,11 +309,7 @@ def _with_objects(
         labels.append(label)
         masks.append(mask)
         areas.append(int(mask.sum()))
-    if style.noise:
-        image = image + rng.normal(0, style.noise, image.shape)
-    return Scene(
-        np.clip(np.rint(image), 0, 255).astype(np.uint8), np.array(labels), np.stack(masks)
-    )
+    return np.array(labels), np.stack(masks)
 
 
 def scenes(
@@ -512,21 +509,15 @@ def make_dataset(
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
     if relation and (hard or layout != 'instances'):
-        other = 'hard' if hard else f'the layout {layout!r}'
-        raise ValueError(
-            f"relation does not go with {other}: it is drawn in the layout 'instances', with its "
-            'own light clutter'
-        )
+        raise ValueError("relation goes with the layout 'instances' only, and not with hard")
     kind = RELATION_SET if relation else LAYOUTS[layout]
     num_train = kind.num_train if num_train is None else num_train
     num_val = kind.num_val if num_val is None else num_val
-    for name, value, least in (
-        ('num_train', num_train, 1),
-        ('num_val', num_val, 1),
-        ('seed', seed, 0),
-    ):
-        if value < least:
-            raise ValueError(f'{name} must be at least {least}, got {value}')
+    if min(num_train, num_val) < 1 or seed < 0:
+        raise ValueError(
+            'num_train and num_val must be at least 1 and seed at least 0, got '
+            f'{num_train}, {num_val} and {seed}'
+        )
     out = Path(out).absolute()
     style = RELATION if relation else HARD if hard else EASY
     counts = {'train': num_train, 'val': num_val}

@@ -36,7 +36,7 @@ SIZES = ((64, 96), (80, 64))
 
 
 def shorten(cfg: Config) -> None:
-    """Leaves few blocks in each stage of our backbones, few boxes, and no weights to load."""
+    """Leaves few blocks in a stage of our backbones, few layers of DINO, few boxes, no weights."""
     model = cfg.model
     model.backbone.init_cfg = None
     if model.backbone.type.startswith('hat_mm.'):
@@ -55,6 +55,7 @@ def shorten(cfg: Config) -> None:
             stage.sampler.num = 32
     if 'num_queries' in model:
         model.num_queries = 20
+        model.encoder.num_layers, model.decoder.num_layers = 1, 2
 
 
 def step(cfg: Config) -> tuple[dict[str, float], list]:

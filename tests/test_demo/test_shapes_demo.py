@@ -54,6 +54,23 @@ def test_from_nothing_to_pictures_and_a_second_run(tmp_path):
     assert second.stdout.splitlines()[-5:] == first.stdout.splitlines()[-5:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('config', 'metric', 'overview'),
+    [
+        ('cascade-mask-rcnn_fastervit-tiny_fpn_shapes', 'coco/segm_mAP', 'pictures.png'),
+        ('mask-rcnn_hat-net-toy_fpn_shapes', 'coco/segm_mAP', 'pictures.png'),
+        ('fastervit-tiny_upernet_shapes', 'mIoU', 'pictures.png'),
+        ('fastervit-tiny_shapes', 'confusion_matrix/result', 'confusion_matrix.png'),
+    ],
+)
+def test_the_other_demos(tmp_path, config, metric, overview):
+    done = run_demo(tmp_path, str(TOYS / f'{config}.py'), *SMALL)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert metric in json.loads((tmp_path / 'work/demo.json').read_text())['metrics']
+    assert (tmp_path / 'work' / overview).is_file()
+
+
 def test_confusion_matrix(tmp_path):
     cfg = Config(dict(metainfo=dict(classes=('circle', 'square', 'triangle'))))
     metrics = {'confusion_matrix/result': [[5, 0, 1], [0, 6, 0], [2, 0, 4]]}

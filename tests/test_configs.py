@@ -48,14 +48,6 @@ BACKBONES = {
     'resnet_hat': ResNet,
     'swin_hat': hat_mm.SwinHAT,
 }
-SWIN_URL = 'https://github.com/SwinTransformer/storage/releases/download/v1.0.0/'
-WEIGHTS = {
-    'fastervit': 'https://huggingface.co/ahatamiz/FasterViT/resolve/main/fastervit_{}.pth.tar',
-    'hat_net': 'https://github.com/yun-liu/HAT-Net/releases/download/v2.0/HAT-Net_{}.pth',
-    'resnet_hat': 'torchvision://resnet50',
-    'swin_hat': SWIN_URL + 'swin_{}_patch4_window7_224.pth',
-}
-WINDOWS = {'224': 14, '384': 24, '512': 32, '768': 48}
 
 
 class Promise(NamedTuple):
@@ -390,23 +382,17 @@ def test_nothing_of_the_replaced_is_left(path):
 
 
 @of_paper_leaves
-def test_starts_from_the_weights_of_its_arch(path):
+def test_starts_from_the_weights_of_its_backbone(path):
+    """Which are those of its arch, tests/test_zoo/test_metafiles.py says."""
     init = load(path).model.backbone.init_cfg
     if not promise_of(path).pretrained:
         assert init is None
-        return
-    assert init.type == 'Pretrained'
-    family, arch = backbone_of(path)
-    if family in ('resnet_hat', 'swin_hat'):
-        name = arch
-    elif family == 'hat_net':
-        name = arch.title()
-    elif '21k' in arch:
-        side = arch.rpartition('-')[2]
-        name = f'4_21k_{side}_w{WINDOWS[side]}'
+    elif path.parent.name == 'resnet_hat':
+        assert init == dict(type='Pretrained', checkpoint='torchvision://resnet50')
     else:
-        name = f'{arch}_224_1k'
-    assert init.checkpoint == WEIGHTS[family].format(name)
+        base = load(CONFIGS / f'_base_/backbones/{BY_STEM[path.stem][1]}.py')
+        assert init == base.backbone.init_cfg
+        assert init.type == 'Pretrained'
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -865,52 +851,6 @@ def test_the_check_says_how_far_a_config_gets(monkeypatch, capsys):
     assert out.endswith('ValueError: no step\n1 of 2 configs pass\n')
 
 
-# --- images ---------------------------------------------------------------------------------------
-
-
-def training_data(cfg: Config, folder: Path):
-    cfg = copy.deepcopy(cfg.train_dataloader.dataset)
-    cfg.update(
-        data_root=f'{folder}/',
-        ann_file='annotations/train.json',
-        data_prefix=dict(img='train/'),
-        metainfo=dict(classes=toy.EASY.classes),
-    )
-    return DATASETS.build(cfg)
-
-
-def sizes_seen(data, rounds: int) -> list[tuple[int, int]]:
-    samples = [data[i] for _ in range(rounds) for i in range(len(data))]
-    for sample in samples:
-        instances = sample['data_samples'].gt_instances
-        assert instances.masks.masks.shape[1:] == sample['inputs'].shape[1:]
-        assert len(instances.bboxes) == len(instances.masks.masks)
-    return [tuple(sample['inputs'].shape[1:]) for sample in samples]
-
-
-def test_single_scale_images(shapes):
-    data = training_data(load(CONFIGS / 'fastervit/mask-rcnn_fastervit-0_fpn_1x_coco.py'), shapes)
-    for sides in sizes_seen(data, 1):
-        assert min(sides) == 800 or max(sides) == 1333
-
-
-def test_multi_scale_and_crop_images(shapes):
-    path = CONFIGS / 'fastervit/mask-rcnn_fastervit-0_fpn_ms-crop-3x_coco.py'
-    sizes = sizes_seen(training_data(load(path), shapes), 4)
-    for sides in sizes:
-        assert min(sides) in range(480, 801, 32) or max(sides) == 1333
-    assert len({min(sides) for sides in sizes}) > 3
-    kinds = [step.type for step in load(path).train_pipeline]
-    assert kinds == [
-        *('LoadImageFromFile', 'LoadAnnotations', 'RandomFlip', 'RandomChoice', 'PackDetInputs'),
-    ]
-    crops = [[step.type for step in steps] for steps in load(path).train_pipeline[3].transforms]
-    assert crops == [
-        ['RandomChoiceResize'],
-        ['RandomChoiceResize', 'RandomCrop', 'RandomChoiceResize'],
-    ]
-
-
 # --- the toy config -------------------------------------------------------------------------------
 
 
@@ -944,6 +884,26 @@ def test_toy_data_and_evaluators(path):
     assert cfg.optim_wrapper.optimizer.type == 'AdamW'
     assert [step.type for step in cfg.param_scheduler] == ['LinearLR', 'CosineAnnealingLR']
     assert cfg.auto_scale_lr.base_batch_size == cfg.train_dataloader.batch_size
+
+
+def training_data(cfg: Config, folder: Path):
+    cfg = copy.deepcopy(cfg.train_dataloader.dataset)
+    cfg.update(
+        data_root=f'{folder}/',
+        ann_file='annotations/train.json',
+        data_prefix=dict(img='train/'),
+        metainfo=dict(classes=toy.EASY.classes),
+    )
+    return DATASETS.build(cfg)
+
+
+def sizes_seen(data, rounds: int) -> list[tuple[int, int]]:
+    samples = [data[i] for _ in range(rounds) for i in range(len(data))]
+    for sample in samples:
+        instances = sample['data_samples'].gt_instances
+        assert instances.masks.masks.shape[1:] == sample['inputs'].shape[1:]
+        assert len(instances.bboxes) == len(instances.masks.masks)
+    return [tuple(sample['inputs'].shape[1:]) for sample in samples]
 
 
 def test_toy_images_differ_in_size_and_are_not_square(shapes):

@@ -210,14 +210,14 @@ def scope(request):
 
 @functools.cache
 def load(path: Path) -> Config:
-    """A config that all tests share, so it is not to be changed; ``copy()`` may be."""
+    """A config that all tests share: a test that changes it takes a deep copy."""
     return Config.fromfile(path)
 
 
 @functools.cache
 def on_meta(path: Path) -> torch.nn.Module:
     """The model of a leaf with few blocks, without memory for weights; not to be changed."""
-    cfg = load(path).copy()
+    cfg = copy.deepcopy(load(path))
     if path in PAPER_LEAVES:
         check_configs.shorten(cfg)
     with torch.device('meta'):
@@ -405,7 +405,7 @@ def test_one_optimizer(path):
     assert wrapper.pop('type', 'OptimWrapper') == 'OptimWrapper'
     assert wrapper.pop('optimizer') == promise.optimizer
     assert wrapper.pop('clip_grad', {}).get('max_norm') == promise.clip
-    paramwise = wrapper.pop('paramwise_cfg', {})
+    paramwise = dict(wrapper.pop('paramwise_cfg', {}))
     if path.stem.startswith('dino'):
         assert paramwise == dict(custom_keys=dict(backbone=dict(lr_mult=0.1)))
     else:
@@ -816,7 +816,7 @@ LOSSES = {
 
 @pytest.mark.parametrize('path', STEPPED.values(), ids=lambda path: path.stem)
 def test_a_step_and_a_prediction(path):
-    losses, [prediction] = check_configs.step(load(path).copy())
+    losses, [prediction] = check_configs.step(copy.deepcopy(load(path)))
     kind = path.stem.partition('_')[0].partition('-4scale')[0].partition('-5scale')[0]
     assert LOSSES[kind if kind in LOSSES else toolbox_of(path)] <= set(losses)
     height, width = check_configs.SIZES[0]
@@ -831,7 +831,7 @@ def test_a_step_and_a_prediction(path):
 
 
 def test_an_unused_map_is_an_error():
-    cfg = load(CONFIGS / 'hat_net/retinanet_hat-net-tiny_fpn_1x_coco.py').copy()
+    cfg = copy.deepcopy(load(CONFIGS / 'hat_net/retinanet_hat-net-tiny_fpn_1x_coco.py'))
     cfg.model.backbone.update(out_indices=(0, 1, 2, 3), out_norm_cfg=dict(type='BN'))
     cfg.model.neck.update(in_channels=[48, 96, 240, 384], start_level=1)
     with pytest.raises(ValueError, match=r'parameters without a gradient: .*backbone\.norm0'):

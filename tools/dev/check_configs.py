@@ -9,6 +9,7 @@ A ResNet keeps all its blocks.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import fnmatch
 import importlib
@@ -117,10 +118,10 @@ def check(path: Path, steps: bool) -> tuple[list[str], str]:
         cfg = Config.fromfile(path)
         passed.append('parses')
         with torch.device('meta'):
-            build_model(cfg.copy())
+            build_model(copy.deepcopy(cfg))
         passed.append('builds')
         if steps:
-            step(Config.fromfile(path))
+            step(cfg)
             passed.append('steps')
     except Exception as error:
         return passed, f'{type(error).__name__}: {error}'

@@ -3,8 +3,7 @@
 Coloured shapes with exact visible masks, for demos and tests: a module and a program.
 
 A scene is drawn by :func:`draw_scene` from a random generator and a :class:`Style`, without any
-file; a writer puts scenes on the disk in one of the :data:`LAYOUTS`. NumPy does the drawing, so the
-pixels do not depend on OpenCV's version; Pillow, imported on use, only encodes.
+file; a writer puts scenes on the disk in one of the :data:`LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -12,25 +11,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
+import cv2
 import numpy as np
+from PIL import Image
+from rich.progress import track
 
-FORMAT = 1
-"""Goes up when the same parameters draw other pixels, so that no older set is taken for it."""
+FORMAT = 2
+"""Goes up when the same parameters draw other pictures, so that no older set is taken for it."""
 
 MARKER = 'dataset.json'
 """File in a set's folder with the parameters that drew it."""
 
 SPLITS = ('train', 'val')
-ADE_SPLITS = {'train': 'training', 'val': 'validation'}
 IMAGE_SIDES = (192, 384)
 SINGLE_SIDES = (112, 160)
 """Sides of an image with one object, which fills more of it then."""
@@ -41,30 +39,29 @@ FAR = 224
 MARKER_WIDTH = 48
 MARKER_COLOURS = ((255, 0, 0), (0, 0, 255))
 """Colour of each kind of marker."""
-_STALE_SECONDS = 3600
+_SHIFT = 4
+"""Bits behind the point of the coordinates that OpenCV is given."""
 
 
-def _regular(corners: int, inner: float = 1.0) -> tuple[tuple[float, float], ...]:
+def _regular(corners: int, inner: float = 1.0) -> list[tuple[float, float]]:
     """(x, y) corners of a regular polygon in the unit circle; ``inner`` < 1 makes it a star."""
     steps = corners if inner == 1.0 else 2 * corners
     angles = -np.pi / 2 + 2 * np.pi * np.arange(steps) / steps
     radii = np.where(np.arange(steps) % 2 == 0, 1.0, inner)
-    return tuple(
-        zip((radii * np.cos(angles)).tolist(), (radii * np.sin(angles)).tolist(), strict=True)
-    )
+    return list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True))
 
 
 _ARM = 0.36
-OUTLINES: dict[str, tuple[tuple[float, float], ...] | None] = {
+OUTLINES = {
     'circle': None,
-    'square': ((-1, -1), (1, -1), (1, 1), (-1, 1)),
-    'triangle': ((0, -1), (1, 1), (-1, 1)),
+    'square': [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+    'triangle': [(0, -1), (1, 1), (-1, 1)],
     'pentagon': _regular(5),
     'star': _regular(5, inner=0.42),
-    'cross': (
+    'cross': [
         *((-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)),
         *((_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)),
-    ),
+    ],
 }
 """Corners of each shape as (x, y) in [-1, 1], y downwards; None is the unit circle."""
 
@@ -132,53 +129,38 @@ class Scene:
     masks: np.ndarray
 
 
-def _inside(
-    outline: tuple[tuple[float, float], ...] | None, x: np.ndarray, y: np.ndarray
-) -> np.ndarray:
-    """Which points (x, y) lie in an outline, by the even-odd rule."""
-    if outline is None:
-        return x * x + y * y <= 1
-    inside = np.zeros(np.broadcast_shapes(x.shape, y.shape), dtype=bool)
-    for (x0, y0), (x1, y1) in zip(outline, (*outline[1:], outline[0]), strict=True):
-        if y0 != y1:
-            crosses = ((y0 <= y) != (y1 <= y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
-            inside ^= crosses
-    return inside
+# --- drawing --------------------------------------------------------------------------------------
 
 
-def _pixels(size: tuple[int, int], box: tuple[float, float, float, float]) -> tuple:
-    """Slices of the pixels in a box (x0, y0, x1, y1); their centres as a row x and a column y."""
-    height, width = size
-    x0, y0 = max(0, int(box[0])), max(0, int(box[1]))
-    x1, y1 = min(width, int(np.ceil(box[2]))), min(height, int(np.ceil(box[3])))
-    where = (slice(y0, max(y0, y1)), slice(x0, max(x0, x1)))
-    return where, np.arange(x0, max(x0, x1))[None] + 0.5, np.arange(y0, max(y0, y1))[:, None] + 0.5
+def _fixed_point(values: np.ndarray | float) -> np.ndarray:
+    """Coordinates as OpenCV takes them, whole numbers with ``_SHIFT`` bits behind the point."""
+    return np.rint(np.multiply(values, 2**_SHIFT)).astype(np.int32)
 
 
 def _object_mask(
-    rng: np.random.Generator,
-    style: Style,
-    label: int,
-    size: tuple[int, int],
-    columns: tuple[int, int] | None = None,
+    rng: np.random.Generator, style: Style, label: int, size: tuple[int, int]
 ) -> np.ndarray:
-    """Mask (H, W) of a whole object at a random place in the image, or in its given columns."""
-    height, width = size
-    first, end = columns or (0, width)
-    side = float(rng.integers(style.object_sizes[0], style.object_sizes[1] + 1))
-    # Whole pixels: an upright object's box is then exactly `side` wide and high.
-    left = float(rng.integers(first, end - side + 1))
-    top = float(rng.integers(0, height - side + 1))
+    """Mask (H, W) of a whole object at a random place in the image."""
+    side = int(rng.integers(style.object_sizes[0], style.object_sizes[1] + 1))
+    left = int(rng.integers(0, size[1] - side + 1))
+    top = int(rng.integers(0, size[0] - side + 1))
     angle = rng.uniform(0, 2 * np.pi) if style.rotate else 0.0
-    cos, sin = np.cos(angle), np.sin(angle)
+    # From the centre of the first pixel to that of the last.
+    radius = (side - 1) / 2
+    centre = np.array([left + radius, top + radius])
+    mask = np.zeros(size, np.uint8)
     outline = OUTLINES[style.classes[label].partition('-')[0]]
-    # A turned shape is shrunk until its corners stay in the same box.
-    reach = max(np.hypot(x, y) for x, y in outline) if outline and style.rotate else 1.0
-    where, x, y = _pixels(size, (left, top, left + side, top + side))
-    u, v = ((x - left) * 2 / side - 1) * reach, ((y - top) * 2 / side - 1) * reach
-    mask = np.zeros(size, dtype=bool)
-    mask[where] = _inside(outline, cos * u + sin * v, cos * v - sin * u)
-    return mask
+    if outline is None:
+        cv2.circle(
+            mask, _fixed_point(centre).tolist(), int(_fixed_point(radius)), 1, -1, shift=_SHIFT
+        )
+        return mask.astype(bool)
+    corners = np.array(outline)
+    if style.rotate:  # and shrunk until the corners stay in the same box
+        turn = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+        corners = corners / np.linalg.norm(corners, axis=1).max() @ turn
+    cv2.fillPoly(mask, [_fixed_point(centre + radius * corners)], 1, shift=_SHIFT)
+    return mask.astype(bool)
 
 
 def _colour(rng: np.random.Generator, style: Style, taken: list[np.ndarray]) -> np.ndarray:
@@ -187,9 +169,8 @@ def _colour(rng: np.random.Generator, style: Style, taken: list[np.ndarray]) -> 
     for _ in range(30):
         colour = rng.uniform(0, 255, 3)
         if style.vivid:  # stretched until one channel is bright and another dark
-            low, high = colour.min(), colour.max()
             bright, dark = rng.uniform(150, 255), rng.uniform(0, 70)
-            colour = dark + (colour - low) / max(high - low, 1e-6) * (bright - dark)
+            colour = np.interp(colour, [colour.min(), colour.max()], [dark, bright])
         distance = min(float(np.linalg.norm(colour - other)) for other in taken)
         if distance > best_distance:
             best, best_distance = colour, distance
@@ -211,20 +192,15 @@ def _background(
     down = np.linspace(-1, 1, height)[:, None, None] * slope[1]
     image = base + across + down
     for _ in range(rng.integers(style.lines[0], style.lines[1] + 1)):
-        (x0, y0), (x1, y1) = rng.uniform(0, 1, (2, 2)) * (width, height)
-        half = rng.uniform(1, style.clutter_size) / 2
+        start, end = (rng.uniform(0, 1, (2, 2)) * (width, height)).astype(int).tolist()
+        thickness = round(rng.uniform(1, style.clutter_size))
         colour = base + rng.uniform(-70, 70, 3)
-        box = (min(x0, x1) - half, min(y0, y1) - half, max(x0, x1) + half, max(y0, y1) + half)
-        where, x, y = _pixels(size, box)
-        length = max(float(np.hypot(x1 - x0, y1 - y0)), 1e-6)
-        away = np.abs((x - x0) * (y1 - y0) - (y - y0) * (x1 - x0)) / length
-        image[where][away <= half] = colour
+        cv2.line(image, start, end, colour.tolist(), thickness)
     for _ in range(rng.integers(style.dots[0], style.dots[1] + 1)):
-        cx, cy = rng.uniform(0, 1, 2) * (width, height)
-        radius = rng.uniform(1, style.clutter_size)
+        centre = (rng.uniform(0, 1, 2) * (width, height)).astype(int).tolist()
+        radius = round(rng.uniform(1, style.clutter_size))
         colour = base + rng.uniform(-70, 70, 3)
-        where, x, y = _pixels(size, (cx - radius, cy - radius, cx + radius + 1, cy + radius + 1))
-        image[where][(x - cx) ** 2 + (y - cy) ** 2 <= radius**2] = colour
+        cv2.circle(image, centre, radius, colour.tolist(), -1)
     return image, base
 
 
@@ -247,11 +223,13 @@ def draw_scene(rng: np.random.Generator, style: Style = EASY, only: int | None =
     height, width = (int(side) for side in rng.integers(least, greatest + 1, 2))
     if height == width:
         width += 1 if width < greatest else -1
-    size = (height, width)
-    image, base = _background(rng, style, size)
+    image, base = _background(rng, style, (height, width))
     if only is None:
-        return _with_objects(rng, style, image, base, range(len(style.classes)))
-    return _with_objects(rng, style, image, base, range(only, only + 1), count=1)
+        labels, masks = _add_objects(rng, style, image, base, range(len(style.classes)))
+    else:
+        labels, masks = _add_objects(rng, style, image, base, range(only, only + 1), count=1)
+    image = image + rng.normal(0, style.noise, image.shape)
+    return Scene(_pixels(image), labels, masks)
 
 
 def draw_relation(
@@ -278,50 +256,46 @@ def draw_relation(
     start = int(rng.integers(0, 9))
     end = start + MARKER_WIDTH
     image[:, start:end] = MARKER_COLOURS[mark]
-    near = end + FAR
     outlines = len(style.classes) // len(style.marks)
-    scene = _with_objects(
-        rng,
-        style,
-        image,
-        base,
-        range(mark * outlines, (mark + 1) * outlines),
-        columns=(near, RELATION_SIZE[1]),
-    )
+    choices = range(mark * outlines, (mark + 1) * outlines)
+    near = end + FAR
+    labels, masks = _add_objects(rng, style, image[:, near:], base, choices)
+    masks = np.pad(masks, ((0, 0), (0, 0), (near, 0)))
     if left:
-        return scene
-    return Scene(scene.image[:, ::-1], scene.labels, scene.masks[..., ::-1])
+        return Scene(_pixels(image), labels, masks)
+    return Scene(_pixels(image[:, ::-1]), labels, masks[..., ::-1])
 
 
-def _with_objects(
+def _pixels(image: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def _add_objects(
     rng: np.random.Generator,
     style: Style,
     image: np.ndarray,
     base: np.ndarray,
     choices: range,
     count: int | None = None,
-    columns: tuple[int, int] | None = None,
-) -> Scene:
-    """The scene of a background, (H, W, 3) float, with objects drawn into it.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws objects into a background; returns their labels and visible masks.
 
     Args:
         rng: Source of all randomness.
         style: What to draw.
-        image: The background.
+        image: The background, (H, W, 3) float.
         base: Its mean colour.
         choices: The labels to choose from, equally likely.
         count: Number of objects; None for one from the style's range.
-        columns: The columns that objects may cover; None for all.
     """
     colours, labels = [base], []
     masks: list[np.ndarray] = []
     areas: list[int] = []
-    size = image.shape[:2]
     least, greatest = style.objects
     for _ in range(rng.integers(least, greatest + 1) if count is None else count):
         label = int(rng.integers(choices.start, choices.stop)) if len(choices) > 1 else choices[0]
         for _ in range(20):
-            mask = _object_mask(rng, style, label, size, columns)
+            mask = _object_mask(rng, style, label, image.shape[:2])
             left = [int((other & ~mask).sum()) for other in masks]
             if all(now >= style.min_visible * area for now, area in zip(left, areas, strict=True)):
                 break
@@ -335,11 +309,7 @@ def _with_objects(
         labels.append(label)
         masks.append(mask)
         areas.append(int(mask.sum()))
-    if style.noise:
-        image = image + rng.normal(0, style.noise, image.shape)
-    return Scene(
-        np.clip(np.rint(image), 0, 255).astype(np.uint8), np.array(labels), np.stack(masks)
-    )
+    return np.array(labels), np.stack(masks)
 
 
 def scenes(
@@ -363,57 +333,46 @@ def scenes(
         if style.marks:
             turn, mark = divmod(index, len(style.marks))
             yield draw_relation(rng, mark, turn % 2 == 0, style)
-            continue
-        yield draw_scene(rng, style, index % len(style.classes) if single else None)
+        else:
+            yield draw_scene(rng, style, index % len(style.classes) if single else None)
 
 
-def encode_mask(mask: np.ndarray) -> dict:
-    """Encodes a mask (H, W) as COCO's uncompressed run lengths: down the columns, zeros first."""
-    flat = np.concatenate([[False], mask.ravel(order='F'), [False]])
-    edges = np.flatnonzero(flat[1:] != flat[:-1])
-    ends = edges if edges.size and edges[-1] == mask.size else np.append(edges, mask.size)
-    return {'size': list(mask.shape), 'counts': np.diff(ends, prepend=0).tolist()}
+# --- layouts --------------------------------------------------------------------------------------
 
-
-def _annotation(mask: np.ndarray, label: int, image_id: int, annotation_id: int) -> dict:
-    """COCO's record of one object, box and area from its visible mask."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    x, y = int(columns[0]), int(rows[0])
-    return {
-        'id': annotation_id,
-        'image_id': image_id,
-        'category_id': label + 1,
-        'bbox': [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1],
-        'area': int(mask.sum()),
-        'iscrowd': 0,
-        'segmentation': encode_mask(mask),
-    }
+# A writer puts a split into an existing folder: (folder, split, scenes, name of each label).
+Writer = Callable[[Path, str, Iterable[Scene], tuple[str, ...]], None]
 
 
 def write_instances(
     folder: Path, split: str, drawn: Iterable[Scene], classes: tuple[str, ...]
 ) -> None:
-    """Writes a split as COCO instances: ``SPLIT/*.png`` and ``annotations/SPLIT.json``.
+    """Writes a split as COCO instances: ``SPLIT/*.png`` and ``annotations/SPLIT.json``."""
+    from pycocotools import mask as coco_mask  # comes with mmdet, which reads these files
 
-    Args:
-        folder: An existing folder.
-        split: ``'train'`` or ``'val'``.
-        drawn: The scenes.
-        classes: Name of each label.
-    """
     (folder / split).mkdir()
     images, annotations = [], []
-    for index, scene in enumerate(drawn):
-        name = _file_name(index)
-        _save(scene.image, folder / split / name)
+    for index, scene in enumerate(drawn, 1):
+        name = f'{index - 1:06d}.png'
+        Image.fromarray(scene.image).save(folder / split / name)
         height, width = scene.image.shape[:2]
-        images.append({'id': index + 1, 'file_name': name, 'height': height, 'width': width})
+        images.append({'id': index, 'file_name': name, 'height': height, 'width': width})
         for mask, label in zip(scene.masks, scene.labels.tolist(), strict=True):
-            annotations.append(_annotation(mask, label, index + 1, len(annotations) + 1))
+            code = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+            annotations.append(
+                {
+                    'id': len(annotations) + 1,
+                    'image_id': index,
+                    'category_id': label + 1,
+                    'bbox': coco_mask.toBbox(code).tolist(),
+                    'area': int(coco_mask.area(code)),
+                    'iscrowd': 0,
+                    'segmentation': {**code, 'counts': code['counts'].decode()},
+                }
+            )
     categories = [{'id': i + 1, 'name': name} for i, name in enumerate(classes)]
     content = {'images': images, 'annotations': annotations, 'categories': categories}
     (folder / 'annotations').mkdir(exist_ok=True)
-    _dump(content, folder / 'annotations' / f'{split}.json')
+    (folder / f'annotations/{split}.json').write_text(json.dumps(content), encoding='utf-8')
 
 
 def write_semantic(
@@ -422,41 +381,30 @@ def write_semantic(
     """Writes a split in ADE20K's layout: ``images/SPLIT/*.png``, ``annotations/SPLIT/*.png``.
 
     The splits are named ``training`` and ``validation``. A label map is an 8-bit grey image in
-    which 0 would be unlabelled and does not occur, 1 is the background, 2 the first class.
-
-    Args:
-        folder: An existing folder.
-        split: ``'train'`` or ``'val'``.
-        drawn: The scenes.
-        classes: Name of each label.
+    which 0 would be unlabelled and does not occur, 1 is the background, 2 the first class. Names of
+    classes are the config's business, as with ADE20K.
     """
-    del classes  # names are the config's business, as with ADE20K
-    images, maps = (folder / kind / ADE_SPLITS[split] for kind in ('images', 'annotations'))
+    name = {'train': 'training', 'val': 'validation'}[split]
+    images, maps = folder / 'images' / name, folder / 'annotations' / name
     images.mkdir(parents=True)
     maps.mkdir(parents=True)
     for index, scene in enumerate(drawn):
-        _save(scene.image, images / _file_name(index))
+        Image.fromarray(scene.image).save(images / f'{index:06d}.png')
         label_map = np.ones(scene.image.shape[:2], np.uint8)
         for mask, label in zip(scene.masks, scene.labels.tolist(), strict=True):
             label_map[mask] = label + 2
-        _save(label_map, maps / _file_name(index))
+        Image.fromarray(label_map).save(maps / f'{index:06d}.png')
 
 
 def write_classes(
     folder: Path, split: str, drawn: Iterable[Scene], classes: tuple[str, ...]
 ) -> None:
-    """Writes a split of scenes with one object each as an image folder: ``SPLIT/CLASS/*.png``.
-
-    Args:
-        folder: An existing folder.
-        split: ``'train'`` or ``'val'``.
-        drawn: The scenes.
-        classes: Name of each label.
-    """
+    """Writes a split of scenes with one object each as an image folder: ``SPLIT/CLASS/*.png``."""
     for name in classes:
         (folder / split / name).mkdir(parents=True)
     for index, scene in enumerate(drawn):
-        _save(scene.image, folder / split / classes[scene.labels[0]] / _file_name(index))
+        name = classes[scene.labels[0]]
+        Image.fromarray(scene.image).save(folder / split / name / f'{index:06d}.png')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,88 +412,30 @@ class Layout:
     """How a set lies on the disk.
 
     Attributes:
-        write: Called for each split with (folder, split, scenes, classes).
+        write: Writes a split.
         folder: Where the set goes by default.
         num_train: Default number of training images.
         num_val: Default number of validation images.
         single: Whether each scene has one object only.
-        pngs: Number of PNG files of a scene.
-        others: Other files, relative to the set's folder.
     """
 
-    write: Callable[[Path, str, Iterable[Scene], tuple[str, ...]], None]
+    write: Writer
     folder: str
     num_train: int = 256
     num_val: int = 48
     single: bool = False
-    pngs: int = 1
-    others: tuple[str, ...] = ()
 
 
 LAYOUTS = {
-    'instances': Layout(
-        write_instances,
-        'data/shapes',
-        others=tuple(f'annotations/{split}.json' for split in SPLITS),
-    ),
-    'semantic': Layout(write_semantic, 'data/shapes-semantic', num_train=768, pngs=2),
-    'classes': Layout(
-        write_classes, 'data/shapes-classes', num_train=2048, num_val=96, single=True
-    ),
+    'instances': Layout(write_instances, 'data/shapes'),
+    'semantic': Layout(write_semantic, 'data/shapes-semantic', num_train=768),
+    'classes': Layout(write_classes, 'data/shapes-classes', 2048, 96, single=True),
 }
-
-
-RELATION_SET = dataclasses.replace(
-    LAYOUTS['instances'], folder='data/shapes-relation', num_train=4096, num_val=256
-)
+RELATION_SET = Layout(write_instances, 'data/shapes-relation', 4096, 256)
 """Where the set with a far marker goes, and how large it is, by default."""
 
 
-def _file_name(index: int) -> str:
-    return f'{index:06d}.png'
-
-
-def _save(pixels: np.ndarray, path: Path) -> None:
-    """Writes (H, W, 3) RGB or (H, W) grey values as PNG."""
-    from PIL import Image
-
-    Image.fromarray(pixels).save(path)
-
-
-def _dump(content: dict, path: Path) -> None:
-    """Writes JSON whose bytes depend on the content alone."""
-    path.write_text(json.dumps(content, separators=(',', ':')) + '\n', encoding='utf-8')
-
-
-_UNSAID = {'layout': 'instances', 'relation': False}
-"""Parameters that came later than the first sets, whose marker lacks them, and what they were."""
-
-
-def _is_complete(folder: Path, parameters: dict[str, Any]) -> bool:
-    """Whether a folder holds the whole set that the parameters draw."""
-    layout = LAYOUTS[parameters['layout']]
-    return (
-        _read_marker(folder) == parameters
-        and all((folder / name).is_file() for name in layout.others)
-        and len(list(folder.rglob('*.png'))) == layout.pngs * sum(parameters['counts'].values())
-    )
-
-
-def _read_marker(folder: Path) -> dict[str, Any] | None:
-    """The parameters that drew a set, or None where the folder is no set of ours."""
-    try:
-        found = json.loads((folder / MARKER).read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(found, dict) or 'format' not in found:
-        return None
-    return {**_UNSAID, **found}
-
-
-def _write_marker(folder: Path, parameters: dict[str, Any]) -> None:
-    """Leaves the parameters in a set, but for those that are as in the first sets."""
-    said = {k: v for k, v in parameters.items() if k not in _UNSAID or v != _UNSAID[k]}
-    _dump(said, folder / MARKER)
+# --- the set --------------------------------------------------------------------------------------
 
 
 def _check_replaceable(folder: Path, parameters: dict, force: bool) -> None:
@@ -560,11 +450,19 @@ def _check_replaceable(folder: Path, parameters: dict, force: bool) -> None:
         )
     if not force:
         changes = [f'{k} {found.get(k)} -> {v}' for k, v in parameters.items() if found.get(k) != v]
-        what = '; '.join(changes) or 'files are missing'
         raise FileExistsError(
-            f'{folder} holds another toy set ({what}): choose another --out, or --force to '
-            'replace it'
+            f'{folder} holds another toy set ({"; ".join(changes)}): choose another --out, or '
+            '--force to replace it'
         )
+
+
+def _read_marker(folder: Path) -> dict | None:
+    """The parameters that drew a set, or None where the folder is no set of ours."""
+    try:
+        found = json.loads((folder / MARKER).read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and 'format' in found else None
 
 
 def make_dataset(
@@ -577,12 +475,12 @@ def make_dataset(
     hard: bool = False,
     relation: bool = False,
     force: bool = False,
-    progress: Callable[[str, int, int], None] = lambda split, done, total: None,
+    progress: bool = False,
 ) -> bool:
     """Makes a set of shapes, unless it is already there.
 
     The set is drawn beside ``out`` and moved there when complete, so an interrupted call leaves
-    nothing that could be taken for a set. The same arguments give the same bytes.
+    nothing that could be taken for a set.
 
     Args:
         out: Folder of the set.
@@ -598,7 +496,7 @@ def make_dataset(
             with the layout of instances only, and not with ``hard``.
         force: Replace a toy set that other arguments drew. A folder that holds anything else is
             never replaced.
-        progress: Called with (split, images done, images in all) after each image.
+        progress: Show a bar for each split.
 
     Returns:
         True if the set was drawn, False if it was there.
@@ -611,70 +509,37 @@ def make_dataset(
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
     if relation and (hard or layout != 'instances'):
-        other = 'hard' if hard else f'the layout {layout!r}'
+        raise ValueError("relation goes with the layout 'instances' only, and not with hard")
+    kind = RELATION_SET if relation else LAYOUTS[layout]
+    num_train = kind.num_train if num_train is None else num_train
+    num_val = kind.num_val if num_val is None else num_val
+    if min(num_train, num_val) < 1 or seed < 0:
         raise ValueError(
-            f"relation does not go with {other}: it is drawn in the layout 'instances', with its "
-            'own light clutter'
+            'num_train and num_val must be at least 1 and seed at least 0, got '
+            f'{num_train}, {num_val} and {seed}'
         )
-    defaults = RELATION_SET if relation else LAYOUTS[layout]
-    num_train = defaults.num_train if num_train is None else num_train
-    num_val = defaults.num_val if num_val is None else num_val
-    for name, value, least in (
-        ('num_train', num_train, 1),
-        ('num_val', num_val, 1),
-        ('seed', seed, 0),
-    ):
-        if value < least:
-            raise ValueError(f'{name} must be at least {least}, got {value}')
     out = Path(out).absolute()
     style = RELATION if relation else HARD if hard else EASY
     counts = {'train': num_train, 'val': num_val}
-    parameters = {
-        'format': FORMAT,
-        'counts': counts,
-        'seed': seed,
-        'hard': hard,
-        'layout': layout,
-        'relation': relation,
-    }
-    if _is_complete(out, parameters):
+    parameters = dict(
+        format=FORMAT, counts=counts, seed=seed, hard=hard, layout=layout, relation=relation
+    )
+    if _read_marker(out) == parameters:
         return False
     _check_replaceable(out, parameters, force)
     out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f'.{out.name}.partial-'
-    for left in out.parent.glob(f'{prefix}*'):  # of a process that was killed
-        if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-    try:
-        partial.chmod(0o777 & ~_umask())
+    with tempfile.TemporaryDirectory(prefix=f'.{out.name}.partial-', dir=out.parent) as folder:
+        partial = Path(folder, out.name)
+        partial.mkdir()
         for split, count in counts.items():
-            drawn = scenes(split, count, seed, style, LAYOUTS[layout].single)
-            reported = _reporting(drawn, progress, split, count)
-            LAYOUTS[layout].write(partial, split, reported, style.classes)
-        _write_marker(partial, parameters)
+            drawn = scenes(split, count, seed, style, kind.single)
+            bar = track(drawn, f'drawing {split}', total=count, disable=not progress)
+            kind.write(partial, split, bar, style.classes)
+        (partial / MARKER).write_text(json.dumps(parameters), encoding='utf-8')
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return True
-
-
-def _reporting(
-    drawn: Iterable[Scene], progress: Callable[[str, int, int], None], split: str, count: int
-) -> Iterator[Scene]:
-    """Hands scenes on, and reports each when the next is asked for: then it has been written."""
-    for done, scene in enumerate(drawn, start=1):
-        yield scene
-        progress(split, done, count)
-
-
-def _umask() -> int:
-    """The process's file mode mask: mkdtemp makes private folders, a data set is not."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # --- the program ---------------------------------------------------------------------------------
@@ -690,26 +555,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="instances in COCO's files (the default), semantic label maps in ADE20K's, or one "
         'object an image in a folder for each of the classes',
     )
-    folders = ', '.join(layout.folder for layout in LAYOUTS.values())
     parser.add_argument(
         '--out',
-        help=f'folder of the set (default, by layout: {folders}; -hard is added with --hard; '
-        f'{RELATION_SET.folder} with --relation)',
+        help='folder of the set (default: data/shapes, with -semantic, -classes, -hard or '
+        '-relation)',
     )
-    for option, name, what in (
-        ('--num-train', 'num_train', 'training'),
-        ('--num-val', 'num_val', 'validation'),
-    ):
-        counts = ', '.join(str(getattr(layout, name)) for layout in LAYOUTS.values())
-        parser.add_argument(
-            option,
-            type=int,
-            help=f'{what} images (default, by layout: {counts}; '
-            f'{getattr(RELATION_SET, name)} with --relation)',
-        )
-    parser.add_argument(
-        '--seed', type=int, default=0, help='seed; the same one gives the same bytes'
-    )
+    parser.add_argument('--num-train', type=int, help='training images (default: by layout)')
+    parser.add_argument('--num-val', type=int, help='validation images (default: by layout)')
+    parser.add_argument('--seed', type=int, default=0)
     parser.add_argument(
         '--hard',
         action='store_true',
@@ -727,42 +580,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def show_progress(split: str, done: int, total: int) -> None:
-    """Prints how far a split is: in place on a terminal, else a line every 64 images."""
-    if sys.stdout.isatty():
-        print(f'\rdrawing {split}: {done}/{total}', end='\n' if done == total else '', flush=True)
-    elif done % 64 == 0 or done == total:
-        print(f'drawing {split}: {done}/{total}', flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Draws the set; returns the exit status."""
-    args = parse_args(argv)
-    layout = RELATION_SET if args.relation else LAYOUTS[args.layout]
-    out = args.out or layout.folder + ('-hard' if args.hard else '')
-    num_train = layout.num_train if args.num_train is None else args.num_train
-    num_val = layout.num_val if args.num_val is None else args.num_val
-    start = time.perf_counter()
+    options = vars(parse_args(argv))
+    kind = RELATION_SET if options['relation'] else LAYOUTS[options['layout']]
+    out = options.pop('out') or kind.folder + ('-hard' if options['hard'] else '')
     try:
-        drawn = make_dataset(
-            out,
-            layout=args.layout,
-            num_train=num_train,
-            num_val=num_val,
-            seed=args.seed,
-            hard=args.hard,
-            relation=args.relation,
-            force=args.force,
-            progress=show_progress,
-        )
+        drawn = make_dataset(out, **options, progress=True)
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print('\ninterrupted: nothing was left behind', file=sys.stderr)
         return 130
-    took = f'drawn in {time.perf_counter() - start:.1f} s' if drawn else 'already there'
-    print(f'{out}: {num_train} train and {num_val} val images, {took}')
+    print(f'{out}: {"drawn" if drawn else "already there"}')
     return 0
 
 

@@ -6,8 +6,7 @@ import fnmatch
 import functools
 import importlib
 import importlib.util
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,14 +48,6 @@ BACKBONES = {
     'resnet_hat': ResNet,
     'swin_hat': hat_mm.SwinHAT,
 }
-SWIN_URL = 'https://github.com/SwinTransformer/storage/releases/download/v1.0.0/'
-WEIGHTS = {
-    'fastervit': 'https://huggingface.co/ahatamiz/FasterViT/resolve/main/fastervit_{}.pth.tar',
-    'hat_net': 'https://github.com/yun-liu/HAT-Net/releases/download/v2.0/HAT-Net_{}.pth',
-    'resnet_hat': 'torchvision://resnet50',
-    'swin_hat': SWIN_URL + 'swin_{}_patch4_window7_224.pth',
-}
-WINDOWS = {'224': 14, '384': 24, '512': 32, '768': 48}
 
 
 class Promise(NamedTuple):
@@ -218,19 +209,19 @@ def scope(request):
 
 
 @functools.cache
-def parsed(path: Path) -> Config:
-    return Config.fromfile(str(path))
-
-
 def load(path: Path) -> Config:
-    return copy.deepcopy(parsed(path))
+    """A config that all tests share: a test that changes it takes a deep copy."""
+    return Config.fromfile(path)
 
 
 @functools.cache
 def on_meta(path: Path) -> torch.nn.Module:
-    """The model of a leaf with its real arch, without memory for weights; not to be changed."""
+    """The model of a leaf with few blocks, without memory for weights; not to be changed."""
+    cfg = copy.deepcopy(load(path))
+    if path in PAPER_LEAVES:
+        check_configs.shorten(cfg)
     with torch.device('meta'):
-        return build_model(load(path))
+        return build_model(cfg)
 
 
 def backbone_of(path: Path) -> tuple[str, str]:
@@ -245,13 +236,6 @@ def backbone_of(path: Path) -> tuple[str, str]:
 def test_the_promised_leaves_exist():
     assert {path.stem for path in PAPER_LEAVES} == set(BY_STEM)
     assert {path.stem for path in TOYS} == set(TOY_TOOLBOXES)
-
-
-def test_every_backbone_has_the_four_main_tasks():
-    main = ('mask-rcnn_{}_fpn_1x_coco', 'cascade-mask-rcnn_{}_*', '{}_upernet_*', '{}_*_in1k*')
-    for backbone in ALL:
-        for pattern in main:
-            assert fnmatch.filter(BY_STEM, pattern.format(backbone)), (backbone, pattern)
 
 
 def test_stems_are_unique_and_hold_no_dot():
@@ -275,53 +259,33 @@ def test_a_leaf_only_joins(path):
 # --- the generator --------------------------------------------------------------------------------
 
 
-def test_the_files_are_those_of_the_table():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'tools/dev/make_configs.py'), '--check'],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_files_are_those_of_the_table(capsys):
+    assert make_configs.main(['--check']) == 0, capsys.readouterr().err
 
 
-@pytest.fixture
-def copied(tmp_path, monkeypatch):
-    """A copy of the configs that the generator works on."""
-    folder = tmp_path / 'configs'
-    for path in CONFIGS.rglob('*'):
-        if path.is_file() and path.suffix in ('.py', '.md', '.yml'):
-            target = folder / path.relative_to(CONFIGS)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+def test_check_mends_nothing_and_writing_keeps_what_it_does_not_know(tmp_path, monkeypatch, capsys):
+    copied = tmp_path / 'configs'
+    shutil.copytree(CONFIGS, copied, ignore=shutil.ignore_patterns('__pycache__'))
     for name in ('README.md', 'model-index.yml'):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    monkeypatch.setattr(make_configs, 'CONFIGS', folder)
-    return folder
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr(make_configs, 'CONFIGS', copied)
+    changed, mine = (
+        copied / 'fastervit/mask-rcnn_fastervit-0_fpn_1x_coco.py',
+        copied / 'hat_net/mine.py',
+    )
+    original = changed.read_text()
+    changed.write_text(original + 'x = 1\n')
+    mine.write_text('# mine\n')
 
-
-def test_check_sees_what_differs_and_mends_nothing(copied, capsys):
-    changed = copied / 'fastervit/mask-rcnn_fastervit-0_fpn_1x_coco.py'
-    changed.write_text(changed.read_text() + 'x = 1\n')
-    (copied / 'hat_net/metafile.yml').unlink()
-    (copied / 'hat_net/mine.py').write_text('# mine\n')
-    before = {path: path.read_bytes() for path in copied.rglob('*') if path.is_file()}
     assert make_configs.main(['--check']) == 1
-    assert before == {path: path.read_bytes() for path in copied.rglob('*') if path.is_file()}
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(':')[0].rpartition('/')[2] for line in lines] == [
-        'mine.py', 'mask-rcnn_fastervit-0_fpn_1x_coco.py', 'metafile.yml',
-    ]  # fmt: skip
-
-
-def test_writing_restores_and_keeps_what_it_does_not_know(copied):
-    changed = copied / 'fastervit/mask-rcnn_fastervit-0_fpn_1x_coco.py'
-    changed.unlink()
-    (copied / 'hat_net/mine.py').write_text('# mine\n')
-    assert make_configs.main([]) == 1  # says so
-    original = CONFIGS / 'fastervit/mask-rcnn_fastervit-0_fpn_1x_coco.py'
-    assert changed.read_text() == original.read_text()
-    assert (copied / 'hat_net/mine.py').read_text() == '# mine\n'
+    assert changed.read_text() == original + 'x = 1\n'
+    assert capsys.readouterr().err.splitlines() == [
+        'configs/hat_net/mine.py: not in the table',
+        f'configs/fastervit/{changed.name}: differs from the table',
+    ]
+    assert make_configs.main([]) == 1  # says that one is unknown
+    assert changed.read_text() == original
+    assert mine.read_text() == '# mine\n'
 
 
 COLLECTIONS = {
@@ -381,7 +345,8 @@ def channels_given(backbone: torch.nn.Module) -> tuple[int, ...]:
 
 
 @of_leaves
-def test_builds_with_its_real_arch(path):
+def test_builds(path):
+    """With the arch of its name, of which few blocks are built."""
     cfg, backbone = load(path), on_meta(path).backbone
     # Every map has a use: another would have parameters without a gradient.
     assert channels_taken(cfg) == channels_given(backbone)
@@ -390,11 +355,10 @@ def test_builds_with_its_real_arch(path):
         assert type(backbone) is BACKBONES[family]
     if family not in ('toy', 'resnet_hat'):
         _, arch = backbone_of(path)
+        assert cfg.model.backbone.arch == arch
         spec = BACKBONES[family].archs[arch]
-        drop_path = promise_of(path).drop_path
-        assert backbone.spec.drop_path_rate == (drop_path or spec.drop_path_rate)
+        assert backbone.spec.drop_path_rate == (promise_of(path).drop_path or spec.drop_path_rate)
         assert backbone.spec.dims == spec.dims
-        assert backbone.depths == spec.depths
 
 
 @of_leaves
@@ -418,23 +382,17 @@ def test_nothing_of_the_replaced_is_left(path):
 
 
 @of_paper_leaves
-def test_starts_from_the_weights_of_its_arch(path):
+def test_starts_from_the_weights_of_its_backbone(path):
+    """Which are those of its arch, tests/test_zoo/test_metafiles.py says."""
     init = load(path).model.backbone.init_cfg
     if not promise_of(path).pretrained:
         assert init is None
-        return
-    assert init.type == 'Pretrained'
-    family, arch = backbone_of(path)
-    if family in ('resnet_hat', 'swin_hat'):
-        name = arch
-    elif family == 'hat_net':
-        name = arch.title()
-    elif '21k' in arch:
-        side = arch.rpartition('-')[2]
-        name = f'4_21k_{side}_w{WINDOWS[side]}'
+    elif path.parent.name == 'resnet_hat':
+        assert init == dict(type='Pretrained', checkpoint='torchvision://resnet50')
     else:
-        name = f'{arch}_224_1k'
-    assert init.checkpoint == WEIGHTS[family].format(name)
+        base = load(CONFIGS / f'_base_/backbones/{BY_STEM[path.stem][1]}.py')
+        assert init == base.backbone.init_cfg
+        assert init.type == 'Pretrained'
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -447,7 +405,7 @@ def test_one_optimizer(path):
     assert wrapper.pop('type', 'OptimWrapper') == 'OptimWrapper'
     assert wrapper.pop('optimizer') == promise.optimizer
     assert wrapper.pop('clip_grad', {}).get('max_norm') == promise.clip
-    paramwise = wrapper.pop('paramwise_cfg', {})
+    paramwise = dict(wrapper.pop('paramwise_cfg', {}))
     if path.stem.startswith('dino'):
         assert paramwise == dict(custom_keys=dict(backbone=dict(lr_mult=0.1)))
     else:
@@ -643,7 +601,7 @@ def original(name: str) -> Config:
     """A config of a toolbox, such as ``'mmdet/mask_rcnn/mask-rcnn_r50_fpn_1x_coco'``."""
     toolbox, _, rest = name.partition('/')
     folder = Path(importlib.util.find_spec(toolbox).origin).parent / '.mim/configs'
-    return parsed(folder / f'{rest}.py')
+    return load(folder / f'{rest}.py')
 
 
 @pytest.mark.parametrize('pattern', ORIGINALS)
@@ -750,39 +708,6 @@ def test_swin_hat_is_trained_as_swin(size, stem, name):
     assert flattened(ours.param_scheduler) == flattened(theirs.param_scheduler)
 
 
-TEST_CROPS = {  # side after resizing, side of the crop, squeezed into a square
-    'fastervit-0': (256, 224, False),
-    **dict.fromkeys(IN1K[1:], (224, 224, False)),
-    **dict.fromkeys(HAT_NET, (256, 224, False)),
-    'fastervit-4-21k-224': (235, 224, True),
-    'fastervit-4-21k-384': (384, 384, True),
-    'fastervit-4-21k-512': (512, 512, True),
-    'fastervit-4-21k-768': (825, 768, True),
-}
-
-
-def plain(pipeline: list) -> list[dict]:
-    """Transforms without the scope that mmengine adds to what comes from another package."""
-    return [{key: value for key, value in step.items() if key != '_scope_'} for step in pipeline]
-
-
-@pytest.mark.parametrize('backbone', TEST_CROPS)
-def test_classification_crops(backbone):
-    [path] = [p for p in PAPER_LEAVES if 'in1k' in p.stem and BY_STEM[p.stem][1] == backbone]
-    cfg = load(path)
-    resized, side, squeezed = TEST_CROPS[backbone]
-    resize, *crop = cfg.test_pipeline[1:-1]
-    assert (resize.type, resize.scale) == ('Resize' if squeezed else 'ResizeEdge', resized)
-    assert resize.interpolation == 'bicubic'
-    assert [step.crop_size for step in crop] == ([] if resized == side and squeezed else [side])
-    for loader in (cfg.val_dataloader, cfg.test_dataloader):
-        assert plain(loader.dataset.pipeline) == plain(cfg.test_pipeline)
-        assert loader.dataset.split == 'val'
-    [train_crop] = [step for step in cfg.train_pipeline if step.type == 'RandomResizedCrop']
-    assert train_crop.scale == side
-    assert plain(cfg.train_dataloader.dataset.pipeline) == plain(cfg.train_pipeline)
-
-
 def test_imagenet_training_of_fastervit():
     cfg = load(CONFIGS / 'fastervit/fastervit-2_32xb128_in1k.py')
     steps = {step.type: step for step in cfg.train_pipeline}
@@ -846,74 +771,52 @@ def test_dino_levels(scales, indices):
 
 
 @of_leaves
-def test_weight_decay_of_vectors(path):
+def test_weight_decay_and_rate_of_each_parameter(path):
     cfg, model = load(path), on_meta(path)
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
-    decays = {id(p): group['weight_decay'] for group in groups for p in group['params']}
-    assert len(decays) == len(list(model.parameters()))
-    full = cfg.optim_wrapper.optimizer.weight_decay
+    found = {id(p): (g['lr'], g['weight_decay']) for g in groups for p in g['params']}
+    assert len(found) == len(list(model.parameters()))
+    rate, full = cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.optimizer.weight_decay
     flat = full if path in PAPER_LEAVES and promise_of(path).flat_decay else 0.0
     undecayed = promise_of(path).undecayed if path in PAPER_LEAVES else ()
     names = set()
     for name, parameter in model.named_parameters():
         exempt = [key for key in undecayed if key in name]
         names.update(exempt)
-        wanted = 0.0 if exempt else flat if parameter.ndim == 1 else full
-        assert decays[id(parameter)] == wanted, name
+        decay = 0.0 if exempt else flat if parameter.ndim == 1 else full
+        slow = path.stem.startswith('dino') and name.startswith('backbone.')
+        assert found[id(parameter)] == (rate / 10 if slow else rate, decay), name
     assert names == set(undecayed)
-
-
-@pytest.mark.parametrize('path', [p for p in PAPER_LEAVES if p.stem.startswith('dino')])
-def test_dino_moves_the_backbone_by_a_tenth(path):
-    cfg, model = load(path), on_meta(path)
-    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
-    rates = {id(p): group['lr'] for group in groups for p in group['params']}
-    for name, parameter in model.named_parameters():
-        assert rates[id(parameter)] == (1e-5 if name.startswith('backbone.') else 1e-4), name
 
 
 # --- a step and a prediction ----------------------------------------------------------------------
 
-# One leaf for each recipe and family.
-STEPPED = [
-    path
-    for path in PAPER_LEAVES
-    if BY_STEM[path.stem][1] in ('fastervit-0', 'hat-net-tiny', 'swin-hat-tiny', *PLUGINS)
-    or ('fastervit-4-21k-224' in path.stem and ('640' in path.stem or 'in1k' in path.stem))
-]
+# One leaf for each recipe, or config of a toolbox, with a small backbone where there is one.
+SMALL = ('fastervit-0', 'hat-net-tiny', 'swin-hat-tiny', *PLUGINS)
+STEPPED = {
+    leaf.bases[0]: CONFIGS / leaf.path
+    for leaf in sorted(make_configs.LEAVES, key=lambda leaf: leaf.backbone in SMALL)
+    if leaf.backbone in (*SMALL, 'fastervit-4-21k-224')
+}
 
 
 def test_every_recipe_is_stepped():
-    recipes = {
-        base
-        for leaf in make_configs.LEAVES
-        for base in leaf.pairing.bases
-        if base.startswith('recipes')
-    }
-    stems = {path.stem for path in STEPPED}
-    assert recipes == {
-        base
-        for leaf in make_configs.LEAVES
-        if Path(leaf.path).stem in stems
-        for base in leaf.pairing.bases
-        if base.startswith('recipes')
-    }
+    assert set(STEPPED) == {leaf.bases[0] for leaf in make_configs.LEAVES}
 
 
 LOSSES = {
     'mask-rcnn': {'loss_cls', 'loss_bbox', 'loss_rpn_cls', 'loss_rpn_bbox', 'loss_mask'},
     'cascade-mask-rcnn': {'s0.loss_cls', 's2.loss_bbox', 's2.loss_mask', 'loss_rpn_cls'},
     'retinanet': {'loss_cls', 'loss_bbox'},
-    'dino': {'loss_cls', 'loss_iou', 'dn_loss_cls', 'enc_loss_cls', 'd4.loss_bbox'},
+    'dino': {'loss_cls', 'loss_iou', 'dn_loss_cls', 'enc_loss_cls', 'd0.loss_bbox'},
     'mmseg': {'decode.loss_ce'},
     'mmpretrain': {'loss'},
 }
 
 
-@pytest.mark.parametrize('path', STEPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', STEPPED.values(), ids=lambda path: path.stem)
 def test_a_step_and_a_prediction(path):
-    cfg = load(path)
-    losses, [prediction] = check_configs.step(cfg)
+    losses, [prediction] = check_configs.step(copy.deepcopy(load(path)))
     kind = path.stem.partition('_')[0].partition('-4scale')[0].partition('-5scale')[0]
     assert LOSSES[kind if kind in LOSSES else toolbox_of(path)] <= set(losses)
     height, width = check_configs.SIZES[0]
@@ -928,72 +831,24 @@ def test_a_step_and_a_prediction(path):
 
 
 def test_an_unused_map_is_an_error():
-    cfg = load(CONFIGS / 'hat_net/retinanet_hat-net-tiny_fpn_1x_coco.py')
+    cfg = copy.deepcopy(load(CONFIGS / 'hat_net/retinanet_hat-net-tiny_fpn_1x_coco.py'))
     cfg.model.backbone.update(out_indices=(0, 1, 2, 3), out_norm_cfg=dict(type='BN'))
     cfg.model.neck.update(in_channels=[48, 96, 240, 384], start_level=1)
     with pytest.raises(ValueError, match=r'parameters without a gradient: .*backbone\.norm0'):
         check_configs.step(cfg)
 
 
-def test_the_grid_is_printed(monkeypatch, capsys):
-    """Marks say how far a config got; a failure is named and the exit status."""
-
+def test_the_check_says_how_far_a_config_gets(monkeypatch, capsys):
     def step(cfg):
         if cfg.model.backbone.arch == 'large':
             raise ValueError('no step')
 
     monkeypatch.setattr(check_configs, 'step', step)
     assert check_configs.main(['--only', 'retinanet_hat-net-[ml]*']) == 1
-    out, err = capsys.readouterr()
-    assert '| hat-net-medium | pbs |' in out
-    assert '| hat-net-large | pb |' in out
-    assert 'retinanet_hat-net-large_fpn_1x_coco.py: ValueError: no step' in err
-
-
-# --- images ---------------------------------------------------------------------------------------
-
-
-def training_data(cfg: Config, folder: Path):
-    cfg = cfg.train_dataloader.dataset
-    cfg.update(
-        data_root=f'{folder}/',
-        ann_file='annotations/train.json',
-        data_prefix=dict(img='train/'),
-        metainfo=dict(classes=toy.EASY.classes),
-    )
-    return DATASETS.build(cfg)
-
-
-def sizes_seen(data, rounds: int) -> list[tuple[int, int]]:
-    samples = [data[i] for _ in range(rounds) for i in range(len(data))]
-    for sample in samples:
-        instances = sample['data_samples'].gt_instances
-        assert instances.masks.masks.shape[1:] == sample['inputs'].shape[1:]
-        assert len(instances.bboxes) == len(instances.masks.masks)
-    return [tuple(sample['inputs'].shape[1:]) for sample in samples]
-
-
-def test_single_scale_images(shapes):
-    data = training_data(load(CONFIGS / 'fastervit/mask-rcnn_fastervit-0_fpn_1x_coco.py'), shapes)
-    for sides in sizes_seen(data, 1):
-        assert min(sides) == 800 or max(sides) == 1333
-
-
-def test_multi_scale_and_crop_images(shapes):
-    path = CONFIGS / 'fastervit/mask-rcnn_fastervit-0_fpn_ms-crop-3x_coco.py'
-    sizes = sizes_seen(training_data(load(path), shapes), 4)
-    for sides in sizes:
-        assert min(sides) in range(480, 801, 32) or max(sides) == 1333
-    assert len({min(sides) for sides in sizes}) > 3
-    kinds = [step.type for step in load(path).train_pipeline]
-    assert kinds == [
-        *('LoadImageFromFile', 'LoadAnnotations', 'RandomFlip', 'RandomChoice', 'PackDetInputs'),
-    ]
-    crops = [[step.type for step in steps] for steps in load(path).train_pipeline[3].transforms]
-    assert crops == [
-        ['RandomChoiceResize'],
-        ['RandomChoiceResize', 'RandomCrop', 'RandomChoiceResize'],
-    ]
+    out = capsys.readouterr().out
+    assert 'retinanet_hat-net-medium_fpn_1x_coco.py: parses, builds, steps (' in out
+    assert 'retinanet_hat-net-large_fpn_1x_coco.py: parses, builds (' in out
+    assert out.endswith('ValueError: no step\n1 of 2 configs pass\n')
 
 
 # --- the toy config -------------------------------------------------------------------------------
@@ -1031,19 +886,30 @@ def test_toy_data_and_evaluators(path):
     assert cfg.auto_scale_lr.base_batch_size == cfg.train_dataloader.batch_size
 
 
+def training_data(cfg: Config, folder: Path):
+    cfg = copy.deepcopy(cfg.train_dataloader.dataset)
+    cfg.update(
+        data_root=f'{folder}/',
+        ann_file='annotations/train.json',
+        data_prefix=dict(img='train/'),
+        metainfo=dict(classes=toy.EASY.classes),
+    )
+    return DATASETS.build(cfg)
+
+
+def sizes_seen(data, rounds: int) -> list[tuple[int, int]]:
+    samples = [data[i] for _ in range(rounds) for i in range(len(data))]
+    for sample in samples:
+        instances = sample['data_samples'].gt_instances
+        assert instances.masks.masks.shape[1:] == sample['inputs'].shape[1:]
+        assert len(instances.bboxes) == len(instances.masks.masks)
+    return [tuple(sample['inputs'].shape[1:]) for sample in samples]
+
+
 def test_toy_images_differ_in_size_and_are_not_square(shapes):
     sizes = sizes_seen(training_data(load(FASTERVIT_TOY), shapes), 4)
     assert len(set(sizes)) > 6
     assert all(height != width for height, width in sizes)
-
-
-def test_toy_stage_2_has_several_windows_on_each_axis(shapes):
-    cfg = load(FASTERVIT_TOY)
-    arch = cfg.model.backbone.arch
-    windows = arch.window_size if isinstance(arch.window_size, int) else arch.window_size[2]
-    assert 2 in arch.carriers
-    for sides in sizes_seen(training_data(cfg, shapes), 4):
-        assert min(sides) // 16 > windows
 
 
 def test_toy_hat_net_has_whole_and_border_windows(shapes):

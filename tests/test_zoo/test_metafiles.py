@@ -164,7 +164,7 @@ def test_the_page_about_weights_agrees():
 
 # --- figures --------------------------------------------------------------------------------------
 
-# Written a second time, from the papers, so that a wrong figure would have to be wrong twice.
+# Beside the metafiles themselves, from the papers: a wrong figure would have to be wrong twice.
 IMAGENET = """
 fastervit-0          82.1 95.9
 fastervit-1          83.2 96.5
@@ -265,17 +265,17 @@ def test_parameters_and_flops_are_those_measured(file):
     assert f'{facts["FLOPs"] / 1e9:.2f}' == giga
 
 
-@pytest.mark.parametrize('name', make_configs.BACKBONE_PARAMETERS)
+@pytest.mark.parametrize('name', make_configs.TABLE['parameters'])
 def test_parameters_of_backbones_without_a_head_are_counted(name):
     backbone = runpy.run_path(str(CONFIGS / f'_base_/backbones/{name}.py'))['backbone']
     with torch.device('meta'):
-        if name in make_configs.R50_HAT:
+        if name.startswith('r50'):
             network, plain = ResNet(50, **backbone), ResNet(50)
         else:
             network, plain = (hat_mm.SwinHAT(backbone['arch'], hat_stages=s) for s in (None, ()))
     count, fewer = (sum(p.numel() for p in part.parameters()) for part in (network, plain))
-    assert make_configs.BACKBONE_PARAMETERS[name] == count
-    page = (CONFIGS / make_configs.family_of(name).folder / 'README.md').read_text()
+    assert make_configs.TABLE['parameters'][name] == count
+    page = (CONFIGS / make_configs.FOLDERS[name] / 'README.md').read_text()
     for number in (count, fewer):
         assert re.search(rf'\b{re.escape(f"{number / 1e6:.1f}")}\b', page.partition('```')[0])
     [row] = [
@@ -376,8 +376,6 @@ def test_the_tables_own_fields_are_restored(copied):
     data = metafiles.load(path)
     leaf, official = data['Models'][0], data['Models'][-1]
     leaf['Metadata'] |= {'Epochs': 3, 'Published Settings': 'x'}  # it has no weights
-    leaf['Results'][0]['Metrics'] = {'box AP (authors)': 99.0, 'box APx (authors)': 1.0}
-    leaf['Results'].append({'Task': 'Old', 'Dataset': 'Old', 'Metrics': {'old (authors)': 1}})
     official['Weights'] = 'https://example.org/other.pth'
     official['Metadata']['Licence'] = 'free'
     data['Models'].pop(5)

@@ -27,8 +27,11 @@ NAME, VERSION, FILES = {!r}, {!r}, {!r}
 def write_wheel(folder, name, version, files):
     distribution = name.replace('-', '_') + '-' + version
     info = distribution + '.dist-info/'
-    files = {{**files, info + 'METADATA': f'Metadata-Version: 2.1\\nName: {{name}}\\nVersion: {{version}}\\n',
-              info + 'WHEEL': 'Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n'}}
+    files = {{
+        **files,
+        info + 'METADATA': f'Metadata-Version: 2.1\\nName: {{name}}\\nVersion: {{version}}\\n',
+        info + 'WHEEL': 'Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n',
+    }}
     record = ''.join(f'{{path}},,\\n' for path in [*files, info + 'RECORD'])
     wheel = distribution + '-py3-none-any.whl'
     with zipfile.ZipFile(os.path.join(folder, wheel), 'w') as archive:
@@ -135,7 +138,7 @@ class Checkout:
 
     def run(self, **variables):
         process = self.start(**variables)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
         return process.returncode, output
 
     def ready(self):
@@ -425,8 +428,11 @@ def test_progress_on_a_terminal_is_one_line_with_ninjas_counter(tmp_path, monkey
     monkeypatch.setattr(sys, 'stdout', screen)
     code = 'import time; print("  [56/77] c++\\n  [57/77] c++", flush=True); time.sleep(1.5)'
     environment.run('mmcv', [sys.executable, '-c', code])
-    title, progress, end = screen.getvalue().splitlines()
-    assert (title, end) == ('mmcv ...', '')
+    title, progress = screen.getvalue().split('\n', 1)
+    assert title == 'mmcv ...'
+    assert '\r  [57/77] 0m01s' in progress
+    assert re.fullmatch(r'\x1b\[K  done \(\d s\)\n', progress.rpartition('\r')[2])
+    assert progress.count('\n') == 1
 
 
 # --- Pins -----------------------------------------------------------------------------------------

@@ -282,11 +282,7 @@ class Environment:
                 entry.unlink()
 
     def run(self, title: str, command: list, **variables: str) -> None:
-        """Run a command with its output in the log and its progress on the screen.
-
-        The progress is ninja's counter and the time: one line rewritten on a terminal, a line a
-        minute elsewhere.
-        """
+        """Run a command with its output in the log; the screen shows time and ninja's counter."""
         started = time.monotonic()
         live = sys.stdout.isatty()
         print(f'{title} ...')

@@ -27,11 +27,6 @@ SUPPORTED = ([3, 11], [3, 12])
 # The folder of a stack's environment and the distribution that is compiled.
 STACKS = {'openmmlab': ('.venv', 'mmcv'), 'onedl': ('.venv-onedl', 'onedl-mmcv')}
 GIB = 1024**3
-# Measured: the environment takes 1.7 GiB beside a CPU build of torch, the build of mmcv 0.5 GiB.
-DISK_FRESH = 4.0
-DISK_WITH_TORCH = 1.5
-# A compiler process of the mmcv build takes up to about 2 GiB.
-MEMORY_PER_JOB = 2 * GIB
 INSTALL_PYTHON = (
     'Python 3.11 or 3.12 is needed (Debian or Ubuntu: apt-get install python3.11 python3.11-venv '
     'python3.11-dev); another than the default is named by make setup PYTHON=/path/to/python3.11'
@@ -121,12 +116,12 @@ def compiler_problem(compiler: str) -> str:
 
 
 def build_jobs() -> int:
-    """How many compilers to run at once: MAX_JOBS, or one a core as far as the memory goes."""
+    """How many compilers to run at once: MAX_JOBS, or one a core and for every 2 GiB of memory."""
     if os.environ.get('MAX_JOBS', '').isdigit():
         return max(1, int(os.environ['MAX_JOBS']))
     cores = len(os.sched_getaffinity(0))
     available = re.search(r'MemAvailable:\s+(\d+) kB', Path('/proc/meminfo').read_text())
-    return max(1, min(cores, int(available.group(1)) * 1024 // MEMORY_PER_JOB))
+    return max(1, min(cores, int(available.group(1)) * 1024 // (2 * GIB)))
 
 
 # --- Why a command failed -------------------------------------------------------------------------
@@ -260,8 +255,8 @@ class Environment:
         python, no_python = find_python(self.wanted if fresh else str(self.python))
         no_compiler = compiler_problem(self.compiler)
         free = shutil.disk_usage(self.path).free / GIB
-        has_torch = not fresh and any(self.path.glob('lib/*/*/torch'))
-        needed = DISK_WITH_TORCH if has_torch else DISK_FRESH
+        # Measured: 1.7 GiB beside a CPU build of torch, and 0.5 GiB for the build of mmcv.
+        needed = 1.5 if not fresh and any(self.path.glob('lib/*/*/torch')) else 4.0
         no_disk = free < needed and (
             f'{self.path}: {free:.1f} GiB of disk are free, about {needed} GiB are needed (12 GiB '
             'with a CUDA build of torch). `pip cache purge` empties the cache of pip.'
@@ -326,11 +321,10 @@ class Environment:
         # OpenCV's usual build needs the libraries of a desktop, which a server may lack.
         if self.failure('import cv2'):
             version = re.search(r'^opencv-python==(\S+)', self.common.read_text(), re.M).group(1)
-            headless = f'opencv-python-headless=={version}'
-            title = 'OpenCV without a display'
-            self.pip(title, 'install', '--no-deps', '--force-reinstall', headless)
-        offline = ('--no-deps', '--no-build-isolation', '--no-index')
-        self.pip('hat_mm, editable', 'install', *offline, '-e', ROOT)
+            words = ('install', '--no-deps', '--force-reinstall')
+            self.pip('OpenCV without a display', *words, f'opencv-python-headless=={version}')
+        words = ('install', '--no-deps', '--no-build-isolation', '--no-index')
+        self.pip('hat_mm, editable', *words, '-e', ROOT)
 
     def install_mmcv(self) -> None:
         """Install mmcv with its operators: from the user's cache, or compiled here."""
@@ -371,9 +365,8 @@ class Environment:
         (source,) = (build / 'source').iterdir()
         shutil.rmtree(build / 'wheel', ignore_errors=True)
         jobs = str(build_jobs())
-        print(f'compiling mmcv, {jobs} files at a time: 15 to 30 minutes of one core in all')
         self.pip(
-            f'{pin} with its operators',
+            f'{pin} with its operators ({jobs} files at a time, 15 to 30 minutes of one core)',
             *('wheel', '-v', *common, '-w', build / 'wheel', source),
             MMCV_WITH_OPS='1',
             MAX_JOBS=jobs,
@@ -381,8 +374,7 @@ class Environment:
             # Added to Python's own flags: debug symbols cost time and hundreds of MB.
             CPPFLAGS=f'{os.environ.get("CPPFLAGS", "")} -g0',
         )
-        (wheel,) = (build / 'wheel').glob('*.whl')
-        return wheel
+        return next((build / 'wheel').glob('*.whl'))
 
 
 def main() -> int:

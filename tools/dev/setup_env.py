@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-SUPPORTED = ([3, 11], [3, 12])
 # The folder of a stack's environment and the distribution that is compiled.
 STACKS = {'openmmlab': ('.venv', 'mmcv'), 'onedl': ('.venv-onedl', 'onedl-mmcv')}
 GIB = 1024**3
@@ -51,8 +50,7 @@ class Interpreter(NamedTuple):
 
 PROBE = """
 import importlib.util as u, json, sys, sysconfig
-base = getattr(sys, '_base_executable', None) if sys.prefix != sys.base_prefix else None
-print(json.dumps([base or sys.executable, sys.version_info[:3], sysconfig.get_paths()['include'],
+print(json.dumps([sys._base_executable, sys.version_info[:3], sysconfig.get_paths()['include'],
                   all(u.find_spec(name) for name in ('venv', 'ensurepip'))]))
 """
 
@@ -60,17 +58,15 @@ print(json.dumps([base or sys.executable, sys.version_info[:3], sysconfig.get_pa
 def probe_python(command: str) -> Interpreter | None:
     """Ask an interpreter about itself; None if it does not run (a version manager's shim, say)."""
     try:
-        answer = subprocess.run(
-            [command, '-I', '-c', PROBE], capture_output=True, text=True, timeout=60, check=True
-        )
-        return Interpreter(*json.loads(answer.stdout))
-    except (OSError, ValueError, TypeError, subprocess.SubprocessError):
+        said = subprocess.check_output([command, '-I', '-c', PROBE], stderr=subprocess.DEVNULL)
+        return Interpreter(*json.loads(said))
+    except (OSError, ValueError, TypeError, subprocess.CalledProcessError):
         return None
 
 
 def python_problem(python: Interpreter) -> str:
     """What an interpreter lacks and what to install; empty if it can carry the environment."""
-    if python.version[:2] not in SUPPORTED:
+    if python.version[:2] not in ([3, 11], [3, 12]):
         version = '.'.join(map(str, python.version))
         return f'{python.executable} is Python {version}. {INSTALL_PYTHON}'
     missing = [] if python.has_venv else ['the modules venv and ensurepip']
@@ -90,9 +86,9 @@ def find_python(wanted: str | None) -> tuple[Interpreter | None, str]:
     fit = [python for python in found if not python_problem(python)]
     if fit:
         return fit[0], ''
-    if found:
-        return None, '\n'.join(dict.fromkeys(map(python_problem, found)))
-    return None, f'No working Python interpreter (tried {", ".join(names)}). {INSTALL_PYTHON}'
+    problems = '\n'.join(dict.fromkeys(map(python_problem, found)))
+    tried = ', '.join(names)
+    return None, problems or f'No working Python interpreter (tried {tried}). {INSTALL_PYTHON}'
 
 
 def compiler_problem(compiler: str) -> str:
@@ -328,7 +324,7 @@ class Environment:
 
     def install_mmcv(self) -> None:
         """Install mmcv with its operators: from the user's cache, or compiled here."""
-        (pin,) = (pin for pin in self.pins if pin.startswith(f'{self.mmcv}=='))
+        pin = next(pin for pin in self.pins if pin.startswith(f'{self.mmcv}=='))
         name = pin.replace('==', '-')
         found = self.path.glob(f'lib/*/*/{name.replace("onedl-", "onedl_")}.dist-info')
         if any(found) and not self.failure(CHECK_OPERATORS):
@@ -363,7 +359,6 @@ class Environment:
         (archive,) = build.glob('*.tar.gz')
         shutil.unpack_archive(str(archive), str(build / 'source'))
         (source,) = (build / 'source').iterdir()
-        shutil.rmtree(build / 'wheel', ignore_errors=True)
         jobs = str(build_jobs())
         self.pip(
             f'{pin} with its operators ({jobs} files at a time, 15 to 30 minutes of one core)',

@@ -108,7 +108,7 @@ class Breakage:
 
     name: str
     module: str | None
-    repair: Callable[[Any, Callable[[str], None]], None]
+    repair: Callable[..., None]
 
 
 BREAKAGES: list[Breakage] = []  # in the order of their definition below
@@ -142,8 +142,7 @@ def _altered(module: ModuleType, **names: Any) -> ModuleType:
     A module of OpenMMLab that is given it calls the other functions, and nobody else does.
     """
     view = ModuleType(module.__name__)
-    view.__getattr__ = functools.partial(getattr, module)
-    vars(view).update(names)
+    vars(view).update(names, __getattr__=functools.partial(getattr, module))
     return view
 
 
@@ -181,7 +180,7 @@ def _history_statistic(owner: Any, name: Any) -> Callable:
 
 
 @_repairs('history-buffer-in-checkpoints', _HISTORY_BUFFER)
-def _allow_history_buffer(module: ModuleType, acted: Callable[[str], None]) -> None:
+def _allow_history_buffer(module: Any, acted: Callable[[str], None]) -> None:
     """Allow mmengine's log history, with the stand-in for the ``getattr`` that it pickles."""
     torch.serialization.add_safe_globals(
         [module.HistoryBuffer, (_history_statistic, 'builtins.getattr')]
@@ -190,7 +189,7 @@ def _allow_history_buffer(module: ModuleType, acted: Callable[[str], None]) -> N
 
 
 @_repairs('unsafe-loading', 'mmengine.runner.checkpoint')
-def _load_weights_only(module: ModuleType, acted: Callable[[str], None]) -> None:
+def _load_weights_only(module: Any, acted: Callable[[str], None]) -> None:
     """Make every loader of mmengine refuse files that carry code, and say so in one line.
 
     mmengine leaves ``weights_only`` to torch's default, which an environment variable reverses, and
@@ -263,7 +262,7 @@ def _is_plain_data(text: str) -> bool:
 
 
 @_repairs('code-in-checkpoint-configs', 'mmengine.config.config')
-def _read_configs_of_checkpoints_as_data(module: ModuleType, acted: Callable[[str], None]) -> None:
+def _read_configs_of_checkpoints_as_data(module: Any, acted: Callable[[str], None]) -> None:
     """Do not execute the config text that a checkpoint carries unless it is plain data.
 
     ``Runner.resume`` and the inferencers pass it to ``Config.fromstring``, which runs it as Python.
@@ -310,7 +309,7 @@ def _define_torchvision_schemas(_: ModuleType, acted: Callable[[str], None]) -> 
 
 
 @_repairs('init-dist-without-cuda', 'mmengine.dist.utils')
-def _init_dist_without_cuda(module: ModuleType, acted: Callable[[str], None]) -> None:
+def _init_dist_without_cuda(module: Any, acted: Callable[[str], None]) -> None:
     """Start process groups on machines without an accelerator, over gloo instead of nccl."""
 
     def set_device(device: Any) -> None:
@@ -339,7 +338,7 @@ def _warn_of_reverted_norms() -> None:
 
 
 @_repairs('ddp-and-syncbn-on-cpu', 'mmengine.model.wrappers.distributed')
-def _wrap_cpu_models(module: ModuleType, acted: Callable[[str], None]) -> None:
+def _wrap_cpu_models(module: Any, acted: Callable[[str], None]) -> None:
     """Wrap models on the CPU in DDP without GPU numbers, and with BN in place of SyncBN."""
     wrapper = module.MMDistributedDataParallel
     init = wrapper.__init__
@@ -372,7 +371,7 @@ def _top_level_modules(package: str) -> list[str]:
 
 
 @_repairs('pkg-resources', 'mmengine.utils.package_utils')
-def _find_packages_without_pkg_resources(module: ModuleType, acted: Callable[[str], None]) -> None:
+def _find_packages_without_pkg_resources(module: Any, acted: Callable[[str], None]) -> None:
     """Find installed packages by importlib.metadata instead of pkg_resources.
 
     setuptools 82 removed pkg_resources; earlier ones warn, and mmengine reloads it at each call.
@@ -413,7 +412,7 @@ def _find_packages_without_pkg_resources(module: ModuleType, acted: Callable[[st
 
 
 @_repairs('configs-of-forks', 'mmengine.config.utils')
-def _find_configs_of_forks(module: ModuleType, acted: Callable[[str], None]) -> None:
+def _find_configs_of_forks(module: Any, acted: Callable[[str], None]) -> None:
     """Let ``mmseg::`` in a config find a fork, which has the module but another distribution.
 
     mmengine looks for the distribution that it knows, mmsegmentation, or a module of that name.
@@ -429,7 +428,7 @@ def _find_configs_of_forks(module: ModuleType, acted: Callable[[str], None]) -> 
 
 
 @_repairs('configs-of-hat-mm', 'mmengine.config.utils')
-def _know_configs_of_hat_mm(module: ModuleType, acted: Callable[[str], None]) -> None:
+def _know_configs_of_hat_mm(module: Any, acted: Callable[[str], None]) -> None:
     """Let ``hat_mm::`` in a config name a config of this package, as ``mmdet::`` does for mmdet.
 
     mmengine has a fixed list of packages whose configs it finds.
@@ -439,7 +438,7 @@ def _know_configs_of_hat_mm(module: ModuleType, acted: Callable[[str], None]) ->
 
 
 @_repairs('scope-of-hat-mm-configs', 'mmengine.config.config')
-def _keep_scope_of_hat_mm_bases(module: ModuleType, acted: Callable[[str], None]) -> None:
+def _keep_scope_of_hat_mm_bases(module: Any, acted: Callable[[str], None]) -> None:
     """Read a ``hat_mm::`` base as if it were named by its path.
 
     mmengine marks what an external base defines with the scope of its package. Our configs define
@@ -466,12 +465,12 @@ def _keep_scope_of_hat_mm_bases(module: ModuleType, acted: Callable[[str], None]
 def _restore_in1d(_: ModuleType, acted: Callable[[str], None]) -> None:
     """Give NumPy >= 2.4 back the name ``in1d``, which mmpretrain's retrieval metrics call."""
     if not hasattr(np, 'in1d'):
-        np.in1d = np.isin
+        vars(np)['in1d'] = np.isin
         acted('numpy.in1d is numpy.isin')
 
 
 @_repairs('models-in-mmpretrain', 'mmpretrain.apis.model')
-def _add_models_to_mmpretrain(module: ModuleType, acted: Callable[[str], None]) -> None:
+def _add_models_to_mmpretrain(module: Any, acted: Callable[[str], None]) -> None:
     """Let mmpretrain's ``list_models`` and ``get_model`` know the models of this package."""
     if importlib.import_module('hat_mm.zoo.models').add_to_mmpretrain(module):
         acted("mmpretrain's functions know the models of hat_mm")
@@ -502,7 +501,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
                 function(module)
 
         # The loader itself stays, so that inspect and importlib.resources keep working.
-        spec.loader.exec_module = exec_and_call
+        vars(spec.loader)['exec_module'] = exec_and_call
         return spec
 
 

@@ -27,8 +27,8 @@ def read_type(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: An argument is not KEY=VALUE.
     """
-    kind, words = re.fullmatch(r'((?:[^:]|::)*):?(.*)', text, re.DOTALL).groups()
-    arguments = {}
+    [(kind, words)] = re.findall(r'^((?:[^:]|::)*):?(.*)$', text, re.DOTALL)
+    arguments: dict[str, Any] = {}
     for word in filter(None, _split(words)):
         key, equals, value = word.partition('=')
         if not equals:

@@ -258,7 +258,8 @@ def _set_tta(cfg: Any, toolbox: Toolbox) -> None:
         pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, [pack]])
         cfg.tta_pipeline = pipeline
     dataset.pipeline = cfg.tta_pipeline
-    cfg.model = dict(cfg.get('tta_model') or toolbox.tta_model, module=cfg.model)
+    tta_model: Any = cfg.get('tta_model') or toolbox.tta_model
+    cfg.model = dict(tta_model, module=cfg.model)
 
 
 def _drop_averaging(cfg: Any) -> None:
@@ -359,7 +360,7 @@ def train(argv: Sequence[str] | None = None) -> None:
                 '--auto-scale-lr needs auto_scale_lr=dict(enable=…, base_batch_size=…) in the '
                 'config'
             )
-        scaling.enable = True
+        scaling['enable'] = True
     if scaling.get('enable') and _accumulated(cfg) != 1:
         raise UserError(
             '--auto-scale-lr (auto_scale_lr.enable) does not count '

@@ -216,7 +216,8 @@ def _with_channels(
     state: Mapping[str, Any], own: Mapping[str, Tensor], name: str
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Fits the first convolution, ``name``, to the backbone's; returns what it changed, too."""
-    weight, mine = state.get(name), own.get(name)
+    weight: Any = state.get(name)
+    mine: Any = own.get(name)
     if (
         not (is_dense(weight) and is_dense(mine))
         or not weight.ndim == mine.ndim == 4

@@ -101,7 +101,8 @@ def add_entry(
     metafile, weights = Path(metafile), Path(weights)
     digest = check_published(weights)
     check_address(url)
-    header, data = '', {'Collections': [], 'Models': []}
+    header = ''
+    data: dict[str, Any] = {'Collections': [], 'Models': []}
     if metafile.exists():
         data = load(metafile)
         first = metafile.read_text(encoding='utf-8').partition('\n')[0]
@@ -133,7 +134,7 @@ def _collection(data: dict[str, Any], name: str | None, metafile: Path) -> str:
     known = [collection['Name'] for collection in data['Collections']]
     if name is None and len(known) == 1:
         return known[0]
-    if name not in known:
+    if name is None or name not in known:
         raise ValueError(
             f'--collection has to name one of {metafile}, not {name!r}: '
             f'{", ".join(known) or "it has none"}'

@@ -249,9 +249,9 @@ def get_model(
     return model.eval()
 
 
-def _weights(info: Model, pretrained: bool | str | os.PathLike) -> str:
+def _weights(info: Model, pretrained: Any) -> str:
     """The local file of weights, verified if it is downloaded."""
-    where = info.weights if pretrained is True else os.fspath(pretrained)
+    where: str = info.weights if pretrained is True else os.fspath(pretrained)
     if '://' not in where:
         return where
     recorded = info.metadata.data if info.metadata else {}
@@ -281,7 +281,7 @@ def _dataset_meta(config: Config, datasets: Any) -> dict[str, Any]:
     return {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
 
 
-def _initialize(model: torch.nn.Module) -> None:
+def _initialize(model: Any) -> None:
     """Initializes what constructors leave as it was in memory, as mmdet's DINO does."""
     log = MMLogger.get_current_instance()
     level = log.level

@@ -130,7 +130,7 @@ def read_run(
     hardware = _hardware(settings, lines, recorded)
     metadata |= {key: value for key, value in hardware.items() if value is not None}
     notes += [f'{k} left out: the log does not say' for k, v in hardware.items() if v is None]
-    metadata['Date'] = '-'.join(re.match(r'(\d{4})-?(\d{2})-?(\d{2})', meta['time']).groups())
+    metadata['Date'] = re.sub(r'(\d{4})-?(\d{2})-?(\d{2}).*', r'\1-\2-\3', meta['time'])
     metadata['Software'] = {key: recorded[key] for key in _SOFTWARE if key in recorded}
     metadata['Seed'] = meta['seed']
     results = _results(measured, dataset or _data_set(settings.get('val_dataloader')))
@@ -216,9 +216,10 @@ def _hardware(
 def _results(measured: Mapping[str, Any], dataset: str) -> list[dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     for key, value in measured.items():
-        task, name, factor, decimals = _METRICS.get(key.rpartition('/')[2], (None,) * 4)
+        metric = _METRICS.get(key.rpartition('/')[2])
         # mmdet says -1 where there is nothing to find.
-        if task and math.isfinite(value) and value >= 0:
+        if metric and math.isfinite(value) and value >= 0:
+            task, name, factor, decimals = metric
             results.setdefault(task, {})[name] = round(value * factor, decimals)
     if not results:
         raise ValueError(

@@ -84,7 +84,7 @@ class Here:
     __enter__ = measuring.Worker.__enter__
 
     def __exit__(self, *error):
-        pass
+        measuring._timers.clear()
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_config_that_a_toolbox_ships():
         ('other/model', "'other/model' is neither timm/MODEL nor authors/MODEL"),
         ('attention/ful', "unknown form 'ful'; choices: carriers, windows"),
         ('configs/none.py', "no config 'configs/none.py' can be had: "),
-        ('mmdet::a/none.py', "no config 'mmdet::a/none.py' can be had: file "),
+        ('mmdet::a/none.py', "no config 'mmdet::a/none.py' can be had: "),
         ('mmdet.ResNet:depth=18@deploy', 'ResNet has no backbone or plugin of hat_mm'),
     ],
 )
@@ -250,8 +250,8 @@ def test_flags_keep_the_result(flags):
     plain = prepare(FASTERVIT).forward()
     other = prepare(FASTERVIT + flags).forward()
     tolerance = 0.1 if 'bf16' in flags else 1e-5
-    for a, b in zip(plain, other, strict=True):
-        assert (a - b).norm() <= tolerance * a.norm()  # weights and images are the same
+    errors = [float((a - b).norm() / a.norm()) for a, b in zip(plain, other, strict=True)]
+    assert max(errors) <= tolerance  # weights and images are the same
 
 
 def test_flags_reach_the_model(monkeypatch):
@@ -447,9 +447,9 @@ def test_what_is_measured_without_candidates(found, monkeypatch):
 
 @pytest.mark.usefixtures('one_process')
 def test_models_from_end_to_end(tmp_path, capsys):
-    words = [FASTERVIT, f'{FASTERVIT}@channels_last', HAT_NET, '--mode', 'forward', 'train']
+    words = [FASTERVIT, HAT_NET, '--mode', 'forward', 'train']
     words += ['--size', '32x32', '48x32', '64x64', '--rounds', '1', '--peer', '0']
-    with pytest.raises(UserError, match='2 of 18 measurements failed'):
+    with pytest.raises(UserError, match='1 of 12 measurements failed'):
         run('models', *words, '--out', str(tmp_path))
     results = json.loads((tmp_path / 'benchmark.json').read_text())
     # A map of one pixel has no batch statistics: FasterViT's fourth at 32x32, one image.
@@ -459,7 +459,7 @@ def test_models_from_end_to_end(tmp_path, capsys):
     assert all('error' in r or len(r['seconds']) == 1 for r in results['rows'])
     text = (tmp_path / 'benchmark.md').read_text()
     assert text in capsys.readouterr().out
-    first, _, hat_net = table(text)[:3]
+    first, hat_net = table(text)[:2]
     assert first['candidate'] == f'`{FASTERVIT}`'
     ratio = float(first['median s']) / float(hat_net['median s'])
     [column] = [name for name in first if name.startswith('speed-up over')]

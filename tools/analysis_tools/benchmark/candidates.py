@@ -155,11 +155,12 @@ def _created(candidate: Candidate, size: Size) -> torch.nn.Module:
 
 
 def _whole(candidate: Candidate, size: Size) -> tuple[torch.nn.Module, str]:
+    config = compat.require('mmengine').Config
     try:
         if '::' in candidate.name:
-            cfg = compat.require('mmengine.hub').get_config(candidate.name)
+            cfg = config.fromstring(f'_base_ = [{candidate.name!r}]', '.py')
         else:
-            cfg = compat.require('mmengine').Config.fromfile(candidate.name)
+            cfg = config.fromfile(candidate.name)
     except Exception as error:  # one for each part of a name that can be wrong
         raise UserError(f'no config {candidate.name!r} can be had: {error}') from error
     if cfg.get('default_scope') not in ('mmdet', 'mmseg', 'mmpretrain') or 'model' not in cfg:

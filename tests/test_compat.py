@@ -74,8 +74,7 @@ def plain_data():
     CheckpointLoader.load_checkpoint(path)
 
 def training_checkpoint():
-    from mmengine.config import Config
-from mmengine.logging import HistoryBuffer
+    from mmengine.logging import HistoryBuffer
     from mmengine.runner import CheckpointLoader
     path = os.path.join(folder, 'training.pth')
     torch.save({'message_hub': {'loss': HistoryBuffer([1.0], [1])}, 'state_dict': {}}, path)
@@ -93,9 +92,7 @@ def malicious_url():
     CheckpointLoader.load_checkpoint('https://nowhere.invalid/evil.pth')
 
 def malicious_getattr():
-    import _codecs
-    from mmengine.config import Config
-from mmengine.logging import HistoryBuffer
+    from mmengine.logging import HistoryBuffer
     from mmengine.runner import CheckpointLoader
     class Attribute:
         def __reduce__(self):

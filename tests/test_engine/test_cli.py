@@ -101,7 +101,7 @@ def test_scripts_end_with_the_status_of_their_tool(run_python):
 @pytest.mark.parametrize(
     ('text', 'parts'),
     [
-        ('a = (', ['cannot be read', 'syntax error']),
+        ('a = (', ['cannot be read', 'was never closed']),
         ("_base_ = ['missing.py']", ['cannot be read', 'missing.py']),
         ("_base_ = ['mmdet::_base_/models/missing.py']", ['cannot be read', 'missing.py']),
         ("default_scope = 'mmdet'", ["has no 'model'"]),

@@ -5,6 +5,7 @@ whatever else a training put there, or under ``unused`` tensors of an official f
 has no use for, kept for the way back.
 """
 
+import errno
 import hashlib
 import json
 import pickle
@@ -143,10 +144,14 @@ def write(path: str | Path, checkpoint: Mapping[str, Any], force: bool = False) 
     """
     path = check_target(path, force)
     with replacing(path) as part:
-        if path.name.endswith('.safetensors'):
-            _write_safetensors(part, checkpoint)
-        else:
-            _write_torch(part, checkpoint)
+        try:
+            if path.name.endswith('.safetensors'):
+                _write_safetensors(part, checkpoint)
+            else:
+                _write_torch(part, checkpoint)
+        except (OSError, RuntimeError) as error:  # of a full disk, torch raises the latter
+            code = getattr(error, 'errno', None) or errno.EIO
+            raise OSError(code, f'not written ({error})', str(path)) from error
 
 
 def _write_torch(path: Path, checkpoint: Mapping[str, Any]) -> None:
@@ -154,10 +159,7 @@ def _write_torch(path: Path, checkpoint: Mapping[str, Any]) -> None:
     checkpoint = apply_to(dict(checkpoint), torch.is_tensor, _owned)
     if hasattr(state, '_metadata'):  # versions of modules, by which some rename old tensors
         checkpoint['state_dict']._metadata = state._metadata
-    try:
-        torch.save(checkpoint, path)
-    except RuntimeError as error:  # torch's for a full disk
-        raise OSError(f'{path} was not written: {error}') from error
+    torch.save(checkpoint, path)
 
 
 def _owned(tensor: Tensor) -> Tensor:

@@ -158,6 +158,13 @@ def _resident(field: str) -> int:
     return int(found[1]) * 1024
 
 
+def _return_free_memory() -> None:
+    """Gives memory that is free inside this process back, so that it does not count as taken."""
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim is not None:  # the C library is glibc
+        trim(0)
+
+
 def _warm_libraries() -> None:
     """Makes torch and its libraries allocate what they do once, on the CPU."""
     layers = torch.nn.Sequential(
@@ -192,12 +199,13 @@ def peak_memory(device: str, prepare: Callable[..., Work], argument: Any) -> int
         before = torch.cuda.memory_allocated()
         work.run()
         return torch.cuda.max_memory_allocated() - before
-    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-    if trim is not None:  # the C library is glibc; what is free inside this process does not count
-        trim(0)
+    _return_free_memory()
     before = _resident('VmRSS')
     Path('/proc/self/clear_refs').write_text('5')  # resets the peak
-    work.run()
+    result = work.forward()
+    if work.training:
+        _return_free_memory()
+        result.backward()
     return _resident('VmHWM') - before
 
 

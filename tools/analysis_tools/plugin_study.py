@@ -121,8 +121,8 @@ def train(folder: Path, backbone: str, seed: int, overrides: dict) -> dict[str, 
     truth = json.loads(Path(cfg.val_evaluator.ann_file).read_text(encoding='utf-8'))
     predictions = json.loads((folder / 'predictions.bbox.json').read_text(encoding='utf-8'))
     metrics = {
-        'mAP': runner.message_hub.get_scalar('val/coco/bbox_mAP').current(),
-        'recall': runner.message_hub.get_scalar('val/coco/AR@100').current(),
+        'mAP': float(runner.message_hub.get_scalar('val/coco/bbox_mAP').current()),
+        'recall': float(runner.message_hub.get_scalar('val/coco/AR@100').current()),
         'right': marker_right(truth, predictions),
     }
     result.write_text(json.dumps({'key': key, 'metrics': metrics}), encoding='utf-8')

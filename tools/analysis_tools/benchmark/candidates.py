@@ -279,7 +279,7 @@ def prepare(setting: Setting) -> Work:
         ):
             return outputs()
 
-    return Work(forward, training, reset=model.zero_grad)
+    return Work(forward, training, reset=model.zero_grad, compiled='compile' in flags)
 
 
 @cache

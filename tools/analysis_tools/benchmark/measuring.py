@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
+from torch.utils.checkpoint import checkpoint
 
 from hat_mm.engine.cli import UserError
 from hat_mm.engine.environment import tune
@@ -31,11 +32,13 @@ class Work:
         forward: The forward pass; what it returns has ``backward`` if ``training``.
         training: Whether the backward pass belongs to it.
         reset: What is done before each pass and is not measured, such as dropping gradients.
+        compiled: Whether the first pass compiles.
     """
 
     forward: Callable[[], Any]
     training: bool = False
     reset: Callable[[], None] = lambda: None
+    compiled: bool = False
 
     def run(self) -> None:
         """Does the work once."""
@@ -155,14 +158,40 @@ def _resident(field: str) -> int:
     return int(found[1]) * 1024
 
 
+def _return_free_memory() -> None:
+    """Gives memory that is free inside this process back, so that it does not count as taken."""
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim is not None:  # the C library is glibc
+        trim(0)
+
+
+def _warm_libraries() -> None:
+    """Makes torch and its libraries allocate what they do once, on the CPU."""
+    layers = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.GELU(),
+        torch.nn.Flatten(2),
+        torch.nn.LayerNorm(16),
+        torch.nn.Linear(16, 16),
+    )
+    x = layers(torch.ones(1, 3, 6, 6))[:, None]
+    torch.nn.functional.scaled_dot_product_attention(x, x, x).softmax(-1).sum().backward()
+    # Its first call imports modules.
+    checkpoint(torch.nn.Identity(), x.detach().requires_grad_(), use_reentrant=False)
+
+
 def peak_memory(device: str, prepare: Callable[..., Work], argument: Any) -> int:
     """Measures what a pass takes at its peak beyond what is in use before, in bytes.
 
-    In use before are weights and images, and what libraries allocate in a first pass. On the CPU
-    memory is the resident set, so it has to be the first large thing that a process does.
+    In use before are weights, images and what libraries allocate once. On the CPU memory is the
+    resident set, so it has to be the first large thing that a process does: holes that an earlier
+    pass has left in the heap would change the result.
     """
+    _warm_libraries()
     work = prepare(argument)
-    work.run()
+    if device == 'cuda' or work.compiled:
+        work.run()
     work.reset()
     gc.collect()
     if device == 'cuda':
@@ -170,12 +199,13 @@ def peak_memory(device: str, prepare: Callable[..., Work], argument: Any) -> int
         before = torch.cuda.memory_allocated()
         work.run()
         return torch.cuda.max_memory_allocated() - before
-    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-    if trim is not None:  # the C library is glibc; what is free inside this process does not count
-        trim(0)
+    _return_free_memory()
     before = _resident('VmRSS')
     Path('/proc/self/clear_refs').write_text('5')  # resets the peak
-    work.run()
+    result = work.forward()
+    if work.training:
+        _return_free_memory()
+        result.backward()
     return _resident('VmHWM') - before
 
 

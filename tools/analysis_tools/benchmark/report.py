@@ -198,7 +198,7 @@ def plot_growth(results: dict[str, Any], path: Path) -> bool:
         if power is not None:
             unit, scale = ('MiB', MIB) if mode.endswith('memory') else ('s', 1)
             panel = panels.setdefault(f'{TITLES[mode]}, {unit}', {})
-            key = f'{label(name)}, batch {batch}: exponent {power:.2f}'
+            key = f'exponent {power:.2f}: {label(name)}, batch {batch}'
             panel[key] = [(x, y / scale) for x, y in sorted(points)]
     if not panels:
         return False
@@ -206,7 +206,7 @@ def plot_growth(results: dict[str, Any], path: Path) -> bool:
     all_axes = figure.subplots(1, len(panels), squeeze=False)
     for axes, (title, lines) in zip(all_axes[0], panels.items(), strict=True):
         for name, points in lines.items():
-            axes.loglog(*zip(*points, strict=True), 'o-', label=name, markersize=4)
+            axes.loglog(*zip(*points, strict=True), 'o-', label=name[:60], markersize=4)
         axes.set(xlabel='pixels of the image, or of the map', ylabel=title)
         axes.grid(alpha=0.3, which='both')
         axes.legend(fontsize=7)
@@ -234,7 +234,7 @@ def plot_accuracy(results: dict[str, Any], path: Path) -> bool:
         for index, (row, accuracy) in enumerate(known):
             x = row['batch'] / cost(row)
             y = float('nan') if accuracy[key] is None else accuracy[key]
-            axes.plot(x, y, 'os^DvPX<>'[index % 9], label=label(row['candidate']), alpha=0.8)
+            axes.plot(x, y, 'os^DvPX<>'[index % 9], label=label(row['candidate'])[:60], alpha=0.8)
         axes.set_xlabel(f'images/s at {height}×{width}, batch {done[0]["batch"]}, measured')
         axes.set_ylabel(f'{titles[key]}, reported by the authors', fontsize=8)
         axes.set_xlim(left=0)

@@ -255,6 +255,7 @@ def test_what_a_killed_pip_left_and_a_wheel_that_does_not_work_are_replaced(fini
     assert finished.compilations() == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_environment_is_made_anew_with_the_cached_wheel(finished):
     finished.file('mmengine.py').write_text('raise ImportError("half a file")')
     finished.file('mmcv/_ext.so').unlink()

@@ -56,6 +56,8 @@ def read(path: str | Path, map_location: Any = None) -> Any:
     path = Path(path)
     if map_location is None:
         map_location = 'cpu'
+    with open(path, 'rb'):
+        pass  # its error names the file, safetensors' is a text alone
     try:
         if path.name.endswith('.safetensors'):
             return _read_safetensors(path, map_location)

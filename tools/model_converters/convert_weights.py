@@ -76,7 +76,7 @@ def main() -> None:
         else:
             made = from_official(checkpoint, source, args.head, args.ema)
         fileio.write(dst, made, args.force)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     meta = made['meta']
     print(f'{meta["family"]} {" or ".join(meta["arch"])}: {meta["report"]}')

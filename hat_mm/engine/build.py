@@ -56,13 +56,16 @@ def build_type(kind: str, arguments: dict[str, Any]) -> nn.Module:
     """Builds a backbone by its registered type, with random weights, in eval mode.
 
     Raises:
-        UserError: It takes no images of three channels.
+        UserError: The type or an argument is unknown, or it takes no images of three channels.
     """
     scope = kind.partition('.')[0]
     if scope in ('mmdet', 'mmseg', 'mmpretrain'):
         compat.require(f'{scope}.models')
     cfg = copy.deepcopy({'type': kind, **arguments})  # some backbones change their arguments
-    backbone = compat.require('mmengine.registry').MODELS.build(cfg)
+    try:
+        backbone = compat.require('mmengine.registry').MODELS.build(cfg)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{kind} cannot be built: {error}') from error
     backbone.eval()
     with torch.inference_mode():
         try:

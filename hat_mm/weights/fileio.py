@@ -161,7 +161,8 @@ def _write_torch(path: Path, checkpoint: Mapping[str, Any]) -> None:
     checkpoint = apply_to(dict(checkpoint), torch.is_tensor, _owned)
     if hasattr(state, '_metadata'):  # versions of modules, by which some rename old tensors
         checkpoint['state_dict']._metadata = state._metadata
-    torch.save(checkpoint, path)
+    with open(path, 'wb') as file:  # given a path, torch would write its name into the file
+        torch.save(checkpoint, file)
 
 
 def _owned(tensor: Tensor) -> Tensor:

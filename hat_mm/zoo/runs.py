@@ -140,7 +140,9 @@ def read_run(
 def _log(folder: Path) -> list[dict[str, Any]]:
     """The records of a log: those of training have ``iter``, those of validation have not."""
     path = folder / 'vis_data' / f'{folder.name}.json'
-    return [json.loads(line) for line in path.open(encoding='utf-8')] if path.is_file() else []
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
 
 
 def _validation(

@@ -304,7 +304,7 @@ def test_a_model_and_a_metafile_of_ones_own(add, case, tmp_path):
     [
         (['--name', 'new'], 'HAT-Net, FasterViT'),
         (['--collection', 'HATNet'], "not 'HATNet': HAT-Net, FasterViT"),
-        (['--url', 'ftp://example.org'], "its scheme is 'ftp'"),
+        (['--url', 'ftp://example.org'], "'ftp://example.org' is not allowed"),
         (['--config', 'configs/none.py'], 'no config configs/none.py'),
     ],
 )

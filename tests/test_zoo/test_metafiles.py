@@ -323,7 +323,7 @@ def test_measurements_stay_and_get_into_the_pages(copied, capsys):
     path = copied / 'configs/hat_net/metafile.yml'
     data = metafiles.load(path)
     entry = measured(data)
-    metafiles.dump(data, path)
+    path.write_text(metafiles.text(data))
     assert make_configs.main(['--check']) == 1  # the pages lack it
     assert make_configs.main([]) == 0
     after = metafiles.load(path)
@@ -356,7 +356,7 @@ def test_what_the_table_does_not_know_stays(copied):
     data['Collections'].append({'Name': 'Mine'})
     official = next(m for m in data['Models'] if m['Name'] == 'fastervit-0_3rdparty_in1k')
     official['Results'][0]['Metrics']['Top 1 Accuracy'] = 82.05
-    metafiles.dump(data, path)
+    path.write_text(metafiles.text(data))
     assert make_configs.main([]) == 0
     after = metafiles.load(path)
     assert after['Collections'] == data['Collections']
@@ -379,7 +379,7 @@ def test_the_tables_own_fields_are_restored(copied):
     official['Weights'] = 'https://example.org/other.pth'
     official['Metadata']['Licence'] = 'free'
     data['Models'].pop(5)
-    metafiles.dump(data, path)
+    path.write_text(metafiles.text(data))
     assert make_configs.main(['--check']) == 1
     assert make_configs.main([]) == 0
     assert path.read_text() == before
@@ -389,7 +389,7 @@ def test_two_models_of_one_name_are_an_error(copied):
     path = copied / 'configs/hat_net/metafile.yml'
     data = metafiles.load(path)
     data['Models'].append(dict(data['Models'][0]))
-    metafiles.dump(data, path)
+    path.write_text(metafiles.text(data))
     with pytest.raises(SystemExit, match='several models of one name'):
         make_configs.main([])
 
@@ -449,7 +449,7 @@ def test_a_model_that_was_trained_replaces_the_note(copied):
     boxes, masks = entry['Results']
     boxes['Metrics'], masks['Metrics'] = {'box AP': 43.5}, {'mask AP': 39.9}
     entry['Weights'] = URL
-    metafiles.dump(data, path)
+    path.write_text(metafiles.text(data))
     assert make_configs.main([]) == 0
     assert metafiles.load(path) == data
     page = (copied / 'configs/swin_hat/README.md').read_text()

@@ -177,7 +177,7 @@ FASTERVIT_NAMES = NameMap(
         (r'^patch_embed\.conv_down\.3\.', 'stem.conv2.'),
         (r'^patch_embed\.conv_down\.4\.', 'stem.norm2.'),
         (r'^norm\.', 'norm3.'),
-        # Official stages end with their down-sampler, ours start with it.
+        # Official stages end with their downsampler, ours start with it.
         (r'^levels\.(\d)\.downsample\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.'),
         (r'\.downsample\.reduction\.0\.', '.downsample.conv.'),
         (r'^levels\.', 'stages.'),
@@ -263,7 +263,7 @@ _MERGING = r'layers\.\d\.downsample\.(norm|reduction)\.'
 
 
 def _swin_merging(order: str) -> Callable[[str, Any], Any]:
-    """Reorders the inputs of a down-sampler, four pixels of C channels each.
+    """Reorders the inputs of a downsampler, four pixels of C channels each.
 
     Official files have the pixels outside, down the columns first; ``nn.Unfold``,
     ``pixel_unshuffle`` and the toolboxes have the channels outside, then the pixels along the rows.

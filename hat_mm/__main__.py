@@ -1,4 +1,4 @@
-"""``python -m hat_mm PROGRAM ARGUMENTS`` applies the repairs of compat.py and runs a Python program.
+"""``python -m hat_mm PROGRAM ARGUMENTS`` runs a Python program with the repairs of compat.py.
 
 It is for programs that do not import hat_mm before a toolbox, such as the toolboxes' own tools, and
 for programs that the package ships: ``demo/shapes.py`` is found wherever hat_mm is installed.

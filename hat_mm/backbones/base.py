@@ -77,7 +77,7 @@ def check_ints(name: str, values: Sequence[int], length: int) -> None:
 
 
 def check_stages(name: str, stages: Sequence[int], num_stages: int) -> tuple[int, ...]:
-    """Returns ``stages``; raises ValueError, which says ``name``, unless they are distinct stages."""
+    """Returns ``stages``; raises ValueError, which says ``name``, unless these are distinct."""
     if (
         not isinstance(stages, Sequence)
         or not stages

@@ -400,7 +400,7 @@ class FasterViT(HierarchicalBackbone):
             follow ``out_norm_cfg``.
         frozen_stages: Freezes nothing (-1), the stem (0), or the stem and the first k stages with
             their output norms (k).
-        norm_eval: Keeps batch norms in eval mode while training.
+        norm_eval: Keeps batch norms in eval mode during training.
         with_cp: Recomputes the blocks' activations in the backward pass, which saves memory.
         init_cfg: mmengine's initialization config; ``dict(type='Pretrained', checkpoint=FILE)``
             takes official files and native ones (with hat_mm's own names).

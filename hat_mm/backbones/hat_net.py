@@ -43,7 +43,7 @@ class HATNetArch:
         depths: Blocks.
         expansions: Hidden width of the inverted residuals as a multiple of the channels.
         grids: Window size in tokens, the paper's grid size; 1 for plain global attention.
-        ds_ratios: Side in tokens of the squares that are averaged to one key; 1 where the grid is 1.
+        ds_ratios: Side in tokens of the squares that are averaged to one key; 1 if the grid is 1.
         kernels: Kernel size of the depthwise convolutions, odd.
         drop_path_rate: Drop-path rate of the last block in training.
     """

@@ -308,7 +308,7 @@ class SwinStage(nn.Module):
 class SwinHAT(HierarchicalBackbone):
     """Swin Transformer with carrier tokens in place of shifted windows.
 
-    In the stages in ``hat_stages`` no window is shifted. Each window has a few carrier tokens, which
+    In the stages in ``hat_stages`` no window is shifted. Each window has a few carrier tokens that
     take part in its attention in every block. In every second block, where Swin shifts, all
     carriers of the image first attend to each other. The other stages are Swin's.
 

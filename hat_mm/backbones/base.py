@@ -120,7 +120,7 @@ class Stage(nn.Module):
     """A downsampler and blocks; each block maps (B, C, H, W) to the same shape.
 
     Args:
-        downsample: Module in front of the blocks.
+        downsample: Module before the blocks.
         blocks: The blocks.
         with_cp: Recomputes the blocks' activations in the backward pass, which saves memory.
     """

@@ -295,7 +295,7 @@ class HATStage(nn.Module):
     models, padding takes part in attention.
 
     Args:
-        downsample: Module in front of the blocks.
+        downsample: Module before the blocks.
         dim: Channels C of the blocks.
         num_heads: Attention heads.
         window_size: Window size w.

@@ -268,7 +268,7 @@ class SwinStage(nn.Module):
     """A downsampler and Swin blocks, with or without carriers.
 
     Args:
-        downsample: Module in front of the blocks.
+        downsample: Module before the blocks.
         tokenizer: Makes the carriers; None for no carriers.
         blocks: The blocks.
         with_cp: Recomputes the blocks' activations in the backward pass, which saves memory.

@@ -213,7 +213,7 @@ def get_model(
     Raises:
         ValueError: There is no such model, it has no weights, or the weights do not fill it. Parts
             that are overridden, such as ``head``, need not be filled; the log says what was not.
-        TypeError: An override is no setting of the model.
+        TypeError: An override is not a setting of the model.
         hat_mm.compat.DependencyError: The toolbox of the model is not installed.
         hat_mm.weights.download.DownloadError: The weights cannot be fetched.
     """

@@ -8,7 +8,7 @@ ifeq ($(VENV),)
 $(error STACK=$(STACK) is unknown; it is openmmlab (the default) or onedl)
 endif
 PY := $(VENV)/bin/python
-# Programs that a recipe starts (python, torchrun) are those of the environment.
+# Programs that a recipe starts (python, torchrun) come from the environment.
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
@@ -20,7 +20,7 @@ help: ## list the targets
 	@echo '  STACK=onedl does the same on the OneDL forks, in .venv-onedl'
 	@echo '  PYTHON=... and CXX=... name the interpreter and the compiler of the set-up'
 
-# Any python3 can run the set-up; it looks for one that can carry the environment by itself.
+# Any python3 can run the set-up, which itself looks for one that suits the environment.
 setup: ## set up .venv: checks, packages, mmcv compiled with its operators (once, 10-20 minutes)
 	@for python in $(PYTHON) python3 python3.12 python3.11; do \
 	  if "$$python" -c '' 2>/dev/null; then \
@@ -55,7 +55,7 @@ study: setup ## train networks with and without global attention, 21 runs, an ho
 bench: setup ## time and memory beside Swin-T, ConvNeXt-T, ResNet-50; 15 minutes on two cores
 	@$(IN_VENV) $(PY) tools/analysis_tools/benchmark models --rounds 3 --processes 2 --out work_dirs/benchmark $(ARGS)
 
-# A file's tests stay in one process, whose fixtures they share.
+# All tests of a file run in one process, because they share fixtures.
 test: setup ## run the tests; ARGS='-k word' passes options to pytest
 	@$(IN_VENV) $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 

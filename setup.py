@@ -1,4 +1,4 @@
-"""Ships configs, demos, tools and the model index as `hat_mm/.mim`; the rest: pyproject.toml."""
+"""Ships configs, demos, tools and the model index as `hat_mm/.mim`; pyproject.toml has the rest."""
 
 import shutil
 from pathlib import Path
@@ -14,8 +14,8 @@ SHIPPED = ('configs', 'demo', 'tools', 'model-index.yml')
 def ship(package: Path) -> None:
     """Copy what MIM looks for under `.mim` into a package that is being built.
 
-    The originals are copied, never what is under `hat_mm/.mim` in the source tree: in a checkout
-    those are links, and in an archive unpacked by a program that knows no links, text files.
+    The originals are copied, not `hat_mm/.mim` of the source tree, which holds links; a program
+    without support for links would have unpacked them as text files.
     """
     target = package / '.mim'
     if target.exists():

@@ -1,9 +1,10 @@
-"""Draws the toy set "shapes" in one of three layouts, unless it is there already.
+"""Draws the toy dataset "shapes" in one of three layouts, unless it exists already.
 
-Coloured shapes with exact visible masks, for demos and tests: a module and a program.
+Coloured shapes with exact masks of their visible pixels, for demos and tests; a module and a
+program.
 
-A scene is drawn by :func:`draw_scene` from a random generator and a :class:`Style`, without any
-file; a writer puts scenes on the disk in one of the :data:`LAYOUTS`.
+:func:`draw_scene` draws a scene from a random generator and a :class:`Style`, without any file; a
+writer saves scenes in one of the :data:`LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from PIL import Image
 from rich.progress import track
 
 FORMAT = 2
-"""Goes up when the same parameters draw other pictures, so that no older set is taken for it."""
+"""Increased when the same parameters draw other images, so that older sets are not mistaken."""
 
 MARKER = 'dataset.json'
-"""File in a set's folder with the parameters that drew it."""
+"""File in a dataset's folder that records the parameters that drew it."""
 
 SPLITS = ('train', 'val')
 IMAGE_SIDES = (192, 384)
 SINGLE_SIDES = (112, 160)
-"""Sides of an image with one object, which fills more of it then."""
+"""Sides of an image with one object, which then fills more of it."""
 RELATION_SIZE = (64, 384)
-"""Height and width of an image with a far marker: long and low, far at few pixels."""
+"""Height and width of an image with a far marker: long and low, so far apart in few pixels."""
 FAR = 224
-"""Least distance in pixels from the marker to any object, along the width."""
+"""Minimum distance in pixels from the marker to any object, along the width."""
 MARKER_WIDTH = 48
 MARKER_COLOURS = ((255, 0, 0), (0, 0, 255))
 """Colour of each kind of marker."""
 _SHIFT = 4
-"""Bits behind the point of the coordinates that OpenCV is given."""
+"""Fractional bits of the fixed-point coordinates for OpenCV."""
 
 
 def _regular(corners: int, inner: float = 1.0) -> list[tuple[float, float]]:
@@ -71,20 +72,22 @@ class Style:
     """What scenes look like.
 
     Attributes:
-        classes: Names of the shapes, keys of :data:`OUTLINES` up to any hyphen; a label is an index
-            into it.
-        rotate: Whether each object is turned by a random angle.
-        lines: Least and greatest number of line segments in the background.
-        dots: Least and greatest number of dots in the background.
-        clutter_size: Greatest width of a line and radius of a dot, in pixels.
+        classes: Names of the classes, up to any hyphen keys of :data:`OUTLINES`; a label is an
+            index into them.
+        rotate: Whether each object is rotated by a random angle.
+        lines: Minimum and maximum number of line segments in the background.
+        dots: Minimum and maximum number of dots in the background.
+        clutter_size: Maximum width of a line and radius of a dot, in pixels.
         noise: Standard deviation of the noise on each pixel, in grey levels of 0–255.
-        vivid: Whether objects are of saturated colours on a greyish background, not of any on any.
-        objects: Least and greatest number of objects.
-        object_sizes: Least and greatest side of an object, in pixels.
-        min_visible: Share of an object that stays in sight; a later object that would hide more
-            goes elsewhere.
+        vivid: Whether objects have saturated colours on a greyish background; otherwise both have
+            any colours.
+        objects: Minimum and maximum number of objects.
+        object_sizes: Minimum and maximum side of an object, in pixels.
+        min_visible: Fraction of an object that stays visible; a later object that would hide more
+            is placed elsewhere.
         marks: Kinds of the far marker, see :func:`draw_relation`; a class is then the name of a
-            shape, a hyphen and a kind, those of the first kind first. Empty for no marker.
+            shape, a hyphen and a kind, with the classes of the first kind first. Empty for no
+            marker.
     """
 
     classes: tuple[str, ...]
@@ -110,7 +113,7 @@ RELATION = dataclasses.replace(
     min_visible=1.0,
     marks=('a', 'b'),
 )
-"""Small shapes whose class is the outline together with the kind of a far marker."""
+"""Small shapes whose class combines the outline with the kind of a far marker."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Scene:
         image: (H, W, 3) uint8, RGB.
         labels: (N,) int64, indices into the style's classes.
         masks: (N, H, W) bool, the *visible* pixels of each object: later objects hide earlier
-            ones, so no pixel belongs to two.
+            ones, so no pixel belongs to two objects.
     """
 
     image: np.ndarray
@@ -133,7 +136,7 @@ class Scene:
 
 
 def _fixed_point(values: np.ndarray | float) -> np.ndarray:
-    """Coordinates as OpenCV takes them, whole numbers with ``_SHIFT`` bits behind the point."""
+    """Fixed-point coordinates for OpenCV: integers with ``_SHIFT`` fractional bits."""
     return np.rint(np.multiply(values, 2**_SHIFT)).astype(np.int32)
 
 
@@ -145,7 +148,7 @@ def _object_mask(
     left = int(rng.integers(0, size[1] - side + 1))
     top = int(rng.integers(0, size[0] - side + 1))
     angle = rng.uniform(0, 2 * np.pi) if style.rotate else 0.0
-    # From the centre of the first pixel to that of the last.
+    # The side is measured from the centre of the first pixel to that of the last.
     radius = (side - 1) / 2
     centre = np.array([left + radius, top + radius])
     mask = np.zeros(size, np.uint8)
@@ -156,7 +159,7 @@ def _object_mask(
         )
         return mask.astype(bool)
     corners = np.array(outline)
-    if style.rotate:  # and shrunk until the corners stay in the same box
+    if style.rotate:  # and shrunk until the corners fit into the same box
         turn = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
         corners = corners / np.linalg.norm(corners, axis=1).max() @ turn
     cv2.fillPoly(mask, [_fixed_point(centre + radius * corners)], 1, shift=_SHIFT)
@@ -164,7 +167,7 @@ def _object_mask(
 
 
 def _colour(rng: np.random.Generator, style: Style, taken: list[np.ndarray]) -> np.ndarray:
-    """An RGB colour for an object that differs from those taken, so that its outline is seen."""
+    """An RGB colour for an object that differs from those taken, so that its outline is visible."""
     best, best_distance = None, -1.0
     for _ in range(30):
         colour = rng.uniform(0, 255, 3)
@@ -207,14 +210,14 @@ def _background(
 def draw_scene(rng: np.random.Generator, style: Style = EASY, only: int | None = None) -> Scene:
     """Draws one scene: a cluttered background and one to four objects, later ones in front.
 
-    The image is never square; its sides are 192 to 384 pixels, or 112 to 160 for one object. An
-    object's are 32 to 96 (a turned one fits in a circle of that width). At least 30 % of every
-    object stays visible, so nothing in the image goes without a label.
+    The image is never square; its sides are 192 to 384 pixels, or 112 to 160 for one object. The
+    sides of an object are 32 to 96 pixels (a rotated one fits in a circle of that width). At least
+    30 % of every object stays visible, so every object has a label.
 
     Args:
         rng: Source of all randomness.
         style: What to draw.
-        only: Label of the one object to draw; None draws one to four of random labels.
+        only: Label of the single object to draw; None draws one to four with random labels.
 
     Returns:
         The image, labels and visible masks.
@@ -237,14 +240,14 @@ def draw_relation(
 ) -> Scene:
     """Draws one scene in which the class of every object depends on a marker far from it.
 
-    The marker, a bar as high as the image near one of its ends, has the colour of its kind and is
-    no object. The objects lie towards the other end, at least :data:`FAR` pixels away. Neither
-    number, size, place, outline nor colour of the objects depends on the kind, so without a look at
-    the marker it can only be guessed.
+    The marker, a bar as high as the image near its left or right end, has the colour of its kind
+    and is not an object. The objects are near the other end, at least :data:`FAR` pixels away.
+    Their number, size, place, outline and colour do not depend on the kind, so only the marker
+    shows it.
 
     Args:
-        rng: Source of all randomness; with the same state, the two kinds differ in the pixels of
-            the marker and in the labels alone.
+        rng: Source of all randomness; with the same state, the two kinds differ only in the pixels
+            of the marker and in the labels.
         mark: Index into ``style.marks``.
         left: Whether the marker is at the left end.
         style: What to draw.
@@ -285,7 +288,7 @@ def _add_objects(
         style: What to draw.
         image: The background, (H, W, 3) float.
         base: Its mean colour.
-        choices: The labels to choose from, equally likely.
+        choices: The labels to choose from, with equal probability.
         count: Number of objects; None for one from the style's range.
     """
     colours, labels = [base], []
@@ -318,12 +321,12 @@ def scenes(
     """Draws the scenes of a split; the i-th does not depend on how many there are.
 
     Args:
-        split: ``'train'`` or ``'val'``; the splits share no scene.
+        split: ``'train'`` or ``'val'``; the two share no scene.
         count: Number of scenes.
-        seed: Non-negative seed of the whole set.
+        seed: Non-negative seed of the whole dataset.
         style: What to draw.
-        single: Whether each has one object, of each class in turn. In a style with a far marker,
-            its kinds and ends of the image take turns instead.
+        single: Whether each scene has one object, of each class in turn. In a style with a far
+            marker, its kinds and the ends of the image take turns instead.
 
     Yields:
         The scenes, in order.
@@ -339,7 +342,7 @@ def scenes(
 
 # --- layouts --------------------------------------------------------------------------------------
 
-# A writer puts a split into an existing folder: (folder, split, scenes, name of each label).
+# A writer saves a split in an existing folder: (folder, split, scenes, name of each label).
 Writer = Callable[[Path, str, Iterable[Scene], tuple[str, ...]], None]
 
 
@@ -380,9 +383,9 @@ def write_semantic(
 ) -> None:
     """Writes a split in ADE20K's layout: ``images/SPLIT/*.png``, ``annotations/SPLIT/*.png``.
 
-    The splits are named ``training`` and ``validation``. A label map is an 8-bit grey image in
-    which 0 would be unlabelled and does not occur, 1 is the background, 2 the first class. Names of
-    classes are the config's business, as with ADE20K.
+    The splits are named ``training`` and ``validation``. A label map is an 8-bit grey image: 1 is
+    the background, 2 the first class, and 0, which would be unlabelled, does not occur. As with
+    ADE20K, the config defines the names of classes.
     """
     name = {'train': 'training', 'val': 'validation'}[split]
     images, maps = folder / 'images' / name, folder / 'annotations' / name
@@ -409,11 +412,11 @@ def write_classes(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a set lies on the disk.
+    """The files of a dataset.
 
     Attributes:
         write: Writes a split.
-        folder: Where the set goes by default.
+        folder: Default folder of the dataset.
         num_train: Default number of training images.
         num_val: Default number of validation images.
         single: Whether each scene has one object only.
@@ -432,14 +435,14 @@ LAYOUTS = {
     'classes': Layout(write_classes, 'data/shapes-classes', 2048, 96, single=True),
 }
 RELATION_SET = Layout(write_instances, 'data/shapes-relation', 4096, 256)
-"""Where the set with a far marker goes, and how large it is, by default."""
+"""Default folder and size of the dataset with a far marker."""
 
 
 # --- the set --------------------------------------------------------------------------------------
 
 
 def _check_replaceable(folder: Path, parameters: dict, force: bool) -> None:
-    """Raises FileExistsError unless a new set may take the folder's place."""
+    """Raises FileExistsError unless a new dataset may replace the folder."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     found = _read_marker(folder)
@@ -457,7 +460,7 @@ def _check_replaceable(folder: Path, parameters: dict, force: bool) -> None:
 
 
 def _read_marker(folder: Path) -> dict | None:
-    """The parameters that drew a set, or None where the folder is no set of ours."""
+    """The parameters that drew a dataset; None if the folder is not one of ours."""
     try:
         found = json.loads((folder / MARKER).read_text(encoding='utf-8'))
     except (OSError, ValueError):
@@ -477,34 +480,34 @@ def make_dataset(
     force: bool = False,
     progress: bool = False,
 ) -> bool:
-    """Makes a set of shapes, unless it is already there.
+    """Makes a dataset of shapes, unless it exists already.
 
-    The set is drawn beside ``out`` and moved there when complete, so an interrupted call leaves
-    nothing that could be taken for a set.
+    The dataset is drawn beside ``out`` and moved there when complete, so an interrupted call leaves
+    nothing that could be mistaken for a dataset.
 
     Args:
-        out: Folder of the set.
+        out: Folder of the dataset.
         layout: ``'instances'`` (COCO's), ``'semantic'`` (ADE20K's) or ``'classes'`` (a folder for
             each class).
-        num_train: Number of training images; None is the layout's or the relation's default, as
-            for ``num_val``.
+        num_train: Number of training images; None for the default of the layout or of
+            ``relation``, as for ``num_val``.
         num_val: Number of validation images.
         seed: Non-negative seed.
         hard: Six rotated classes in heavy clutter and noise, instead of three upright ones in
             light clutter.
         relation: Small objects whose class depends on a far marker, see :func:`draw_relation`;
-            with the layout of instances only, and not with ``hard``.
-        force: Replace a toy set that other arguments drew. A folder that holds anything else is
-            never replaced.
-        progress: Show a bar for each split.
+            only with the layout ``'instances'``, and not with ``hard``.
+        force: Replaces a toy dataset that was drawn with other arguments. A folder that holds
+            anything else is never replaced.
+        progress: Shows a progress bar for each split.
 
     Returns:
-        True if the set was drawn, False if it was there.
+        True if the dataset was drawn, False if it existed.
 
     Raises:
-        ValueError: If the layout is unknown, a number out of range, or ``relation`` does not go
-            with the rest.
-        FileExistsError: If ``out`` holds something else.
+        ValueError: The layout is unknown, a number is out of range, or ``relation`` cannot be
+            combined with the other arguments.
+        FileExistsError: ``out`` holds something else.
     """
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
@@ -581,7 +584,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draws the set; returns the exit status."""
+    """Draws the dataset; returns the exit status."""
     options = vars(parse_args(argv))
     kind = RELATION_SET if options['relation'] else LAYOUTS[options['layout']]
     out = options.pop('out') or kind.folder + ('-hard' if options['hard'] else '')

@@ -1,7 +1,7 @@
-"""Shows a backbone learning a task: draws data, trains, tests, paints pictures.
+"""Shows a backbone learning a task: draws data, trains, tests, makes pictures.
 
-A second run skips what is done, and goes on where an interrupted one stopped. Each step is one of
-the ordinary tools, run as you would run it yourself; its command is printed.
+A second run skips finished steps and continues where an interrupted one stopped. Each step is an
+ordinary tool, run as you would run it yourself; its command is printed.
 """
 
 from __future__ import annotations
@@ -84,17 +84,18 @@ def paint_confusion(pictures: Path, metrics: dict, cfg: Config, out: Path) -> No
         matrix, include_values=True, classes=list(cfg.metainfo.classes), show=False
     )
     figure.set_size_inches(5, 4)
-    figure.savefig(out, dpi=100, bbox_inches='tight')  # without its empty margin
+    figure.savefig(out, dpi=100, bbox_inches='tight')  # without the empty margin
 
 
 class Task(NamedTuple):
-    """What the demo of a toolbox does its own way.
+    """What the demo does differently for each toolbox.
 
     Attributes:
-        layout: Layout of the data set.
-        rows: Rows of the closing table: their names, keys of the metrics and what makes 1 the best.
+        layout: Layout of the dataset.
+        rows: Rows of the closing table: name, key of the metric, and factor that makes 1 the best.
         overview: Name of the picture that shows the result.
-        paint: Writes it, called with (pictures of ``tools/test.py``, metrics, config, file).
+        paint: Makes that picture, called with (pictures of ``tools/test.py``, metrics, config,
+            file).
     """
 
     layout: str
@@ -121,10 +122,10 @@ def run_step(title: str, command: list[str]) -> None:
     """Runs a tool with its output on the screen.
 
     Raises:
-        DemoError: If the tool fails.
+        DemoError: The tool fails.
     """
     print(f'\n== {title}\n$ python {shlex.join(command)}', flush=True)
-    # On a busy machine OpenMP threads that spin while they wait slow each other down tenfold.
+    # On a busy machine, OpenMP threads that spin while waiting slow each other down tenfold.
     environment = {'OMP_WAIT_POLICY': 'PASSIVE', **os.environ}
     status = subprocess.run([sys.executable, *command], env=environment, check=False).returncode
     if status:
@@ -132,7 +133,7 @@ def run_step(title: str, command: list[str]) -> None:
 
 
 def load_config(path: Path, options: list[str]) -> Config:
-    """A toy config with the overrides."""
+    """Loads a toy config with overrides."""
     if not path.is_file():
         raise DemoError(f'there is no config {path}; {CONFIG.parent} has some')
     parser = argparse.ArgumentParser()
@@ -143,7 +144,7 @@ def load_config(path: Path, options: list[str]) -> Config:
 
 
 def read_state(work_dir: Path, key: str) -> dict:
-    """What earlier runs with the same config have done; nothing after another config or none."""
+    """What earlier runs with the same config did; empty after another config or no run."""
     try:
         state = json.loads((work_dir / STATE).read_text(encoding='utf-8'))
     except (OSError, ValueError):
@@ -156,7 +157,7 @@ def read_state(work_dir: Path, key: str) -> dict:
 
 
 def demo(args: argparse.Namespace) -> str:
-    """Runs what is still to do; returns the closing table."""
+    """Runs the steps that are left; returns the closing table."""
     options = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
     cfg = load_config(args.config, options)
     task = TASKS[cfg.default_scope]
@@ -173,10 +174,10 @@ def demo(args: argparse.Namespace) -> str:
         start = time.monotonic()
         try:
             run_step(name.capitalize(), list(map(str, command)))
-        finally:  # an interrupted training took its time, too
+        finally:  # an interrupted training counts, too
             spent = state['seconds'].get(name, 0) + time.monotonic() - start
             state['seconds'][name] = spent
-            # Of the largest process of all steps that this run has started.
+            # Peak memory of the largest process of all steps in this run.
             kibibytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
             state['memory'] = max(state.get('memory', 0), kibibytes * 1024)
             save()
@@ -202,7 +203,7 @@ def demo(args: argparse.Namespace) -> str:
     folder = work_dir / 'test'
     test = (ROOT / 'tools/test.py', args.config, state['trained'], '--work-dir', folder)
     step('test', *test, '--show-dir', pictures.absolute(), *options)
-    newest = max(folder.glob('*/*.json'))  # they are named by the time
+    newest = max(folder.glob('*/*.json'))  # their names are times
     state['metrics'] = json.loads(newest.read_text(encoding='utf-8').splitlines()[-1])
     task.paint(pictures, state['metrics'], cfg, overview)
     save()
@@ -210,7 +211,7 @@ def demo(args: argparse.Namespace) -> str:
 
 
 def closing_table(task: Task, state: dict, overview: Path, pictures: Path) -> str:
-    """What the demo has shown, in a few lines."""
+    """The results of the demo, in a few lines."""
     seconds = state['seconds']
     parts = ', '.join(f'{name} {value / 60:.1f}' for name, value in seconds.items())
     rows = [

@@ -1,6 +1,6 @@
 """FasterViT and HAT-Net for OpenMMLab, and their attention for other networks.
 
-Importing the package needs torch and numpy alone. Public classes are imported on first use, so
+Importing the package needs only torch and numpy. Public names are imported on first use, so
 ``hat_mm.FasterViT`` works after ``import hat_mm``.
 """
 

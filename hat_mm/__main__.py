@@ -1,7 +1,7 @@
-"""``python -m hat_mm PROGRAM ARGUMENTS`` runs a Python program after the repairs of compat.py.
+"""``python -m hat_mm PROGRAM ARGUMENTS`` runs a Python program with the repairs of compat.py.
 
-For programs that do not import hat_mm before a toolbox, such as the toolboxes' own tools, and for
-those that come with the package: ``demo/shapes.py`` is found wherever hat_mm is installed.
+It is for programs that do not import hat_mm before a toolbox, such as the toolboxes' own tools, and
+for programs that the package ships: ``demo/shapes.py`` is found wherever hat_mm is installed.
 """
 
 import os
@@ -16,8 +16,8 @@ def main(argv: list[str]) -> None:
     """Runs a program as ``python PROGRAM ARGUMENTS`` would.
 
     Args:
-        argv: Path of the program, in the working directory or in what comes with the package, and
-            its arguments. A program is a file or a folder with a ``__main__.py``.
+        argv: Path of the program, relative to the working directory or to what the package ships,
+            and its arguments. A program is a file, or a folder with a ``__main__.py``.
     """
     places = [Path(argv[0]), _SHIPPED / argv[0]] if argv else []
     found = [path for path in places if path.is_file() or (path / '__main__.py').is_file()]

@@ -1,12 +1,12 @@
-"""Repairs for known breakages between OpenMMLab's releases and today's torch and its neighbours.
+"""Repairs for known breakages between OpenMMLab's releases and today's torch, NumPy and others.
 
-``import hat_mm`` calls :func:`apply`. Each row of :data:`BREAKAGES` waits for the module that it
-concerns: its repair runs when that module has been imported (at once if it already was), looks
-whether it is needed, and does nothing otherwise. So nothing heavy is imported here, and toolboxes
-may be imported before or after. ``HAT_MM_NO_COMPAT=1`` turns all of it off,
-``HAT_MM_NO_COMPAT=name,name`` the repairs of these names; docs/compat.md lists them.
+``import hat_mm`` calls :func:`apply`. Each row of :data:`BREAKAGES` names the module that it
+concerns. Its repair runs when that module has been imported (at once if it already was), and does
+nothing if it is not needed. So this module imports nothing heavy, and toolboxes may be imported
+before or after it. ``HAT_MM_NO_COMPAT=1`` turns all repairs off, ``HAT_MM_NO_COMPAT=name,name``
+those of these names; docs/compat.md lists them.
 
-:func:`require` is the run-time check of the toolboxes, none of which is a hard dependency.
+:func:`require` checks at run time for the toolboxes, none of which is a hard dependency.
 """
 
 import argparse
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class DependencyError(ImportError):
-    """A package is missing, too old or incomplete; the message says which command cures it."""
+    """A package is missing, too old or incomplete; the message gives the command that fixes it."""
 
 
 def _check_torch() -> None:
@@ -64,7 +64,7 @@ def _has_module(name: str) -> bool:
 
 
 def require(name: str) -> ModuleType:
-    """Import a toolbox (``mmdet``, ``mmseg``, ``mmpretrain``, ``mmengine``) or say how to get it.
+    """Imports a toolbox (``mmdet``, ``mmseg``, ``mmpretrain``, ``mmengine``) or says how to get it.
 
     Returns:
         The imported package.
@@ -97,13 +97,13 @@ def require(name: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Breakage:
-    """A known breakage, or something that a toolbox cannot know of itself, and its repair.
+    """A known breakage, or something about hat_mm that a toolbox cannot know, and its repair.
 
     Attributes:
-        name: How docs/compat.md, ``HAT_MM_NO_COMPAT``, the log and bug reports call it.
+        name: Its name in docs/compat.md, ``HAT_MM_NO_COMPAT``, the log and bug reports.
         module: The module whose import triggers the repair; None repairs at once.
-        repair: Called with the imported module and a function that is to be told, in words, what
-            was changed as soon as something was.
+        repair: Called with the imported module and a function, which the repair calls with a
+            description as soon as it changes something.
     """
 
     name: str
@@ -118,7 +118,7 @@ _telling = threading.Lock()
 
 
 def _acted(name: str, change: str) -> None:
-    """Say once, at debug level, that a repair has changed something."""
+    """Logs once, at debug level, that a repair has changed something."""
     with _telling:
         if name in _told:
             return
@@ -127,7 +127,7 @@ def _acted(name: str, change: str) -> None:
 
 
 def _repairs(name: str, module: str | None = None) -> Callable[[Callable], Callable]:
-    """Put the decorated function into the table."""
+    """Adds the decorated function to the table."""
 
     def register(repair: Callable) -> Callable:
         BREAKAGES.append(Breakage(name, module, repair))
@@ -137,9 +137,9 @@ def _repairs(name: str, module: str | None = None) -> Callable[[Callable], Calla
 
 
 def _altered(module: ModuleType, **names: Any) -> ModuleType:
-    """A module that is another one but for some names.
+    """Returns a view of a module in which some names are replaced.
 
-    A module of OpenMMLab that is given it calls the other functions, and nobody else does.
+    Only the OpenMMLab module that is given the view calls the replacements.
     """
     view = ModuleType(module.__name__)
     vars(view).update(names, __getattr__=functools.partial(getattr, module))
@@ -153,7 +153,7 @@ _HISTORY_BUFFER = 'mmengine.logging.history_buffer'
 
 @_repairs('numpy-in-checkpoints')
 def _allow_plain_data(_: None, acted: Callable[[str], None]) -> None:
-    """Allow what training checkpoints hold beside tensors: NumPy numbers, argparse namespaces."""
+    """Allows what training checkpoints hold beside tensors: NumPy numbers, argparse namespaces."""
     multiarray = (getattr(np, '_core', None) or np.core).multiarray
     allowed: list[Any] = [argparse.Namespace, slice, np.ndarray, np.dtype]
     # A file written under NumPy 1 names numpy.core, one written under NumPy 2 numpy._core.
@@ -166,10 +166,10 @@ def _allow_plain_data(_: None, acted: Callable[[str], None]) -> None:
 
 
 def _history_statistic(owner: Any, name: Any) -> Callable:
-    """Stand in for ``builtins.getattr`` in checkpoints: HistoryBuffer's statistics, nothing else.
+    """Stands in for ``builtins.getattr`` in checkpoints: HistoryBuffer's statistics, nothing else.
 
     mmengine's message hub pickles ``HistoryBuffer.min`` and the like as ``getattr(HistoryBuffer,
-    'min')``. The real ``getattr`` in an allow-list would give a file access to any attribute.
+    'min')``. Allowing the real ``getattr`` would give a file access to any attribute.
     """
     module = sys.modules.get(_HISTORY_BUFFER)
     known = module is not None and owner is module.HistoryBuffer
@@ -181,7 +181,7 @@ def _history_statistic(owner: Any, name: Any) -> Callable:
 
 @_repairs('history-buffer-in-checkpoints', _HISTORY_BUFFER)
 def _allow_history_buffer(module: Any, acted: Callable[[str], None]) -> None:
-    """Allow mmengine's log history, with the stand-in for the ``getattr`` that it pickles."""
+    """Allows mmengine's log history, with the stand-in for the ``getattr`` that it pickles."""
     torch.serialization.add_safe_globals(
         [module.HistoryBuffer, (_history_statistic, 'builtins.getattr')]
     )
@@ -190,11 +190,11 @@ def _allow_history_buffer(module: Any, acted: Callable[[str], None]) -> None:
 
 @_repairs('unsafe-loading', 'mmengine.runner.checkpoint')
 def _load_weights_only(module: Any, acted: Callable[[str], None]) -> None:
-    """Make every loader of mmengine refuse files that carry code, and say so in one line.
+    """Makes mmengine's loaders refuse files that carry code, and say so in one line.
 
-    mmengine leaves ``weights_only`` to torch's default, which an environment variable reverses, and
-    asks torch.hub for unsafe loading of URLs. onedl-mmengine allow-lists the real ``getattr`` and
-    falls back to unsafe loading after a refusal. What others call in the process stays theirs.
+    mmengine leaves ``weights_only`` to torch's default, which an environment variable can reverse,
+    and asks torch.hub to load URLs unsafely. onedl-mmengine allows the real ``getattr`` and falls
+    back to unsafe loading after a refusal. Other code in the process is not affected.
     """
 
     def weights_only(load: Callable) -> Callable:
@@ -214,20 +214,20 @@ def _load_weights_only(module: Any, acted: Callable[[str], None]) -> None:
 
 @contextmanager
 def reading(file: Any) -> Iterator[None]:
-    """Says in one line, as ``pickle.UnpicklingError``, why torch could not or would not read."""
+    """Turns torch's read errors into a ``pickle.UnpicklingError`` that says why in one line."""
     name = file if isinstance(file, str | os.PathLike) else 'the checkpoint'
     try:
         yield
     except OSError:
         raise
-    except Exception as error:  # torch meets garbage with any exception
-        if 'deserialize object on' in str(error):  # of another device; torch says what to do
+    except Exception as error:  # on garbage, torch raises any exception
+        if 'deserialize object on' in str(error):  # of a missing device; torch says what to do
             raise
         raise pickle.UnpicklingError(f'{name} was not loaded: {_refusal(error)}') from error
 
 
 def _refusal(error: Exception) -> str:
-    """Say in one line why torch did not read a file."""
+    """Says in one line why torch did not read a file."""
     text = str(error)
     if 'TorchScript' in text:
         return 'it carries code (TorchScript)'
@@ -263,7 +263,7 @@ def _is_plain_data(text: str) -> bool:
 
 @_repairs('code-in-checkpoint-configs', 'mmengine.config.config')
 def _read_configs_of_checkpoints_as_data(module: Any, acted: Callable[[str], None]) -> None:
-    """Do not execute the config text that a checkpoint carries unless it is plain data.
+    """Refuses to execute the config text that a checkpoint carries unless it is plain data.
 
     ``Runner.resume`` and the inferencers pass it to ``Config.fromstring``, which runs it as Python.
     """
@@ -285,16 +285,16 @@ def _read_configs_of_checkpoints_as_data(module: Any, acted: Callable[[str], Non
 
 # --- torchvision ---------------------------------------------------------------------------------
 
-_torchvision_library: list[torch.library.Library] = []  # a library's schemas end with the object
+_torchvision_library: list[torch.library.Library] = []  # schemas live as long as their library
 
 
 @_repairs('torchvision-without-ops', 'torchvision.extension')
 def _define_torchvision_schemas(_: ModuleType, acted: Callable[[str], None]) -> None:
-    """Let torchvision be imported where its compiled operators cannot be loaded.
+    """Lets torchvision be imported where its compiled operators cannot be loaded.
 
-    A CUDA build of torchvision beside a CPU-only torch finds no libcudart.
-    ``torchvision.extension`` goes on without its operators, and what is imported next raises
-    RuntimeError because it describes two that do not exist.
+    A CUDA build of torchvision beside a CPU build of torch finds no libcudart.
+    ``torchvision.extension`` continues without its operators, but the next module raises
+    RuntimeError because it registers functions for two that do not exist.
     """
     missing = [name for name in ('nms', 'qnms') if not hasattr(torch.ops.torchvision, name)]
     if missing:
@@ -310,7 +310,7 @@ def _define_torchvision_schemas(_: ModuleType, acted: Callable[[str], None]) -> 
 
 @_repairs('init-dist-without-cuda', 'mmengine.dist.utils')
 def _init_dist_without_cuda(module: Any, acted: Callable[[str], None]) -> None:
-    """Start process groups on machines without an accelerator, over gloo instead of nccl."""
+    """Lets process groups start on machines without an accelerator, over gloo instead of nccl."""
 
     def set_device(device: Any) -> None:
         if torch.cuda.is_available():
@@ -339,7 +339,7 @@ def _warn_of_reverted_norms() -> None:
 
 @_repairs('ddp-and-syncbn-on-cpu', 'mmengine.model.wrappers.distributed')
 def _wrap_cpu_models(module: Any, acted: Callable[[str], None]) -> None:
-    """Wrap models on the CPU in DDP without GPU numbers, and with BN in place of SyncBN."""
+    """Wraps models on the CPU in DDP without ``device_ids``, and with BN in place of SyncBN."""
     wrapper = module.MMDistributedDataParallel
     init = wrapper.__init__
 
@@ -372,9 +372,9 @@ def _top_level_modules(package: str) -> list[str]:
 
 @_repairs('pkg-resources', 'mmengine.utils.package_utils')
 def _find_packages_without_pkg_resources(module: Any, acted: Callable[[str], None]) -> None:
-    """Find installed packages by importlib.metadata instead of pkg_resources.
+    """Finds installed packages by importlib.metadata instead of pkg_resources.
 
-    setuptools 82 removed pkg_resources; earlier ones warn, and mmengine reloads it at each call.
+    setuptools 82 removed pkg_resources; earlier ones warn, and mmengine reloads it in each call.
     """
     if 'pkg_resources' not in module.get_installed_path.__code__.co_names:
         return
@@ -403,7 +403,7 @@ def _find_packages_without_pkg_resources(module: Any, acted: Callable[[str], Non
         for function in (get_installed_path, is_installed, package2module)
     }
     old = {getattr(module, name): name for name in new}
-    # Modules that were imported before have the functions by name.
+    # Modules that were imported before hold references to the functions.
     for user in [loaded for name, loaded in sys.modules.items() if name.startswith('mmengine')]:
         for attribute, value in list(vars(user).items()):
             if isinstance(value, FunctionType) and value in old:
@@ -413,9 +413,9 @@ def _find_packages_without_pkg_resources(module: Any, acted: Callable[[str], Non
 
 @_repairs('configs-of-forks', 'mmengine.config.utils')
 def _find_configs_of_forks(module: Any, acted: Callable[[str], None]) -> None:
-    """Let ``mmseg::`` in a config find a fork, which has the module but another distribution.
+    """Lets ``mmseg::`` in a config find a fork, which has the same module in another distribution.
 
-    mmengine looks for the distribution that it knows, mmsegmentation, or a module of that name.
+    mmengine looks only for the distribution mmsegmentation, or a module of that name.
     """
     for name, package in module.MODULE2PACKAGE.items():
         if name == package or importlib.util.find_spec(name) is None:
@@ -429,7 +429,7 @@ def _find_configs_of_forks(module: Any, acted: Callable[[str], None]) -> None:
 
 @_repairs('configs-of-hat-mm', 'mmengine.config.utils')
 def _know_configs_of_hat_mm(module: Any, acted: Callable[[str], None]) -> None:
-    """Let ``hat_mm::`` in a config name a config of this package, as ``mmdet::`` does for mmdet.
+    """Lets ``hat_mm::`` in a config name a config of this package, as ``mmdet::`` does for mmdet.
 
     mmengine has a fixed list of packages whose configs it finds.
     """
@@ -439,11 +439,11 @@ def _know_configs_of_hat_mm(module: Any, acted: Callable[[str], None]) -> None:
 
 @_repairs('scope-of-hat-mm-configs', 'mmengine.config.config')
 def _keep_scope_of_hat_mm_bases(module: Any, acted: Callable[[str], None]) -> None:
-    """Read a ``hat_mm::`` base as if it were named by its path.
+    """Reads a ``hat_mm::`` base as if it were named by its path.
 
     mmengine marks what an external base defines with the scope of its package. Our configs define
-    models and pipelines of the toolboxes, which are not registered in the scope ``hat_mm``; what is
-    ours they name in full (``hat_mm.FasterViT``).
+    models and pipelines of the toolboxes, which are not registered in the scope ``hat_mm``; our own
+    classes have their scope in the name (``hat_mm.FasterViT``).
     """
     get_cfg_path = module.Config._get_cfg_path
 
@@ -463,7 +463,7 @@ def _keep_scope_of_hat_mm_bases(module: Any, acted: Callable[[str], None]) -> No
 
 @_repairs('numpy-in1d', 'mmpretrain.evaluation.metrics.retrieval')
 def _restore_in1d(_: ModuleType, acted: Callable[[str], None]) -> None:
-    """Give NumPy >= 2.4 back the name ``in1d``, which mmpretrain's retrieval metrics call."""
+    """Gives NumPy >= 2.4 back the name ``in1d``, which mmpretrain's retrieval metrics call."""
     if not hasattr(np, 'in1d'):
         vars(np)['in1d'] = np.isin
         acted('numpy.in1d is numpy.isin')
@@ -471,7 +471,7 @@ def _restore_in1d(_: ModuleType, acted: Callable[[str], None]) -> None:
 
 @_repairs('models-in-mmpretrain', 'mmpretrain.apis.model')
 def _add_models_to_mmpretrain(module: Any, acted: Callable[[str], None]) -> None:
-    """Let mmpretrain's ``list_models`` and ``get_model`` know the models of this package."""
+    """Adds the models of this package to mmpretrain's ``list_models`` and ``get_model``."""
     if importlib.import_module('hat_mm.zoo.models').add_to_mmpretrain(module):
         acted("mmpretrain's functions know the models of hat_mm")
 
@@ -509,7 +509,7 @@ _finder = _AfterImport()
 
 
 def _switched_off() -> set[str]:
-    """The names of the repairs that ``HAT_MM_NO_COMPAT`` turns off."""
+    """Names of the repairs that ``HAT_MM_NO_COMPAT`` turns off."""
     names = {breakage.name for breakage in BREAKAGES}
     asked = set(os.environ.get('HAT_MM_NO_COMPAT', '').lower().replace(',', ' ').split())
     if asked & {'1', 'true', 'yes', 'on'}:
@@ -524,10 +524,10 @@ def _switched_off() -> set[str]:
 
 
 def apply() -> None:
-    """Apply all repairs, now or when their module is imported; a second call does nothing.
+    """Applies all repairs, now or when their module is imported; a second call does nothing.
 
     Raises:
-        DependencyError: torch is older than 2.6, whose loading of checkpoints cannot be made safe.
+        DependencyError: torch is older than 2.6, and its loading cannot be made safe.
     """
     if _finder in sys.meta_path:
         return

@@ -7,12 +7,12 @@ from hat_mm.registry import MODELS
 
 @MODELS.register_module()
 class DropoutPooling(nn.Module):
-    """Averages maps over their pixels and drops channels of the averages while training.
+    """Global average pooling, with dropout on the averages in training.
 
     HAT-Net's classifier does this before its linear layer.
 
     Args:
-        drop_rate: Share of the channels that are dropped, in [0, 1].
+        drop_rate: Probability that a channel is dropped, in [0, 1].
     """
 
     def __init__(self, drop_rate: float) -> None:

@@ -1,8 +1,8 @@
 """Hierarchical attention for other networks, as residual modules that start as the identity.
 
 They follow the protocol of mmcv's plugin layers: a network such as mmdet's or mmseg's ResNet gives
-``in_channels``, the config the rest. They stand as well in ``nn.Sequential``, in necks, or anywhere
-else where a map (B, C, H, W) passes.
+``in_channels``, the config gives the rest. They also work in ``nn.Sequential``, in necks, or
+anywhere else on a map (B, C, H, W).
 """
 
 from typing import Any
@@ -21,9 +21,9 @@ _HEAD_DIM = 32
 
 
 class ZeroPointwiseConv(nn.Module):
-    """1x1 convolution that is initialized with zeros, whatever initializes the network around it.
+    """1x1 convolution that starts at zero, however the network around it is initialized.
 
-    It is no ``nn.Conv2d``, because networks initialize those by their type.
+    It is not an ``nn.Conv2d``, because networks initialize those by type.
 
     Args:
         in_dim: Channels in.
@@ -57,14 +57,14 @@ class _Plugin(Deployable):
         self.attn: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, H, W) to the same shape, type and memory layout, any H and W from 1."""
+        """Maps (B, C, H, W) to the same shape, dtype and memory layout, for any H, W >= 1."""
         if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
             raise ValueError(
                 f'{type(self).__name__} takes maps of shape (batch, {self.in_channels}, height, '
                 f'width) with at least one pixel, not {tuple(x.shape)}'
             )
         change = self.expand(self.attn(self.reduce(x))).to(x.dtype)
-        # The layout of the first operand is the sum's.
+        # The sum takes the memory layout of its first operand.
         return x + change
 
 
@@ -83,7 +83,7 @@ def _check_divides(name: str, value: int, embed_dims: int) -> None:
 
 
 def _initialize(plugin: nn.Module) -> None:
-    """Keeps the scale of what passes, so that far pixels count from the start."""
+    """Initializes layers so that activations keep their scale, and distant pixels count at once."""
     for module in plugin.modules():
         if isinstance(module, nn.Linear | PointwiseConv) and module.bias is not None:
             nn.init.xavier_uniform_(module.weight)
@@ -91,7 +91,7 @@ def _initialize(plugin: nn.Module) -> None:
 
 
 def _default_heads(embed_dims: int) -> int:
-    """The most heads that divide the channels into equal ones of at least 32."""
+    """The largest number of equal heads of at least 32 channels each."""
     most = max(embed_dims // _HEAD_DIM, 1)
     return max(heads for heads in range(1, most + 1) if embed_dims % heads == 0)
 
@@ -101,17 +101,17 @@ class HATPlugin(_Plugin):
     """FasterViT's hierarchical attention: windows whose carrier tokens attend to each other.
 
     Added to a network it changes nothing until it is trained: its last layer starts at zero. Its
-    cost is linear in the pixels but for the attention of all carriers to all carriers, by which
-    windows of mere padding have an effect, too.
+    cost is linear in the number of pixels, except for the attention of all carriers to all
+    carriers. Through the latter, windows that hold only padding have an effect, too.
 
     Source: https://arxiv.org/abs/2306.06189.
 
     Args:
         in_channels: Channels C of the map.
-        num_heads: Attention heads, a divisor of ``embed_dims``; None for as many as have 32
-            channels or more.
+        num_heads: Attention heads, a divisor of ``embed_dims``; None for the most heads that have
+            32 channels or more.
         window_size: Window size in pixels of the map.
-        carrier_size: Side in tokens of the square of carriers that stands for a window.
+        carrier_size: Carrier size c; each window has c x c carriers.
         mlp_ratio: Hidden width of the MLPs as a multiple of ``embed_dims``.
         embed_dims: Channels of the attention; None for C, at most 256.
 
@@ -147,7 +147,7 @@ class HATPlugin(_Plugin):
             propagate=True,
             mlp_ratio=mlp_ratio,
         )
-        # So carriers start level with the window's tokens, whose biases start at about 8.
+        # The biases of a window's tokens start at about 8; so the carriers start level with them.
         block: Any = self.attn.blocks[0]
         block.window_attn.attn.bias.prefix_bias = 8.0
         _initialize(self)
@@ -155,20 +155,21 @@ class HATPlugin(_Plugin):
 
 @MODELS.register_module()
 class HMHSAPlugin(_Plugin):
-    """HAT-Net's hierarchical attention: windows first, then all pixels to the pooled result.
+    """HAT-Net's hierarchical attention: inside windows, then of all pixels to the pooled result.
 
     Added to a network it changes nothing until it is trained: its last layer starts at zero. Its
-    norms span the whole map, so what an image is padded with has an effect. Each pixel attends to
-    ``H * W / ds_ratio**2`` averages: the cost grows with the square of the pixels, divided by that.
+    norms span the whole map, so an image's padding has an effect. Each pixel attends to
+    ``H * W / ds_ratio**2`` averages, so the cost grows with ``(H * W)**2 / ds_ratio**2``.
 
     Source: https://arxiv.org/abs/2106.03180.
 
     Args:
         in_channels: Channels C of the map.
-        head_dim: Channels of an attention head, a divisor of ``embed_dims``; None for the least
+        head_dim: Channels of an attention head, a divisor of ``embed_dims``; None for the smallest
             that is 32 or more.
-        grid: Window size in pixels of the map; 1 for attention of all pixels to all.
-        ds_ratio: Side in pixels of the squares that are averaged to one key; 1 where the grid is 1.
+        grid: Window size in pixels of the map; 1 for attention of all pixels to all pixels.
+        ds_ratio: Side in pixels of the squares that are averaged to one key; must be 1 if ``grid``
+            is 1.
         embed_dims: Channels of the attention; None for C, at most 256.
 
     Raises:

@@ -1,10 +1,10 @@
 """Registries of the ``hat_mm`` scope, children of mmengine's.
 
 A config names a class as ``type='hat_mm.FasterViT'`` in any toolbox: mmengine imports this module
-for the scope, and ``locations`` import the class. Nothing has to be listed in ``custom_imports``.
+for the scope, and the modules in ``locations`` for the class. ``custom_imports`` is not needed.
 
-With it comes the loader of official and safetensors files, which mmengine calls for addresses and
-paths in ``init_cfg``, ``load_from`` and ``load_checkpoint``.
+The module also registers the loader of official and safetensors files, which mmengine calls for
+URLs and paths in ``init_cfg``, ``load_from`` and ``load_checkpoint``.
 """
 
 import re
@@ -32,8 +32,8 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     locations=['hat_mm.engine.optim'],
 )
 
-# mmengine tries the patterns in reverse alphabetical order: each has to come before the one that
-# takes all of its scheme. An address may end with a query.
+# mmengine tries the patterns in reverse alphabetical order; each has to come before the one that
+# takes every URL of its scheme. A URL may end with a query.
 CheckpointLoader.register_scheme(
     [
         *map(re.escape, OFFICIAL_PREFIXES),
@@ -42,5 +42,5 @@ CheckpointLoader.register_scheme(
         r'(?!.*://).*\.safetensors$',
     ],
     load_from_hat_mm,
-    force=True,  # importing the module again is no error
+    force=True,  # so that the module can be imported again
 )

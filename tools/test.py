@@ -1,4 +1,4 @@
-"""Test a checkpoint of a config of mmdet, mmseg or mmpretrain."""
+"""Test a checkpoint with a config of mmdet, mmseg or mmpretrain."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train a detector, segmentor or classifier from a config of mmdet, mmseg or mmpretrain."""
+"""Train a detector, segmentor or classifier with a config of mmdet, mmseg or mmpretrain."""
 
 import sys
 

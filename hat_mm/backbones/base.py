@@ -36,7 +36,7 @@ def resolve_arch(arch: Any, table: Mapping[str, Any], row: type) -> tuple[str, A
         row: Frozen dataclass of an arch; its defaults stand in for fields that are not given.
 
     Returns:
-        Name for messages and ``row``.
+        Name for messages, and the row.
 
     Raises:
         ValueError: The name or a field is unknown.
@@ -58,14 +58,14 @@ def resolve_arch(arch: Any, table: Mapping[str, Any], row: type) -> tuple[str, A
 
 
 def near_names(name: Any, choices: Sequence[str]) -> str:
-    """Words for an error about an unknown name: the choices, and those that look like it."""
+    """Text for an error about an unknown name: the choices, and the names closest to it."""
     near = difflib.get_close_matches(str(name), choices, n=2, cutoff=0.6)
     hint = f'; did you mean {" or ".join(map(repr, near))}?' if near else ''
     return f'; choices: {", ".join(choices)}{hint}'
 
 
 def check_ints(name: str, values: Sequence[int], length: int) -> None:
-    """Raises ValueError unless ``values``, shown as ``name``, are so many positive ints."""
+    """Raises ValueError, which says ``name``, unless ``values`` are ``length`` positive ints."""
     if (
         not isinstance(values, Sequence)
         or len(values) != length
@@ -77,7 +77,7 @@ def check_ints(name: str, values: Sequence[int], length: int) -> None:
 
 
 def check_stages(name: str, stages: Sequence[int], num_stages: int) -> tuple[int, ...]:
-    """Returns ``stages``, shown as ``name``; raises ValueError unless they are different ones."""
+    """Returns ``stages``; raises ValueError, which says ``name``, unless these are distinct."""
     if (
         not isinstance(stages, Sequence)
         or not stages
@@ -91,7 +91,7 @@ def check_stages(name: str, stages: Sequence[int], num_stages: int) -> tuple[int
 
 
 def check_ratio(name: str, value: float, dim: int) -> None:
-    """Raises ValueError unless ``value`` times ``dim`` channels, rounded down, are some."""
+    """Raises ValueError, which says ``name``, unless ``value * dim`` is at least one channel."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value * dim < 1e9:
         raise ValueError(
             f'{name} must be a positive number that leaves channels of {dim}, not {value!r}'
@@ -99,7 +99,7 @@ def check_ratio(name: str, value: float, dim: int) -> None:
 
 
 def per_stage(values: int | Sequence[int], num_stages: int) -> Sequence[int]:
-    """One number for each stage, from one for all or one for each."""
+    """Returns one number for each stage, from one for all stages or one for each."""
     return (values,) * num_stages if isinstance(values, int) else values
 
 
@@ -112,17 +112,17 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [[next(rates) for _ in range(depth)] for depth in depths]
 
 
-# Whether load_state_dict of a backbone itself was called with strict=True: PyTorch does not tell.
+# The ``strict`` of a call to a backbone's own load_state_dict; PyTorch does not pass it on.
 _STRICT = ContextVar('strict', default=True)
 
 
 class Stage(nn.Module):
-    """A down-sampler and blocks, each of which maps (B, C, H, W) to the same shape.
+    """A downsampler and blocks; each block maps (B, C, H, W) to the same shape.
 
     Args:
-        downsample: Module in front of the blocks.
+        downsample: Module before the blocks.
         blocks: The blocks.
-        with_cp: Recomputes the blocks' activations for the gradient.
+        with_cp: Recomputes the blocks' activations in the backward pass, which saves memory.
     """
 
     def __init__(
@@ -144,12 +144,16 @@ class Stage(nn.Module):
 class HierarchicalBackbone(Deployable, BaseModule):
     """A stem and stages, each stage at half the resolution of the one before.
 
-    A subclass makes ``stem`` and ``stages`` in :meth:`_build` from ``spec``, lists its variants in
-    ``archs`` (rows of ``arch_type``, which have ``dims`` and ``depths``, the channels and blocks of
-    each stage), names its official checkpoints in ``name_map``, and says what it is made of:
-    ``published_norm`` is the config of its norms, ``published_out_norm`` the type of the norm that
-    an official file has for the last map, ``from_scratch`` the initialization.
-    ``stages[i]`` starts with its down-sampler (the first has none) and holds its blocks in
+    A subclass builds ``stem`` and ``stages`` from ``spec`` in :meth:`_build`, and defines:
+
+    - ``archs``: its variants, rows of ``arch_type``, which have ``dims`` and ``depths``, the
+      channels and blocks of each stage;
+    - ``name_map``: the tensor names of its official checkpoints;
+    - ``published_norm``: the config of its norms;
+    - ``published_out_norm``: the type of the norm that an official file has for the last map;
+    - ``from_scratch``: the initialization.
+
+    ``stages[i]`` starts with its downsampler (the first has none) and holds its blocks in
     ``blocks``, so the result of a stage is its feature map.
 
     Stages after the last one in ``out_indices`` are not built: their parameters would get no
@@ -157,15 +161,15 @@ class HierarchicalBackbone(Deployable, BaseModule):
 
     Args:
         arch: Name in ``archs``, a number that is one, or a dict of fields of ``arch_type``.
-        overrides: Fields of the arch that arguments replace; None leaves the arch's value.
+        overrides: Fields of the arch that arguments replace; None keeps the arch's value.
         in_channels: Channels of the images.
         out_indices: Stages whose maps are returned, in this order.
         out_norm_cfg: Config of the norm ``norm{i}`` of each returned map, or None for raw maps.
-        norm_cfg: Changes the type (and what else it gives) of the norms on maps; each keeps its
-            own eps unless ``eps`` is given. None for the published type.
+        norm_cfg: Changes the type (and any other settings that it gives) of the norms on maps;
+            each keeps its own eps unless ``eps`` is given. None for the published type.
         frozen_stages: Freezes nothing (-1), the stem (0), or the stem and the first k stages (k).
-        norm_eval: Keeps batch norms in evaluation mode while training.
-        with_cp: Recomputes the activations of blocks for the gradient instead of keeping them.
+        norm_eval: Keeps batch norms in eval mode during training.
+        with_cp: Recomputes the blocks' activations in the backward pass, which saves memory.
         init_cfg: mmengine's initialization config.
     """
 
@@ -235,7 +239,7 @@ class HierarchicalBackbone(Deployable, BaseModule):
 
     @property
     def norm_layer(self) -> NormFactory:
-        """Makes a norm of a map from its channels and eps, as ``norm_cfg`` says."""
+        """Makes the norm of a map from channels and eps, as ``norm_cfg`` says."""
         return lambda dim, eps: _build_norm('norm_cfg', {'eps': eps, **self._norm_cfg}, dim)
 
     @abstractmethod
@@ -243,14 +247,14 @@ class HierarchicalBackbone(Deployable, BaseModule):
         """Computes feature maps.
 
         Args:
-            x: Images, (B, in_channels, H, W), any H and W from 1.
+            x: Images, (B, in_channels, H, W), for any H, W >= 1.
 
         Returns:
-            For each of ``out_indices`` a map (B, out_channels, H / stride, W / stride), the sizes
-            rounded up, in the memory layout that PyTorch calls contiguous.
+            For each of ``out_indices`` a contiguous map (B, out_channels, H / stride, W / stride),
+            the sizes rounded up.
 
         Raises:
-            ValueError: ``x`` has another number of axes or channels, or no pixels.
+            ValueError: ``x`` has a wrong number of axes or channels, or no pixels.
         """
 
     def check_images(self, x: Tensor) -> None:
@@ -262,15 +266,15 @@ class HierarchicalBackbone(Deployable, BaseModule):
             )
 
     def output(self, x: Tensor, stage: int) -> Tensor:
-        """The map of a stage as it is returned: with its norm, and contiguous.
+        """The map of a stage as it is returned: normalized, and contiguous.
 
-        RoI operators of mmcv read the memory as contiguous whatever the strides say.
+        mmcv's RoI operators read the memory as contiguous whatever its strides.
         """
         norm = getattr(self, f'norm{stage}')
         return (x if norm is None else norm(x)).contiguous()
 
     def train(self, mode: bool = True) -> 'HierarchicalBackbone':
-        """Sets the mode; what is frozen stays in evaluation mode."""
+        """Sets the mode; frozen parts stay in eval mode."""
         super().train(mode)
         self._freeze()
         if mode and self.norm_eval:
@@ -289,16 +293,16 @@ class HierarchicalBackbone(Deployable, BaseModule):
             module.requires_grad_(False)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Places a parameter for layer-wise learning rates, as mmpretrain's constructor asks.
+        """Finds the depth of a parameter for layer-wise learning rates, as mmpretrain's models do.
 
         Args:
             param_name: Name of the parameter in the whole model.
-            prefix: What stands before the backbone's own names, such as ``'backbone.'``.
+            prefix: Prefix of the backbone's own names, such as ``'backbone.'``.
 
         Returns:
-            Depth of the parameter's layer and number of depths: 0 is the stem, then one depth for
-            each block (a down-sampler counts to the block after it), the last for output norms and
-            everything outside the backbone.
+            Depth of the parameter's layer, and number of depths. The stem has depth 0, each block
+            has the next depth (a downsampler belongs to the block after it), and output norms and
+            everything outside the backbone have the last.
         """
         total = sum(self.depths) + 2
         name = param_name.removeprefix(prefix)
@@ -317,8 +321,8 @@ class HierarchicalBackbone(Deployable, BaseModule):
     ) -> Any:
         """Loads as PyTorch does, official files too.
 
-        With ``strict=False`` the names of an unknown network are no error, as what did not fit is
-        returned. Official files have to fit all the same, and output norms and stages that are not
+        With ``strict=False``, names of an unknown network are not an error: what did not fit is
+        returned. Official files must fit in any case; output norms and stages that are not
         built count as filled.
         """
         token = _STRICT.set(strict)
@@ -337,18 +341,18 @@ class HierarchicalBackbone(Deployable, BaseModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Loads, after bringing the names of official files to ours.
+        """Loads, after mapping the names of official files to ours.
 
-        Overridden because PyTorch's and mmengine's loading both call it, with this backbone's part
-        of the state dict, before they look at the children. What a native file lacks or has beyond
-        this backbone is theirs to tell.
+        Overridden because PyTorch's and mmengine's loaders both call it, with this backbone's part
+        of the state dict, before they look at the children. The loaders report what a native file
+        lacks, or has beyond this backbone.
         """
         state = {k[len(prefix) :]: state_dict.pop(k) for k in [*state_dict] if k.startswith(prefix)}
         if state or not prefix:
             state = self._adapt(state)
             state_dict.update({prefix + name: value for name, value in state.items()})
         elif is_backbone_alone(unexpected_keys):
-            # The whole model comes before its parts, and has listed what none of them takes.
+            # The whole model loads before its parts, and has listed what none of them takes.
             raise ValueError(
                 f'the checkpoint holds no tensor for {prefix[:-1]!r}, a {type(self).__name__}, but '
                 'those of a backbone alone. No whole model takes such a file as load_from (but a '
@@ -366,10 +370,10 @@ class HierarchicalBackbone(Deployable, BaseModule):
         )
 
     def _checkpoint_filter(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Lets a classifier take an official file whole, by renaming in place before it loads.
+        """Lets a classifier load a whole official file, by renaming tensors in place first.
 
         mmpretrain's ImageClassifier calls a backbone's method of this name with what it is about to
-        load. The backbone's tensors get to :meth:`_load_from_state_dict`, the classifier's to the
+        load. The backbone's tensors go to :meth:`_load_from_state_dict`, the classifier's to the
         linear layer ``head.fc``.
         """
         names = [name for name in state_dict if name.startswith(prefix)]
@@ -387,13 +391,13 @@ class HierarchicalBackbone(Deployable, BaseModule):
         state_dict.update({prefix + name: value for name, value in state.items()})
 
     def _adapt(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Brings what is loaded to this backbone's names, and logs what it fills."""
+        """Maps what is loaded to this backbone's names, and logs what it fills."""
         self.refuse_loading()
         built = len(self.stages)
         unused = rf'norm\d\..*|stages\.[{built}-9]\..*'
         last = getattr(self, f'norm{len(self.depths) - 1}', None)
         if self.name_map.last_norm and isinstance(last, self.published_out_norm):
-            # The norm of the last map is part of the official files and fits.
+            # Official files hold the norm of the last map, and here it fits.
             unused = rf'norm[0-{len(self.depths) - 2}]\..*|stages\.[{built}-9]\..*'
         state, report = adapt(
             state, self.state_dict(), self.name_map, self.arch, unused, strict=_STRICT.get()

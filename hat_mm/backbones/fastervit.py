@@ -1,8 +1,8 @@
-"""FasterViT: convolutions at high resolution, hierarchical attention below.
+"""FasterViT: convolutions at high resolution, hierarchical attention at low resolution.
 
 Source: "FasterViT: Fast Vision Transformers with Hierarchical Attention",
 https://arxiv.org/abs/2306.06189. Any height and width: windows, carriers, pooling and positions
-follow the input of each call.
+adapt to the input of each call.
 
 Letters: B batch, C channels, H W map size in tokens, w window size, c carrier size, nh nw windows
 along each axis.
@@ -51,13 +51,13 @@ class FasterViTArch:
         embed_dims: Channels of stage 0; stage i has ``embed_dims * 2**i``.
         stem_dims: Channels between the two convolutions of the stem.
         depths: Blocks of each stage.
-        num_heads: Attention heads of each stage; stages 0 and 1 have none and ignore it.
+        num_heads: Attention heads of each stage; ignored in stages 0 and 1, which have none.
         window_size: Window size in tokens, one int or one for each stage.
-        carrier_size: A window has the square of so many carriers.
+        carrier_size: Carrier size c; each window has c x c carriers.
         carriers: True for carriers in stage 2, False for none, or the stages that have them.
-        layer_scale: Initialization of the per-channel factors of residual branches, None for none.
+        layer_scale: Initial value of the per-channel factors of residual branches; None for none.
         propagate: Adds the carriers to their tokens at the end of a stage.
-        drop_path_rate: Drop-path rate of the last block when training.
+        drop_path_rate: Drop-path rate of the last block in training.
     """
 
     embed_dims: int = 64
@@ -138,7 +138,7 @@ FASTERVIT_ARCHS = MappingProxyType(
 
 
 class Stem(Deployable):
-    """Two 3x3 convolutions of stride 2: an image to a map of a quarter of its size, rounded up.
+    """Two 3x3 convolutions of stride 2: reduces an image to a quarter of its size, rounded up.
 
     Args:
         in_channels: Channels of the image.
@@ -172,7 +172,7 @@ class ConvBlock(Deployable):
 
     Args:
         dim: Channels in and out.
-        drop_path_rate: Probability that an image skips the block while training.
+        drop_path_rate: Probability that an image skips the block in training.
         norm_layer: Makes the norm after each convolution.
     """
 
@@ -197,17 +197,18 @@ class ConvBlock(Deployable):
 
 
 class HATBlock(Deployable):
-    """Attention inside windows, after the carrier tokens of all windows attended to each other.
+    """Attention among the carrier tokens of all windows, then inside each window.
 
-    Works on windows alone as well (``carrier_size=0``).
+    With ``carrier_size=0`` there is only the attention inside windows.
 
     Args:
         dim: Channels C.
         num_heads: Heads of both attentions.
         window_size: Window size w.
         carrier_size: Carrier size c; 0 for no carriers.
-        drop_path_rate: Probability that a window (an image for the carriers) skips a branch.
-        layer_scale: Initialization of the per-channel factors of the branches, or None for none.
+        drop_path_rate: Probability that a window (for the carriers: an image) skips a branch in
+            training.
+        layer_scale: Initial value of the per-channel factors of the branches; None for none.
         propagate: Adds each carrier to the tokens of its cell at the end of the block.
         mlp_ratio: Hidden width of the MLPs as a multiple of C.
     """
@@ -241,7 +242,7 @@ class HATBlock(Deployable):
         layer.attn.bias = bias.fixed(w)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Loads, after bringing the names that hat_mm 0.1 saved to today's."""
+        """Loads, after mapping the names that hat_mm 0.1 saved to today's."""
         for part in ('window', 'carrier'):
             old = f'{prefix}{part}.'
             for name in [name for name in state_dict if name.startswith(old)]:
@@ -254,8 +255,8 @@ class HATBlock(Deployable):
         """Runs the block.
 
         Args:
-            windows: Tokens by window, (B * nh * nw, w * w, C).
-            carriers: Carriers by window, (B * nh * nw, c * c, C); None for none.
+            windows: Tokens in window order, (B * nh * nw, w * w, C).
+            carriers: Carriers in window order, (B * nh * nw, c * c, C); None for none.
             num_windows: Windows along the axes, (nh, nw).
 
         Returns:
@@ -273,7 +274,7 @@ class HATBlock(Deployable):
         carriers = self.carrier_attn(carriers, grid_size)
         carriers = split_windows(carriers.unflatten(1, grid_size), num_windows, c)
 
-        # Each window attends to itself and its carriers, which stand in front of its tokens.
+        # Each window attends to itself and its carriers, which are a prefix before its tokens.
         tokens = self.window_attn(torch.cat([carriers, windows], 1), (w, w))
         carriers, windows = tokens.split([c * c, w * w], 1)
         if self.propagate:
@@ -281,29 +282,29 @@ class HATBlock(Deployable):
         return windows, carriers
 
     def _upsample(self, carriers: Tensor) -> Tensor:
-        """Nearest carrier of each token of a window: (..., c * c, C) to (..., w * w, C)."""
+        """Nearest carrier of each token of a window: (N, c * c, C) to (N, w * w, C)."""
         w, c = self.window_size, self.carrier_size
         cell = torch.arange(w, device=carriers.device) * c // w
         return carriers[:, (cell[:, None] * c + cell).flatten()]
 
 
 class HATStage(nn.Module):
-    """A down-sampler and transformer blocks on windows, with or without carrier tokens.
+    """A downsampler and transformer blocks on windows, with or without carrier tokens.
 
     The map is padded with zeros at the bottom and right to whole windows. As in the published
-    models the padded tokens take part in attention.
+    models, padding takes part in attention.
 
     Args:
-        downsample: Module in front of the blocks.
+        downsample: Module before the blocks.
         dim: Channels C of the blocks.
         num_heads: Attention heads.
         window_size: Window size w.
-        carrier_size: Carrier size c, 0 for no carriers.
+        carrier_size: Carrier size c; 0 for no carriers.
         drop_path_rates: Drop-path rate of each block.
-        layer_scale: Initialization of the per-channel factors, or None for none.
+        layer_scale: Initial value of the per-channel factors; None for none.
         propagate: Adds the carriers to their tokens at the end of the stage.
         mlp_ratio: Hidden width of the MLPs as a multiple of C.
-        with_cp: Recomputes the blocks' activations for the gradient.
+        with_cp: Recomputes the blocks' activations in the backward pass, which saves memory.
     """
 
     def __init__(
@@ -370,9 +371,9 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
-        # The norm gives maps and gradients whose channels are last. Those of contiguous maps are
-        # made contiguous again, or a CPU differentiates the convolutions around it more slowly; of
-        # the gradient by a flat view, which it comes back through.
+        # The norm returns maps and gradients in channels last. For a contiguous map both are made
+        # contiguous again, because otherwise the backward pass of the convolutions around it is
+        # slower on a CPU. For the gradient the flat view does that.
         contiguous = x.is_contiguous()
         if contiguous:
             x = x.flatten().view_as(x)
@@ -392,28 +393,28 @@ class FasterViT(HierarchicalBackbone):
         window_size: Window size in tokens, one int or one for each stage; None for the arch's.
         drop_path_rate: Drop-path rate of the last block, in [0, 1); None for the arch's.
         out_indices: Stages whose maps are returned, in this order. Strides are 4, 8, 16, 32.
-        out_norm_cfg: Config of the norm of each returned map, the last of which is the published
-            model's ``norm``; None for raw maps.
-        norm_cfg: Changes the type of the norms of convolutions, for example
+        out_norm_cfg: Config of the norm of each returned map; that of stage 3 is the published
+            model's ``norm``. None for raw maps.
+        norm_cfg: Changes the type of the norms after convolutions, for example
             ``dict(type='SyncBN')``; each keeps its own eps unless ``eps`` is given. Output norms
             follow ``out_norm_cfg``.
         frozen_stages: Freezes nothing (-1), the stem (0), or the stem and the first k stages with
             their output norms (k).
-        norm_eval: Keeps batch norms in evaluation mode while training.
-        with_cp: Recomputes the activations of blocks for the gradient, saving memory.
+        norm_eval: Keeps batch norms in eval mode during training.
+        with_cp: Recomputes the blocks' activations in the backward pass, which saves memory.
         init_cfg: mmengine's initialization config; ``dict(type='Pretrained', checkpoint=FILE)``
-            takes official files and native ones.
+            takes official files and native ones (with hat_mm's own names).
 
     Raises:
         ValueError: A value is out of range; the message names the choices.
-        TypeError: ``arch`` is no name, number or dict.
+        TypeError: ``arch`` is not a name, number or dict.
     """
 
     archs = FASTERVIT_ARCHS
     arch_type = FasterViTArch
     name_map = FASTERVIT_NAMES
     published_norm = dict(type='BN')
-    # Linear layers as here, norms one and zero, convolutions PyTorch's default.
+    # Linear layers as given here, norms one and zero, convolutions PyTorch's default.
     from_scratch = [dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0)]
 
     def __init__(

@@ -1,7 +1,7 @@
 """HAT-Net: attention in windows and to a pooled map, with inverted residuals between.
 
 Source: "Vision Transformers with Hierarchical Attention", https://arxiv.org/abs/2106.03180. Any
-height and width: windows at the bottom and right border are smaller where a map does not divide.
+height and width: if windows do not divide a map, those at the bottom and right border are smaller.
 
 Letters: B batch, C channels, H W map size in tokens.
 """
@@ -35,7 +35,7 @@ _STEM_DIMS = 16
 
 @dataclass(frozen=True)
 class HATNetArch:
-    """One variant of HAT-Net; each field but two has a number for each stage.
+    """One variant of HAT-Net; all fields but ``head_dim`` and ``drop_path_rate`` are per stage.
 
     Attributes:
         embed_dims: Channels.
@@ -43,9 +43,9 @@ class HATNetArch:
         depths: Blocks.
         expansions: Hidden width of the inverted residuals as a multiple of the channels.
         grids: Window size in tokens, the paper's grid size; 1 for plain global attention.
-        ds_ratios: Side in tokens of the squares that are pooled to one key; 1 where the grid is 1.
-        kernels: Side of the depthwise convolutions, odd.
-        drop_path_rate: Drop-path rate of the last block when training.
+        ds_ratios: Side in tokens of the squares that are averaged to one key; 1 if the grid is 1.
+        kernels: Kernel size of the depthwise convolutions, odd.
+        drop_path_rate: Drop-path rate of the last block in training.
     """
 
     embed_dims: tuple[int, ...] = (48, 96, 240, 384)
@@ -98,7 +98,7 @@ HAT_NET_ARCHS = MappingProxyType(
 
 
 class Stem(Deployable):
-    """Two 3x3 convolutions of stride 2: an image to a map of a quarter of its size, rounded up.
+    """Two 3x3 convolutions of stride 2: reduces an image to a quarter of its size, rounded up.
 
     Args:
         in_channels: Channels of the image.
@@ -127,7 +127,7 @@ class InvertedResidual(Deployable):
     Args:
         dim: Channels C in and out.
         expansion: Channels of the depthwise convolution as a multiple of C.
-        kernel: Side of the depthwise convolution, odd.
+        kernel: Kernel size of the depthwise convolution, odd.
         norm_layer: Makes the two norms.
     """
 
@@ -158,10 +158,10 @@ class Block(nn.Module):
         dim: Channels C, a multiple of ``head_dim``.
         head_dim: Channels of an attention head.
         window_size: Window size in tokens (the paper's grid size); 1 for plain global attention.
-        ds_ratio: Side in tokens of the squares that are pooled to one key.
+        ds_ratio: Side in tokens of the squares that are averaged to one key.
         expansion: Hidden width of the inverted residual as a multiple of C.
-        kernel: Side of its depthwise convolution.
-        drop_path_rate: Probability that an image skips a branch while training.
+        kernel: Kernel size of its depthwise convolution.
+        drop_path_rate: Probability that an image skips a branch in training.
         norm_layer: Makes the norms.
     """
 
@@ -220,32 +220,32 @@ class Downsample(Deployable):
 class HATNet(HierarchicalBackbone):
     """HAT-Net backbone for detection, segmentation and classification.
 
-    Its norms span the whole map: the features of an image depend on what it is padded with.
+    Its norms span the whole map, so the features of an image depend on its padding.
 
     Source: https://arxiv.org/abs/2106.03180.
 
     Args:
         arch: Variant: ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, or a dict of fields of
-            :class:`HATNetArch`. No tensor's shape tells ``head_dim``, ``ds_ratios`` or the size
-            of ``grids``, so an official file also loads where these differ.
+            :class:`HATNetArch`. No tensor's shape depends on ``head_dim``, ``ds_ratios`` or the
+            numbers above 1 in ``grids``, so an official file also loads where these differ.
         in_channels: Channels of the images.
         drop_path_rate: Drop-path rate of the last block, in [0, 1); None for the arch's.
         out_indices: Stages whose maps are returned, in this order. Strides are 4, 8, 16, 32.
         out_norm_cfg: Config of the norm of each returned map; None for raw maps, as published.
         norm_cfg: Changes the type of all other norms, for example ``dict(type='SyncBN')``; each
-            keeps its own eps unless ``eps`` is given. Published is group norm of one group, which
-            official files need.
+            keeps its own eps unless ``eps`` is given. None for group norm with one group, as
+            published; official files need it.
         frozen_stages: Freezes nothing (-1), the stem (0), or the stem and the first k stages with
             their output norms (k).
         norm_eval: Keeps batch norms, which only ``norm_cfg`` and ``out_norm_cfg`` bring in, in
-            evaluation mode while training.
-        with_cp: Recomputes the activations of blocks for the gradient, saving memory.
+            eval mode during training.
+        with_cp: Recomputes the blocks' activations in the backward pass, which saves memory.
         init_cfg: mmengine's initialization config; ``dict(type='Pretrained', checkpoint=FILE)``
-            takes official files and native ones.
+            takes official files and native ones (with hat_mm's own names).
 
     Raises:
         ValueError: A value is out of range; the message names the choices.
-        TypeError: ``arch`` is no name or dict.
+        TypeError: ``arch`` is neither a name nor a dict.
     """
 
     archs = HAT_NET_ARCHS
@@ -306,7 +306,7 @@ class HATNet(HierarchicalBackbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Computes the maps of ``out_indices``, as :class:`HierarchicalBackbone` describes."""
         self.check_images(x)
-        # Attention wants the channels last, and depthwise convolutions are faster with them there.
+        # Fused attention needs channels last, and depthwise convolutions are faster in it.
         x = self.stem(x).contiguous(memory_format=torch.channels_last)
         maps = {}
         for i, stage in enumerate(self.stages):

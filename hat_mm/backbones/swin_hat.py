@@ -1,8 +1,8 @@
 """SwinHAT: a Swin Transformer in which carrier tokens take the place of shifted windows.
 
 Sources: "Swin Transformer", https://arxiv.org/abs/2103.14030, and "FasterViT",
-https://arxiv.org/abs/2306.06189, which proposes carrier tokens for other networks. What Swin has is
-computed as in the OpenMMLab toolboxes, for any height and width.
+https://arxiv.org/abs/2306.06189, which proposes carrier tokens for other networks. Swin's parts
+compute the same as in the OpenMMLab toolboxes, for any height and width.
 """
 
 import re
@@ -62,11 +62,11 @@ class SwinHATArch:
         depths: Blocks of each stage.
         num_heads: Attention heads of each stage.
         window_size: Window size in tokens, one int or one for each stage.
-        carrier_size: Side in tokens of the square of carriers that stands for a window, one int or
-            one for each stage. Stage 0 has so many windows that one carrier each is the default.
-        hat_stages: Stages with carriers, whose windows are not shifted; none for Swin itself.
+        carrier_size: Carrier size c, one int or one for each stage; each window has c x c carriers.
+            In stage 0 the default is one carrier per window, because it has many windows.
+        hat_stages: Stages with carriers, whose windows are not shifted; () for Swin itself.
         mlp_ratio: Hidden width of the MLPs as a multiple of the channels.
-        drop_path_rate: Drop-path rate of the last block when training.
+        drop_path_rate: Drop-path rate of the last block in training.
     """
 
     embed_dims: int = 96
@@ -124,7 +124,7 @@ SWIN_HAT_ARCHS = MappingProxyType(
 
 
 class PatchEmbed(nn.Module):
-    """A linear map of each patch of 4x4 pixels, and a norm.
+    """A linear layer on each patch of 4x4 pixels, and a norm.
 
     Args:
         in_channels: Channels of the image.
@@ -144,7 +144,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """The four pixels of a 2x2 square as one of four times the channels, a norm and a linear map.
+    """Stacks the pixels of each 2x2 square along the channels; then a norm and a linear layer.
 
     Args:
         in_dim: Channels in.
@@ -165,21 +165,22 @@ class PatchMerging(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Attention inside windows and an MLP; what lies in other windows comes in by one of two ways.
+    """Attention inside windows, and an MLP.
 
-    Either the windows are shifted, or carrier tokens that have attended to each other join them.
-    Incomplete windows at the border are filled with zeros after the norm, as in Swin.
+    Information from other windows comes in through shifted windows, or through carrier tokens that
+    have attended to each other. Incomplete windows at the border are padded with zeros after the
+    norm, as in Swin.
 
     Args:
         dim: Channels C.
         num_heads: Heads G of all attentions.
         window_size: Window size w.
-        shift: Tokens by which windows are shifted, 0 for none.
+        shift: Tokens by which windows are shifted; 0 for no shift.
         carrier_size: Carrier size c; 0 for no carriers.
         exchange: Whether the carriers attend to each other first.
-        keep_carriers: Whether another block needs the carriers.
+        keep_carriers: Whether a later block needs the carriers.
         mlp_ratio: Hidden width of the MLPs as a multiple of C.
-        drop_path_rate: Probability that an image skips a branch while training.
+        drop_path_rate: Probability that an image skips a branch in training.
     """
 
     def __init__(
@@ -217,10 +218,11 @@ class SwinBlock(nn.Module):
 
         Args:
             x: Map, (B, H, W, C).
-            carriers: Carriers in raster order, (B, nh * c, nw * c, C), if the block has some.
+            carriers: Carriers in raster order, (B, nh * c, nw * c, C); None for none.
 
         Returns:
-            Tensors of the shapes of ``x`` and ``carriers``; None for carriers that nobody needs.
+            Tensors of the shapes of ``x`` and ``carriers``; None for carriers that no later block
+            needs.
         """
         if self.carrier_attn is not None and carriers is not None:
             grid_size = carriers.shape[1:3]
@@ -234,7 +236,7 @@ class SwinBlock(nn.Module):
         return x, self._add(carriers, carrier_change)
 
     def _add(self, x: Tensor, change: Tensor) -> Tensor:
-        """Adds what attention made, then runs the MLP."""
+        """Adds the result of attention, then runs the MLP."""
         x = x + self.drop_path(change)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -242,8 +244,8 @@ class SwinBlock(nn.Module):
         height, width = x.shape[1:3]
         w, c = self.window_size, self.carrier_size
         num_windows = count_windows((height, width), w)
-        # A map that is just one window wide is not shifted, as in mmpretrain: 224 pixels with
-        # windows of 7 come to that in the last stage, and the published weights know it so.
+        # A map that is exactly one window wide is not shifted, as in mmpretrain. The last stage has
+        # such a map for 224 pixels and windows of 7, and the published weights were trained so.
         shift = self.shift if min(height, width) != w else 0
         y = pad_to_windows(self.norm1(x).permute(0, 3, 1, 2), num_windows, w).permute(0, 2, 3, 1)
         mask = None
@@ -263,13 +265,13 @@ class SwinBlock(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """A down-sampler and Swin blocks, with or without carriers.
+    """A downsampler and Swin blocks, with or without carriers.
 
     Args:
-        downsample: Module in front of the blocks.
-        tokenizer: Makes the carriers, or None for none.
+        downsample: Module before the blocks.
+        tokenizer: Makes the carriers; None for no carriers.
         blocks: The blocks.
-        with_cp: Recomputes the blocks' activations for the gradient.
+        with_cp: Recomputes the blocks' activations in the backward pass, which saves memory.
     """
 
     def __init__(
@@ -306,14 +308,14 @@ class SwinStage(nn.Module):
 class SwinHAT(HierarchicalBackbone):
     """Swin Transformer with carrier tokens in place of shifted windows.
 
-    In the stages of ``hat_stages`` no window is shifted. Carrier tokens, a few for each window,
-    take part in the attention of their window in every block; in every second block, where Swin
-    shifts, all carriers of the image first attend to each other. The other stages are Swin's.
+    In the stages in ``hat_stages`` no window is shifted. Each window has a few carrier tokens that
+    take part in its attention in every block. In every second block, where Swin shifts, all
+    carriers of the image first attend to each other. The other stages are Swin's.
 
-    ImageNet weights of Swin fill all that the two networks share, whether a file has the names of
-    the official repository, mmpretrain or mmdet; tables of another window are interpolated. The
-    carriers' tensors are then new, initialized as for training from scratch, and the report that is
-    logged says so.
+    Swin's ImageNet weights fill all that the two networks share, whether a file has the names of
+    the official repository, of mmpretrain or of mmdet; tables of another window size are
+    interpolated. The carriers' tensors are then new, initialized as for training from scratch; the
+    logged report says so.
 
     Sources: https://arxiv.org/abs/2103.14030 and https://arxiv.org/abs/2306.06189.
 
@@ -325,22 +327,22 @@ class SwinHAT(HierarchicalBackbone):
         drop_path_rate: Drop-path rate of the last block, in [0, 1); None for the arch's.
         hat_stages: Stages with carriers; None for the arch's, (0, 1, 2); () for Swin itself.
         out_indices: Stages whose maps are returned, in this order. Strides are 4, 8, 16, 32.
-        out_norm_cfg: Config of the norm of each returned map, the last of which is the published
-            model's ``norm``; None for raw maps.
-        norm_cfg: Changes the type of the norms of the stem and the down-samplers; each keeps its
+        out_norm_cfg: Config of the norm of each returned map; that of stage 3 is the published
+            model's ``norm``. None for raw maps.
+        norm_cfg: Changes the type of the norms of the stem and the downsamplers; each keeps its
             own eps unless ``eps`` is given. Blocks keep layer norms, output norms follow
             ``out_norm_cfg``.
         frozen_stages: Freezes nothing (-1), the stem (0), or the stem and the first k stages with
             their output norms (k).
         norm_eval: Keeps batch norms, which only ``norm_cfg`` and ``out_norm_cfg`` bring in, in
-            evaluation mode while training.
-        with_cp: Recomputes the activations of blocks for the gradient, saving memory.
+            eval mode during training.
+        with_cp: Recomputes the blocks' activations in the backward pass, which saves memory.
         init_cfg: mmengine's initialization config; ``dict(type='Pretrained', checkpoint=FILE)``
-            takes Swin's files and native ones.
+            takes Swin's files and native ones (with hat_mm's own names).
 
     Raises:
         ValueError: A value is out of range; the message names the choices.
-        TypeError: ``arch`` is no name or dict.
+        TypeError: ``arch`` is neither a name nor a dict.
     """
 
     archs = SWIN_HAT_ARCHS
@@ -420,7 +422,7 @@ class SwinHAT(HierarchicalBackbone):
         return tuple(maps[i] for i in self.out_indices)
 
     def init_weights(self) -> None:
-        """Initializes from scratch before a file is loaded, too: no Swin file has the carriers."""
+        """Initializes from scratch even if a file is loaded then: no Swin file has the carriers."""
         given = self.init_cfg
         configs = [given] if isinstance(given, dict) else given or ()
         if any('Pretrained' in str(config.get('type')) for config in configs):
@@ -431,7 +433,7 @@ class SwinHAT(HierarchicalBackbone):
             self.init_cfg = given
 
     def _adapt(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Brings position tables of other windows to this one's, then names to ours."""
+        """Resizes position tables to this window size, then maps names to ours."""
         state, resized = dict(unwrap(state)), 0
         for name, table in state.items():
             stage = re.match(r'(?:layers|stages)\.(\d)\..*\.relative_position_bias_table$', name)

@@ -1,4 +1,4 @@
-"""The C library's allocator, set so that memory stays with the process."""
+"""Settings of the C library's allocator that keep freed memory in the process."""
 
 import ctypes
 import logging
@@ -10,13 +10,14 @@ __all__ = ['VARIABLE', 'objection', 'tune_allocator']
 logger = logging.getLogger(__name__)
 
 VARIABLE = 'HAT_MM_NO_MALLOPT'
-"""Environment variable by which :func:`tune_allocator` leaves the allocator alone."""
+"""Environment variable that makes :func:`tune_allocator` leave the allocator alone."""
 
-# Parameters of glibc's malloc.h. Its thresholds take an int, so that a large one still gives back
-# blocks of 2 GiB, and before glibc 2.35 the one of mmap ends at 32 MiB; these values have no limit.
+# Parameters of glibc's malloc.h. Large thresholds would not do: they are ints, so blocks of 2 GiB
+# would still be given back, and before glibc 2.35 that of mmap is at most 32 MiB. These values set
+# no limit.
 _SETTINGS = {
-    -8: 1,  # M_ARENA_MAX: threads share one arena; those of their own cannot hold large blocks
-    -4: 0,  # M_MMAP_MAX: no block is mapped by itself, to be unmapped when it is freed
+    -8: 1,  # M_ARENA_MAX: all threads share one arena; other arenas cannot hold large blocks
+    -4: 0,  # M_MMAP_MAX: no block is mapped separately, and so unmapped when it is freed
     -1: -1,  # M_TRIM_THRESHOLD: the end of the heap is never given back
 }
 
@@ -38,21 +39,21 @@ def objection() -> str:
 def tune_allocator() -> bool:
     """Keeps freed memory in this process for the next pass, if the C library is glibc.
 
-    By default glibc gives large blocks back to the system when they are freed, and gets them again
-    page by page, each of them cleared and mapped: a good part of a forward pass on a CPU. After
-    this call freed blocks of any size wait for the next pass, so the resident size of the process
-    stays at its peak. Models on a GPU gain nothing.
+    By default glibc returns large blocks to the system when they are freed, and gets new ones page
+    by page, each cleared and mapped; this takes a good part of a forward pass on a CPU. After this
+    call, freed blocks of any size stay in the process, so its resident size stays at its peak.
+    Models on a GPU gain nothing.
 
-    Call it first: a thread that has allocated memory before keeps its own arena, which gives large
-    blocks back as ever. ``import hat_mm`` does not call it; our tools do where there is no GPU.
+    Call it first: a thread that has already allocated memory keeps its own arena, which still
+    returns large blocks. ``import hat_mm`` does not call it; our tools do if there is no GPU.
 
-    What the user has decided stays: nothing happens if ``HAT_MM_NO_MALLOPT`` is set, if
-    ``GLIBC_TUNABLES`` or a ``MALLOC_*`` variable sets the allocator, or if ``LD_PRELOAD`` puts
-    another one in its place. Such alternatives are jemalloc and tcmalloc; ``python -m
-    torch.backends.xeon.run_cpu`` starts a program with either.
+    The user's settings have priority: nothing happens if ``HAT_MM_NO_MALLOPT`` is set, if
+    ``GLIBC_TUNABLES`` or a ``MALLOC_*`` variable configures the allocator, or if ``LD_PRELOAD``
+    replaces it, for example by jemalloc or tcmalloc; ``python -m torch.backends.xeon.run_cpu``
+    starts a program with either.
 
     Returns:
-        Whether freed memory is kept; at debug level the log says why not.
+        Whether freed memory is kept; if not, the log says why at debug level.
     """
     reason = objection()
     if reason:

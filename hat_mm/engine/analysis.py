@@ -1,6 +1,6 @@
 """Parameters and FLOPs of a model by part, counted by ``torch.utils.flop_counter``.
 
-A FLOP is a multiply-add of a matrix product or a convolution, as in the papers.
+A FLOP is a multiply-add (MAC) of a matrix product or a convolution, as in the papers.
 """
 
 from collections import Counter
@@ -22,13 +22,13 @@ _ATTENTION = torch.ops.aten.scaled_dot_product_attention
 
 @dataclass(frozen=True)
 class Part:
-    """What a model or one part of it has and computes.
+    """Parameters and FLOPs of a model or one part of it.
 
     Attributes:
         parameters: Number of parameters.
-        flops: Multiply-adds, all of them.
-        attention: Those of them in products of queries with keys and of their softmax with values.
-        position: Those of them in the MLPs of position embeddings and biases.
+        flops: All FLOPs.
+        attention: FLOPs of the products of queries with keys, and of their softmax with values.
+        position: FLOPs of the MLPs of position embeddings and biases.
     """
 
     parameters: int
@@ -39,12 +39,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Complexity:
-    """What a model has and computes.
+    """Parameters and FLOPs of a model and its parts.
 
     Attributes:
         whole: The model.
-        parts: Its children by name, the entries of lists one by one; those without parameters and
-            FLOPs are left out.
+        parts: Its children by name, with the entries of module lists one by one; children without
+            parameters and FLOPs are left out.
     """
 
     whole: Part
@@ -54,11 +54,11 @@ class Complexity:
 def count(
     model: nn.Module, shape: tuple[int, int], channels: int = 3, proposals: int = 1000
 ) -> Complexity:
-    """Counts what a model computes for one image.
+    """Counts the parameters of a model and its FLOPs for one image.
 
-    The forward pass is that of a prediction before its post-processing; losses and heads that only
-    training has compute nothing. On the device ``'meta'`` it takes no time or memory, which works
-    unless the model asks for values, as a two-stage detector does.
+    The forward pass is that of a prediction before its post-processing; losses, and heads that only
+    training uses, are not run. On the device ``'meta'`` it takes no time or memory, but that fails
+    if the model needs values, as a two-stage detector does.
 
     Args:
         model: A backbone, or a detector, segmentor or classifier of the toolboxes. It is left in
@@ -66,10 +66,10 @@ def count(
         shape: Height and width of the image in pixels.
         channels: Channels of the image.
         proposals: Boxes that the second stage of a detector gets, however many its weights would
-            find; mmdet's mask heads take the first 100 of them in this kind of pass.
+            propose; mmdet's mask heads take the first 100 of them in this kind of pass.
 
     Returns:
-        Parameters and multiply-adds, of all and by part.
+        Parameters and FLOPs of the whole model and of its parts.
 
     Raises:
         ValueError: ``shape``, ``channels`` or ``proposals`` are not positive ints.
@@ -82,14 +82,14 @@ def count(
         )
     model.eval()
     device = next((parameter.device for parameter in model.parameters()), None)
-    # The counter looks for the overload before it takes an operator apart, for the packet after.
+    # The counter looks up the overload before it decomposes an operator, the packet after that.
     handles = {_ATTENTION: _attention, _ATTENTION.default: _attention}
     counter = FlopCounterMode(display=False, custom_mapping=handles)
     fast = torch.backends.mha.get_fastpath_enabled()
-    # The fast path of nn.MultiheadAttention is a single operator, which counts as nothing.
+    # The fast path of nn.MultiheadAttention is a single operator, which the counter ignores.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        # Inference mode keeps the operator of attention whole, so that it can be told apart.
+        # Inference mode keeps the attention operator whole, so that it is counted separately.
         with counter, torch.inference_mode():
             _predict(model, torch.zeros(1, channels, *shape, device=device), proposals)
     finally:
@@ -104,7 +104,7 @@ def count(
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """FLOPs by the shapes (…, L, E); a mask, also a causal one, saves none."""
+    """FLOPs from the shapes (…, L, E); a mask, even a causal one, does not reduce them."""
     batch = torch.broadcast_shapes(query[:-2], key[:-2], value[:-2])
     heads = batch.numel()
     return sdpa_flop_count((1, heads, *query[-2:]), (1, heads, *key[-2:]), (1, heads, *value[-2:]))
@@ -114,7 +114,7 @@ def _predict(model: nn.Module, image: Tensor, proposals: int) -> None:
     if not hasattr(model, 'data_preprocessor'):
         model(image)
         return
-    # Heads of OpenMMLab's models ask the sample for the size of the image.
+    # Heads of OpenMMLab's models read the size of the image from the sample.
     size = tuple(image.shape[-2:])
     sizes = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
     sample = BaseDataElement(metainfo=dict.fromkeys(sizes, size) | {'scale_factor': (1.0, 1.0)})
@@ -160,7 +160,7 @@ def _part(module: nn.Module, name: str, counts: dict[str, dict[Any, int]]) -> Pa
 
 
 def _found(module: nn.Module, name: str, counts: dict[str, dict[Any, int]]) -> Counter:
-    """What torch has counted for a module, or for its children if another method was called."""
+    """Counts of torch for a module, or for its children if another method was called."""
     if name in counts:
         return Counter(counts[name])
     children = (_found(child, f'{name}.{key}', counts) for key, child in module.named_children())

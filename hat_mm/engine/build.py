@@ -1,4 +1,4 @@
-"""Builds the models that command lines name: a registered type with arguments, or a config."""
+"""Builds models named on a command line: a registered type with arguments, or a config."""
 
 import ast
 import copy
@@ -18,8 +18,9 @@ def read_type(text: str) -> tuple[str, dict[str, Any]]:
     """Reads ``TYPE[:KEY=VALUE,...]``.
 
     Args:
-        text: A type with its scope, such as ``hat_mm.FasterViT:arch=0``. A double colon belongs to
-            the type, commas in brackets to a value, and what is no Python literal is a string.
+        text: A type with its scope, such as ``hat_mm.FasterViT:arch=0``. A double colon is part of
+            the type, commas in brackets are part of a value, and a value that is not a Python
+            literal is a string.
 
     Returns:
         The type and its arguments.
@@ -41,7 +42,7 @@ def read_type(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _split(arguments: str) -> list[str]:
-    """Splits at commas that are in no brackets."""
+    """Splits at commas outside brackets."""
     parts, depth = [''], 0
     for char in arguments:
         depth += (char in '([{') - (char in ')]}')
@@ -56,7 +57,8 @@ def build_type(kind: str, arguments: dict[str, Any]) -> nn.Module:
     """Builds a backbone by its registered type, with random weights, in eval mode.
 
     Raises:
-        UserError: The type or an argument is unknown, or it takes no images of three channels.
+        UserError: The type or an argument is unknown, or it does not accept images of three
+            channels.
     """
     scope = kind.partition('.')[0]
     if scope in ('mmdet', 'mmseg', 'mmpretrain'):
@@ -69,7 +71,7 @@ def build_type(kind: str, arguments: dict[str, Any]) -> nn.Module:
     backbone.eval()
     with torch.inference_mode():
         try:
-            backbone(torch.zeros(1, 3, 32, 32))  # also what libraries allocate once
+            backbone(torch.zeros(1, 3, 32, 32))  # also makes libraries allocate what they need once
         except Exception as error:
             raise UserError(f'{kind} takes no image of 3 channels: {error}') from error
     return backbone

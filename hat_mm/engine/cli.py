@@ -1,8 +1,8 @@
 """What ``tools/train.py`` and ``tools/test.py`` do, for configs of mmdet, mmseg and mmpretrain.
 
-The config's ``default_scope`` decides the toolbox; what its own tools do differently stands in
-:data:`TOOLBOXES`. What the user can put right is a :class:`UserError`, raised where it is found and
-shown as one line, as are missing packages, files and what a refused checkpoint carries. Other
+The config's ``default_scope`` decides the toolbox; :data:`TOOLBOXES` holds what the toolboxes' own
+tools do differently. An error that the user can fix is a :class:`UserError`, shown as one line
+without a traceback. So are missing packages, missing files and refused checkpoints. Other
 exceptions keep their traceback.
 """
 
@@ -29,7 +29,7 @@ from .allocator import tune_allocator
 
 
 class UserError(Exception):
-    """Something the user can put right; shown as one line.
+    """An error that the user can fix; shown as one line.
 
     Args:
         message: What is wrong, with the value and the choices.
@@ -46,18 +46,18 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Toolbox:
-    """The meaning of the tools' flags in one toolbox.
+    """What the tools' flags mean in one toolbox.
 
     Attributes:
-        show: Setting of the visualization hook that turns it on, for ``--show`` and ``--show-dir``.
+        show: Setting that turns the visualization hook on, for ``--show`` and ``--show-dir``.
         show_dir: Setting of that hook for the folder; None if it is the visualizer's ``save_dir``.
         dump: Metric that writes ``--out`` as a pickle of predictions; None if ``--out`` is the
-            folder of the metric's own prediction files.
+            folder for the prediction files that the toolbox's metric writes.
         tta_model: Default of ``tta_model``; None if the config must have one.
         tta_pack: Last transform of the default ``tta_pipeline``; None keeps that of the test
             pipeline.
         loader_defaults: Whether dataloaders get pinned memory, persistent workers and
-            ``default_collate`` where the config is silent.
+            ``default_collate`` if the config does not set them.
     """
 
     show: str = 'draw'
@@ -76,7 +76,7 @@ TOOLBOXES = {
             type='DetTTAModel',  # mmdet registers it in mmengine's scope
             tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
         ),
-        tta_pack=dict(type='PackDetInputs'),  # by default it keeps how an image was flipped
+        tta_pack=dict(type='PackDetInputs'),  # its default keeps the flip of an image
     ),
     'mmseg': Toolbox(dump=None),
     'mmpretrain': Toolbox(
@@ -92,7 +92,7 @@ TOOLBOXES = {
 
 
 def _key_value(text: str) -> str:
-    """Refuses what is not ``KEY=VALUE``; mmengine's action reads it."""
+    """Refuses anything but ``KEY=VALUE``, which mmengine's action parses."""
     key, equals, _ = text.partition('=')
     if not (key and equals):
         raise argparse.ArgumentTypeError(f'expected KEY=VALUE, got {text!r}')
@@ -114,7 +114,7 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
     launchers = ['none', 'pytorch', 'slurm', 'mpi']
     parser.add_argument('--launcher', choices=launchers, default='none', help='job launcher')
-    # torch.distributed.launch passes --local-rank since torch 2.0 and --local_rank before.
+    # torch.distributed.launch passes --local-rank since torch 2.0, --local_rank before.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     return parser
 
@@ -159,13 +159,13 @@ def test_parser() -> argparse.ArgumentParser:
 
 
 def _load_config(args: argparse.Namespace) -> tuple[Any, Toolbox]:
-    """Read the config with the options of the command line; check toolbox and work dir."""
+    """Reads the config with the command line's options; checks toolbox and work dir."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if not os.path.isfile(args.config):
         raise UserError(f'config file {args.config!r} does not exist')
     try:
         cfg = compat.require('mmengine').Config.fromfile(args.config)
-    except (OSError, SyntaxError) as error:  # of a base, too
+    except (OSError, SyntaxError) as error:  # in a base, too
         raise UserError(f'config {args.config!r} cannot be read: {error}') from error
     try:
         cfg.merge_from_dict(args.cfg_options or {})
@@ -189,7 +189,7 @@ def _load_config(args: argparse.Namespace) -> tuple[Any, Toolbox]:
 
 
 def _make_writable(folder: str, name: str) -> None:
-    """Create a folder and try to write into it, before hours of work depend on it."""
+    """Creates a folder and tries to write into it, before hours of work depend on it."""
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -247,7 +247,7 @@ def _innermost_dataset(loader: Any) -> Any:
 
 
 def _set_tta(cfg: Any, toolbox: Toolbox) -> None:
-    """Wrap the model for test time augmentation; where the toolbox has a default, flip images."""
+    """Wraps the model for test time augmentation; if the config has no pipeline, flips images."""
     if toolbox.tta_model is None and None in (cfg.get('tta_model'), cfg.get('tta_pipeline')):
         raise UserError('--tta needs tta_model and tta_pipeline in the config')
     dataset = _innermost_dataset(cfg.test_dataloader)
@@ -263,10 +263,10 @@ def _set_tta(cfg: Any, toolbox: Toolbox) -> None:
 
 
 def _drop_averaging(cfg: Any) -> None:
-    """Do without EMAHook where the model is not the one that it averaged.
+    """Removes EMAHook if the model is not the one that it averaged.
 
     A checkpoint holds the averaged weights as the model's own anyway. mmpretrain's hook with
-    ``evaluate_on_ema=False`` would test the others, so they are loaded instead.
+    ``evaluate_on_ema=False`` would test the unaveraged weights, so these are loaded instead.
     """
     hooks = []
     for hook in cfg.get('custom_hooks') or []:
@@ -278,7 +278,7 @@ def _drop_averaging(cfg: Any) -> None:
 
 
 def _set_out(cfg: Any, toolbox: Toolbox, args: argparse.Namespace) -> None:
-    """Check ``--out``, and for toolboxes whose metrics write their own files set their folder."""
+    """Checks ``--out``; for toolboxes whose metrics write their own files, sets their folder."""
     if toolbox.dump is None:
         metrics = cfg.test_evaluator
         for metric in metrics if isinstance(metrics, list) else [metrics]:
@@ -294,10 +294,10 @@ def _set_out(cfg: Any, toolbox: Toolbox, args: argparse.Namespace) -> None:
 
 
 def _set_memory_format(model: torch.nn.Module) -> None:
-    """Have FasterViT compute channels last on a CPU, where its convolutions are faster so.
+    """Makes FasterViT compute in channels last on a CPU, where its convolutions are then faster.
 
-    Its outputs stay contiguous. Those of necks and heads would not, and mmcv's RoI operators read
-    any memory as if it were. HAT-Net computes channels last by itself.
+    Its outputs stay contiguous. Those of necks and heads would not, but mmcv's RoI operators read
+    any memory as if it were contiguous. HAT-Net computes in channels last by itself.
     """
     for module in model.modules():
         if isinstance(module, hat_mm.FasterViT) and next(module.parameters()).device.type == 'cpu':
@@ -305,12 +305,12 @@ def _set_memory_format(model: torch.nn.Module) -> None:
 
 
 def _accumulated(cfg: Any) -> int:
-    """Forward passes of a step."""
+    """Number of forward passes per optimizer step."""
     return (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
 
 
 def _check_learning_rate(cfg: Any, runner: Any) -> None:
-    """Warn of a learning rate that is meant for another number of images a step."""
+    """Warns of a learning rate that is meant for another number of images per step."""
     scaling, loader = cfg.get('auto_scale_lr') or {}, cfg.get('train_dataloader') or {}
     base, images = scaling.get('base_batch_size'), loader.get('batch_size')
     steps = _accumulated(cfg)
@@ -327,7 +327,7 @@ def _check_learning_rate(cfg: Any, runner: Any) -> None:
 
 
 def _run(run: Callable[[], Any], loader: Any) -> Any:
-    """Run, and name the data folder where a file is not found because the folder is not there."""
+    """Calls ``run``; if a file is missing because its data folder is, the error says so."""
     try:
         return run()
     except FileNotFoundError as error:
@@ -341,13 +341,13 @@ def _run(run: Callable[[], Any], loader: Any) -> Any:
 
 
 def train(argv: Sequence[str] | None = None) -> None:
-    """Train as ``tools/train.py`` does.
+    """Trains as ``tools/train.py`` does.
 
     Args:
         argv: Arguments of the command line, by default the process's.
 
     Raises:
-        UserError: For what is wrong in the command line and can be put right.
+        UserError: The user can fix the error.
     """
     args = train_parser().parse_args(argv)
     cfg, _ = _load_config(args)
@@ -373,7 +373,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     if cfg.get('load_from') is not None:
         _check_checkpoint(cfg.load_from)
     runner = compat.require('mmengine.registry').RUNNERS.build(cfg)
-    # mmengine's log leaves these out; tools/misc/make_metafile_entry.py reads the line.
+    # mmengine does not log these versions; tools/misc/make_metafile_entry.py reads the line.
     modules = [hat_mm, *map(importlib.import_module, sorted({'mmcv', cfg.default_scope}))]
     versions = ', '.join(f'{module.__name__} {module.__version__}' for module in modules)
     runner.logger.info(f'Software: {versions}')
@@ -382,7 +382,7 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 
 def test(argv: Sequence[str] | None = None) -> dict:
-    """Test as ``tools/test.py`` does.
+    """Tests as ``tools/test.py`` does.
 
     Args:
         argv: Arguments of the command line, by default the process's.
@@ -391,7 +391,7 @@ def test(argv: Sequence[str] | None = None) -> dict:
         The metrics by name.
 
     Raises:
-        UserError: For what is wrong in the command line and can be put right.
+        UserError: The user can fix the error.
     """
     parser = test_parser()
     args = parser.parse_args(argv)
@@ -427,26 +427,26 @@ def test(argv: Sequence[str] | None = None) -> dict:
 
 
 def explain(error: Exception) -> str | None:
-    """Say in one line what the user can put right; None of any other error."""
+    """Describes in one line an error that the user can fix; None for any other error."""
     known = isinstance(error, UserError | compat.DependencyError | pickle.UnpicklingError)
     names_its_file = isinstance(error, OSError) and error.filename is not None
     return ' '.join(str(error).split()) if known or names_its_file else None
 
 
 def run_tool(tool: Callable[[], Any], name: str) -> int:
-    """Run a tool to an exit status.
+    """Runs a tool and returns its exit status.
 
-    Where no GPU is in sight, the process keeps the memory that it frees, see
-    :func:`hat_mm.tune_allocator`; nothing big may be allocated before.
+    Without a GPU the process keeps the memory that it frees, see :func:`hat_mm.tune_allocator`;
+    nothing large may be allocated before this call.
 
-    What :func:`explain` can explain is printed to stderr as one line; other exceptions pass.
+    Errors that :func:`explain` can explain are printed to stderr as one line; others propagate.
 
     Args:
         tool: Called without arguments.
-        name: Name of the tool, which starts the line.
+        name: Name of the tool, with which the line starts.
 
     Returns:
-        0, or 1 for a user error, 2 for a wrong command line.
+        0 for success, 1 for an explained error, 2 for a wrong command line.
     """
     if not torch.cuda.is_available():
         tune_allocator()

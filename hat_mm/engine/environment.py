@@ -1,4 +1,4 @@
-"""What a figure was measured with: command, hardware, versions and date."""
+"""Records how a figure was measured: command, hardware, versions and date."""
 
 import datetime
 import importlib.metadata
@@ -17,7 +17,7 @@ MODULES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 
 
 
 def processor() -> str:
-    """Model of the processor, as the system calls it."""
+    """Model name of the processor, from the system."""
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
@@ -26,7 +26,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, hat_mm and those of :data:`MODULES` that have been imported."""
+    """Versions of Python, hat_mm and the imported modules of :data:`MODULES`."""
     found = {'Python': platform.python_version()}
     for name in (*MODULES, 'hat_mm'):
         if name in sys.modules:
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def tune() -> str:
-    """Calls :func:`hat_mm.tune_allocator`; returns what came of it, in words."""
+    """Calls :func:`hat_mm.tune_allocator`; returns the outcome in words."""
     return 'tuned' if tune_allocator() else f'not tuned ({objection() or "glibc refused"})'
 
 
@@ -45,7 +45,7 @@ def circumstances(device: str, allocator: str | None = None) -> dict[str, Any]:
 
     Args:
         device: ``'cpu'`` or ``'cuda'``.
-        allocator: How the processes that measured on a CPU got their memory, as :func:`tune` says.
+        allocator: State of the allocator in measurements on a CPU, as :func:`tune` returns it.
     """
     words = [os.path.relpath(sys.argv[0]), *sys.argv[1:]]
     return {
@@ -62,12 +62,12 @@ def circumstances(device: str, allocator: str | None = None) -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """:func:`circumstances` as a sentence, without the command."""
+    """The result of :func:`circumstances` as a sentence, without the command."""
     threads = f'{found["threads"]} thread{"s" * (found["threads"] != 1)}'
     where = f'{threads} on {found["cores"]} cores of {found["processor"]}'
     if found['gpu']:
         where = f'{found["gpu"]}; {where}'
-    if found.get('allocator'):  # earlier results do not say
+    if found.get('allocator'):  # earlier results do not have it
         where += f'; allocator {found["allocator"]}'
     names = ', '.join(f'{name} {version}' for name, version in found['versions'].items())
     return f'{where}; {names}; {found["date"]}'

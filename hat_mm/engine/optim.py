@@ -1,4 +1,4 @@
-"""Layer-wise learning rates: the nearer a layer is to the image, the smaller its steps."""
+"""Layer-wise learning rates: the closer a layer is to the image, the smaller its rate."""
 
 import inspect
 import logging
@@ -35,33 +35,33 @@ class _Group(NamedTuple):
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Learning rates that fall with the distance of a backbone's layer from its outputs.
+    """Learning rates that decrease with the distance of a layer from the backbone's outputs.
 
     A parameter at depth ``d`` of the ``D`` depths of a backbone gets ``layer_decay_rate ** (D - 1 -
-    d)`` times its learning rate, so the stem gets the smallest and the output norms the whole.
-    What is outside a backbone keeps its rate. Source: https://arxiv.org/abs/2003.10555.
+    d)`` times its learning rate, so the stem gets the smallest rate and the output norms the full
+    one. Parameters outside a backbone keep their rate. Source: https://arxiv.org/abs/2003.10555.
 
     A backbone is any part of the model with ``get_layer_depth(param_name, prefix)``, which returns
     ``d`` and ``D``: those of hat_mm, and mmpretrain's ConvNeXt, Swin and others. It may be the
-    model itself or anywhere in it. Several are treated each by its own depths.
+    model itself or anywhere in it. If there are several, each has its own depths.
 
-    All options of mmengine's ``DefaultOptimWrapperConstructor`` work as there, frozen parameters
-    are left out as there, and ``lr_mult`` multiplies with the factor of the layer. Parameters of
-    the same depth and settings make one group of the optimizer, which has fewer and larger steps
-    to compute then; the groups are logged as a table.
+    All options of mmengine's ``DefaultOptimWrapperConstructor`` keep their meaning, frozen
+    parameters are left out as there, and ``lr_mult`` is multiplied with the factor of the layer.
+    Parameters of equal depth and settings form one parameter group, so the optimizer computes fewer
+    and larger steps; the groups are logged as a table.
 
     Args:
         optim_wrapper_cfg: Config of the optimizer wrapper; its ``optimizer`` must give ``lr``.
-        paramwise_cfg: ``layer_decay_rate``, a number above 0 and up to 1, and what mmengine's
-            constructor takes: ``custom_keys``, ``bias_lr_mult``, ``bias_decay_mult``,
+        paramwise_cfg: ``layer_decay_rate``, a number above 0 and up to 1, and mmengine's own
+            options: ``custom_keys``, ``bias_lr_mult``, ``bias_decay_mult``,
             ``norm_decay_mult``, ``flat_decay_mult``, ``dwconv_decay_mult``,
             ``dcn_offset_lr_mult``, ``bypass_duplicate``.
 
     Raises:
-        TypeError: ``paramwise_cfg`` is no dict.
+        TypeError: ``paramwise_cfg`` is not a dict.
         ValueError: An option is unknown, ``layer_decay_rate`` is missing or out of range, the
-            optimizer's config lacks ``lr``, or lacks ``weight_decay`` where an option scales it;
-            when called, also if the model has no such backbone, or a parameter twice without
+            optimizer's config lacks ``lr``, or lacks ``weight_decay`` although an option scales it.
+            When called: the model has no such backbone, or has a parameter twice without
             ``bypass_duplicate``.
 
     Example:
@@ -93,7 +93,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             )
         scaled = [name for name in options if name.endswith('_decay_mult')]
         if scaled and self.base_wd is None:
-            # mmengine would ignore flat_decay_mult, and leave the optimizer its own default.
+            # mmengine would ignore flat_decay_mult and keep the optimizer's default.
             raise ValueError(
                 f'paramwise_cfg.{scaled[0]} needs optim_wrapper.optimizer.weight_decay, which is '
                 'not given'
@@ -111,8 +111,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
         Args:
             params: List of groups, which grows in place.
-            module: The module, at the top the whole model.
-            prefix: Name of the module in the model, empty at the top.
+            module: The module; in the outermost call, the whole model.
+            prefix: Name of the module in the model; empty in the outermost call.
             is_dcn_module: Whether the parent is a deformable convolution.
         """
         if prefix:  # mmengine's method calls this one for each child
@@ -136,7 +136,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             [param] = single['params']
             name = names.pop(param, None)
             if name is None:
-                # In one group with itself, torch would let it pass and step twice.
+                # Twice in one group, torch would accept it and update it twice.
                 raise ValueError(
                     f'a parameter of shape {tuple(param.shape)} is in {type(model).__name__} '
                     'twice; paramwise_cfg.bypass_duplicate=True takes it once'
@@ -159,7 +159,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             key = (depth, scale, repr(sorted(settings.items())))
             group = merged.setdefault(key, _Group(depth, scale, {'params': [], **settings}))
             group.settings['params'].append(param)
-        # From the stem to the parameters outside, the larger settings first.
+        # Sorted from the stem to the parameters outside, larger settings first.
         return sorted(
             merged.values(),
             key=lambda group: (
@@ -197,12 +197,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _find_backbones(model: nn.Module) -> dict[str, nn.Module]:
-    """Finds the outermost parts of a model that know the depths of their parameters, by prefix."""
+    """Finds the outermost parts of a model that have ``get_layer_depth``, by prefix."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        # Asked of the class: wrappers (FSDP, torch.compile) pass a backbone's attributes on, but
-        # their parameters have other names. Of mmpretrain's models, whose method has the same name,
-        # a backbone's takes a prefix.
+        # Looked up in the class: wrappers (FSDP, torch.compile) forward a backbone's attributes,
+        # but their parameters have other names. mmpretrain's classifiers have a method of the same
+        # name; only a backbone's takes a prefix.
         method = getattr(type(module), 'get_layer_depth', None)
         if method is None or 'prefix' not in inspect.signature(method).parameters:
             continue
@@ -220,7 +220,7 @@ def _find_backbones(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def _no_info() -> Iterator[None]:
-    """Keeps warnings only: mmengine tells each parameter's rate, which is not the final one."""
+    """Lets only warnings through: mmengine logs each parameter's rate, which is not final."""
     logger = MMLogger.get_current_instance()
 
     def is_warning(record: logging.LogRecord) -> bool:

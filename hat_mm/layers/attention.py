@@ -1,6 +1,6 @@
 """Self-attention with a relative position bias, and the transformer layer around it.
 
-Letters: B batch, C channels, N tokens, G heads, d = C / G channels of a head.
+Letters: B batch, C channels, N tokens, Q queries, G heads, d = C / G channels of a head.
 """
 
 import torch
@@ -12,20 +12,21 @@ from .deploy import Deployable, fold_scale
 from .norms import DropPath
 from .position import AbsolutePositionEmbedding, RelativePositionBias
 
-# Pairs of tokens, times heads, whose bias is made at once (128 MiB in float32). All carriers of an
-# image of 4096x4096 pixels would take 0.96 GB.
+# Largest bias that is made at once, in elements (heads times pairs of tokens): 128 MiB in float32.
+# The bias of all carriers of an image of 4096x4096 pixels would take 0.96 GB.
 _PAIRS = 2**25
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with a relative position bias.
 
-    Many tokens attend in chunks of queries, so that the bias of all pairs need not exist at once.
+    If there are many tokens, the queries are processed in chunks, so that the bias of all pairs of
+    tokens need not be in memory at once.
 
     Args:
         dim: Channels C, a multiple of ``num_heads``.
         num_heads: Heads G.
-        bias: Gives the bias (G, Q, N) of a grid size and a slice of the tokens as queries.
+        bias: Returns the bias (G, Q, N) for a grid size and a slice of the tokens as queries.
     """
 
     def __init__(self, dim: int, num_heads: int, bias: nn.Module) -> None:
@@ -36,12 +37,12 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int], mask: Tensor | None = None) -> Tensor:
-        """Attends to the tokens of each entry of the first axis.
+        """Lets the tokens of each entry of the first axis attend to each other.
 
         Args:
             x: Tokens, (B, N, C): a prefix, then a grid.
             grid_size: Size of the grid in tokens.
-            mask: True where a query may see a key, (B, 1, N, N); None for everywhere.
+            mask: True where a query may see a key, (B, 1, N, N); None for no mask.
 
         Returns:
             Tensor of the shape of ``x``.
@@ -51,7 +52,7 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         outputs = []
         for queries in tracing.chunks(tokens, at_once=_PAIRS // (self.num_heads * tokens)):
-            # Four axes: the fused kernels take no mask of three.
+            # Four axes, because the fused kernels accept no mask of three.
             bias = self.bias(grid_size, queries).to(q.dtype)[None]
             if mask is not None:
                 bias = bias.masked_fill(~mask[:, :, queries], -torch.inf)
@@ -65,7 +66,7 @@ class Mlp(nn.Module):
 
     Args:
         dim: Channels in and out.
-        ratio: Width of the hidden layer as a multiple of ``dim``.
+        ratio: Hidden width as a multiple of ``dim``.
     """
 
     def __init__(self, dim: int, ratio: float = 4) -> None:
@@ -81,16 +82,17 @@ class Mlp(nn.Module):
 
 
 class TransformerLayer(Deployable):
-    """Pre-norm attention and MLP on a grid of tokens, with the grid's absolute positions.
+    """Pre-norm attention and MLP on a grid of tokens, with an absolute position embedding.
 
-    The positions are separate (``pos_embed``), because prefix tokens join after they are added.
+    The caller adds the embedding (``pos_embed``), because prefix tokens join only after that.
 
     Args:
         dim: Channels C.
         num_heads: Heads G.
-        num_prefix: Tokens in front of the grid that have no position.
-        drop_path_rate: Probability that an entry of the first axis skips a residual branch.
-        layer_scale: Initialization of the per-channel factors of both branches, or None for none.
+        num_prefix: Prefix tokens before the grid, which have no position.
+        drop_path_rate: Probability that an entry of the first axis skips a residual branch in
+            training.
+        layer_scale: Initial value of the per-channel factors of both branches; None for none.
         mlp_ratio: Hidden width of the MLP as a multiple of C.
     """
 
@@ -118,7 +120,7 @@ class TransformerLayer(Deployable):
         for name in ('gamma1', 'gamma2'):
             gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
             self.register_parameter(name, gamma)
-        # The first factor after it has gone into the weights.
+        # Keeps gamma1 after it has been folded into the weights.
         self.register_buffer('folded_scale', None)
 
     def _fold(self) -> None:
@@ -140,5 +142,5 @@ class TransformerLayer(Deployable):
 
 
 def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    """Multiplies (..., C) by the per-channel factors (C,), if there are some."""
+    """Multiplies (..., C) by the per-channel factors (C,), if there are any."""
     return x if gamma is None else x * gamma.to(x.dtype)

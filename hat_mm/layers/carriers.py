@@ -13,9 +13,9 @@ from .windows import split_windows
 class CarrierTokenizer(nn.Module):
     """Makes the carrier tokens of a map: a depthwise convolution, then average pooling.
 
-    An axis of n windows of w tokens becomes c * n cells. As in the published model their stride is
-    ``w // c`` and their width what is left for the last cell, so cells overlap more the larger
-    the map is.
+    An axis of n windows of w tokens becomes c * n cells. As in the published model, the cells have
+    stride ``w // c`` and the width that the last one needs to reach the end of the axis, so cells
+    overlap more on larger maps.
 
     Args:
         dim: Channels C.
@@ -31,11 +31,12 @@ class CarrierTokenizer(nn.Module):
 
     def forward(self, x: Tensor, num_windows: tuple[int, int]) -> Tensor:
         """Maps (B, C, nh * w, nw * w) to carriers in window order, (B * nh * nw, c * c, C)."""
-        # As matrix products by axis: pooling kernels computed from the size make torch.compile
-        # recompile for every size, and torch 2.13 then returns wrong values without a word.
+        # As one matrix product per axis: with pooling kernels that depend on the size,
+        # torch.compile recompiles for every size, and torch 2.13 then silently returns wrong
+        # values.
         x = self.conv(x).permute(0, 2, 3, 1)
         rows, cols = (self._pooling(n, x) for n in num_windows)
-        # The axis of the rows first, as one product for an image.
+        # The rows first, as one product for each image.
         x = cols @ (rows @ x.flatten(2)).unflatten(2, x.shape[2:])
         return split_windows(x, num_windows, self.carrier_size)
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing that leaves the running statistics of norms alone."""
+"""Activation checkpointing that updates the running statistics of norms only once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpoint_block(block: nn.Module, *args: Any) -> Any:
-    """Runs ``block`` without keeping its activations; they are computed again for the gradient.
+    """Runs ``block`` without keeping its activations; the backward pass recomputes them.
 
-    Non-reentrant, so it works under DDP and when no input needs a gradient. Batch statistics of the
-    second forward pass are not counted again, so the running statistics are those of a plain run.
+    Non-reentrant, so it works under DDP and when no input needs a gradient. The recomputation does
+    not update the running statistics of norms, so they are the same as without checkpointing.
     """
     return checkpoint(
         block,
@@ -26,8 +26,8 @@ def checkpoint_block(block: nn.Module, *args: Any) -> Any:
 @contextmanager
 def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
-    # A momentum of 0 rather than no running statistics at all: checkpointing wants the second pass
-    # to save the same tensors as the first.
+    # Momentum 0 instead of turning running statistics off: checkpointing requires that the second
+    # pass saves the same tensors as the first.
     kept: list[Any] = [
         (m, m.momentum, m.num_batches_tracked) for m in norms if m.track_running_stats
     ]

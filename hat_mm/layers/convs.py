@@ -1,25 +1,25 @@
-"""Convolutions whose gradients and results have the memory layout that others expect."""
+"""Convolutions whose gradients and outputs have the memory layout that other code expects."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution whose weight gets a gradient of its own strides, on maps of any memory layout.
+    """Convolution whose weight and its gradient have equal strides, on maps of any memory layout.
 
-    With the channels last, those of 1x1 and depthwise convolutions differ on axes of length 1, and
-    DistributedDataParallel warns and copies them in every step.
+    In channels last, PyTorch gives the gradients of 1x1 and depthwise weights other strides on axes
+    of length 1; DistributedDataParallel then warns, and copies the gradients in every step.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', H', W')."""
-        # The gradient goes back through two reshapes, of which the second makes plain strides.
+        # The gradient passes back through two reshapes, the second of which makes plain strides.
         weight = self.weight.flatten().view_as(self.weight)
         return self._conv_forward(x, weight, self.bias)
 
 
 class PointwiseConv(nn.Conv2d):
-    """1x1 convolution by a matrix product, whose result has its channels last in memory.
+    """1x1 convolution as a matrix product; its output is in channels last.
 
     Args:
         in_dim: Channels in.

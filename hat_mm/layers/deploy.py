@@ -1,4 +1,4 @@
-"""The form of a network that only predicts: less to compute, the same results."""
+"""Deploy form: a network that can only predict computes less for the same results."""
 
 from typing import Any, Self
 from warnings import warn
@@ -12,24 +12,24 @@ from .norms import DropPath
 
 
 class Deployable(nn.Module):
-    """A module with a second form that only predicts.
+    """A module with a deploy form, which can only predict.
 
     Attributes:
-        deploy: Whether the module is in that form.
+        deploy: Whether the module is in deploy form.
     """
 
     deploy = False
 
     def switch_to_deploy(self) -> None:
-        """Brings the module and all inside it into the form that only predicts, in place.
+        """Brings the module and everything inside it into deploy form, in place.
 
-        Batch norms go into the convolutions before them, layer scales into the linear layers;
-        position MLPs of windows are replaced by their result, drop paths by nothing. A second
-        call changes nothing. The module is in eval mode afterwards, with a warning if it was not
-        before. What is left takes no gradient, and the module cannot train again.
+        Batch norms are folded into the convolutions before them, layer scales into the linear
+        layers; position MLPs of windows are replaced by their results; drop paths are removed. A
+        second call changes nothing. Afterwards the module is in eval mode, with a warning if it was
+        not before; its parameters get no gradient, and it cannot be trained again.
         """
         _leave_training(self)
-        # Also in inference mode, whose tensors can do less.
+        # Outside inference mode, so that the new tensors are ordinary ones.
         with torch.inference_mode(False), torch.no_grad():
             for module in [*self.modules()]:
                 if isinstance(module, Deployable) and not module.deploy:
@@ -42,10 +42,10 @@ class Deployable(nn.Module):
         self.requires_grad_(False)
 
     def _fold(self) -> None:
-        """Folds what this very module computes, in place; a subclass says what."""
+        """Folds what this module itself computes, in place; subclasses override it."""
 
     def refuse_loading(self) -> None:
-        """Raises ValueError in deploy form, in which the weights have another meaning."""
+        """Raises ValueError in deploy form, where the weights have another meaning."""
         if self.deploy:
             raise ValueError(
                 f'{type(self).__name__} is in deploy form, which takes no checkpoint: load it '
@@ -73,14 +73,14 @@ class Deployable(nn.Module):
 
 
 def switch_to_deploy(model: nn.Module) -> nn.Module:
-    """Brings all backbones and plugins of hat_mm in ``model`` into the form that only predicts.
+    """Brings all backbones and plugins of hat_mm in ``model`` into deploy form.
 
     Args:
         model: Network such as a detector. Parts that are not of hat_mm stay as they are, but the
             whole network is in eval mode afterwards, with a warning if it was not before.
 
     Returns:
-        ``model``, which was changed in place.
+        ``model``, changed in place.
 
     Raises:
         ValueError: Nothing in ``model`` is from hat_mm.
@@ -105,9 +105,10 @@ def _leave_training(model: nn.Module) -> None:
 
 
 def folded_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Conv2d, nn.Module]:
-    """A convolution that does the work of the batch norm behind it, and what is left of the norm.
+    """Returns the convolution with the batch norm after it folded in, and an identity for the norm.
 
-    Other norms depend on the map, and so does a batch norm without running statistics.
+    Other norms, and batch norms without running statistics, depend on the map; they are returned
+    unchanged with the convolution.
     """
     if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
         return conv, norm
@@ -115,7 +116,7 @@ def folded_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Conv2d, nn.Module]
 
 
 def fold_scale(layer: nn.Linear, scale: Tensor) -> None:
-    """Has ``layer`` multiply its results by ``scale`` (C',)."""
-    # New ones: PyTorch refuses to change those that were made in inference mode.
+    """Folds a factor ``scale`` (C',) for the outputs of ``layer`` into its weights."""
+    # New parameters: PyTorch refuses to change those that were made in inference mode.
     layer.weight = nn.Parameter(layer.weight * scale[:, None])
     layer.bias = nn.Parameter(layer.bias * scale)

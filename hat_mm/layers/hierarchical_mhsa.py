@@ -26,14 +26,14 @@ from .windows import (
 class HierarchicalMHSA(nn.Module):
     """H-MHSA: attention inside windows, then of every token to the pooled result.
 
-    Where a map ends inside its last windows these are smaller: what is added to fill them is no
-    key, and no norm sees it. Pooling windows at the border average the tokens that exist.
+    If windows do not divide a map, the last ones are smaller: their padding is masked as a key and
+    is not part of any norm. Pooling squares at the border average only the tokens that exist.
 
     Args:
         dim: Channels C, a multiple of ``num_heads``.
         num_heads: Heads G.
-        window_size: Window size w; 1 for global attention of all tokens to all tokens only.
-        ds_ratio: Side in tokens of the squares that are pooled to one key.
+        window_size: Window size w; 1 for plain global attention.
+        ds_ratio: Side in tokens of the squares that are averaged to one key.
         norm_layer: Makes the norms from channels and eps.
     """
 
@@ -61,7 +61,7 @@ class HierarchicalMHSA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape."""
-        # The fused attention kernels want the channels of a token side by side.
+        # The fused attention kernels need channels last.
         x = x.contiguous(memory_format=torch.channels_last)
         y = self.norm(x)
         if self.window_size == 1:
@@ -72,7 +72,7 @@ class HierarchicalMHSA(nn.Module):
         return self.proj(z + y)
 
     def _tokens(self, x: Tensor, parts: int) -> Tensor:
-        """(B, parts * C, H, W) to (parts, B, G, H * W, d), the channels being (parts, G, d)."""
+        """(B, parts * C, H, W) to (parts, B, G, H * W, d), where the channels are (parts, G, d)."""
         x = x.flatten(2).unflatten(1, (parts, self.num_heads, -1))
         return x.permute(1, 0, 2, 4, 3)
 
@@ -85,7 +85,7 @@ class HierarchicalMHSA(nn.Module):
         map_size: Sequence[int],
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Attention of all to all that the mask allows, back as a map (B, C, *map_size)."""
+        """Attention of all queries to all keys that the mask allows, as a map (B, C, *map_size)."""
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return x.transpose(2, 3).flatten(1, 2).unflatten(2, map_size)
 

@@ -12,13 +12,14 @@ NormFactory = Callable[[int, float], nn.Module]
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: zeroes a residual branch for random samples while training.
+    """Stochastic depth: zeroes a residual branch for random samples in training.
 
     A sample is an entry of the first axis: an image for (B, ...) input, a window for window tokens.
     Source: https://arxiv.org/abs/1603.09382.
 
     Args:
-        rate: Probability that a sample is dropped, in [0, 1). Kept samples grow by 1 / (1 - rate).
+        rate: Probability that a sample is dropped, in [0, 1). Kept samples are scaled by
+            1 / (1 - rate).
     """
 
     def __init__(self, rate: float = 0.0) -> None:
@@ -26,7 +27,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drops samples of ``x``, a tensor of any shape with the samples on its first axis."""
+        """Drops samples of ``x``, a tensor of any shape with samples on its first axis."""
         if self.rate == 0 or not self.training:
             return x
         keep = 1 - self.rate
@@ -39,10 +40,10 @@ class DropPath(nn.Module):
 
 
 def guard_group_norm(norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-    """Forward pre-hook of group norms, against a crash in their backward pass.
+    """Forward pre-hook of group norms that avoids a crash in their backward pass.
 
-    The one of torch 2.13 on the CPU ends the process for channels-last input that needs no
-    gradient, which is what a trainable norm behind frozen layers gets.
+    On the CPU, torch 2.13 kills the process if a channels-last input needs no gradient, which is
+    what a trainable norm after frozen layers gets.
     """
     [x] = args
     if torch.is_grad_enabled() and not x.requires_grad:
@@ -51,7 +52,7 @@ def guard_group_norm(norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | No
 
 
 class MapNorm(nn.GroupNorm):
-    """Group norm of one group: each image is normalised over all its channels and positions.
+    """Group norm with one group: normalises each image over all its channels and pixels.
 
     Args:
         dim: Channels.
@@ -79,5 +80,5 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, H, W) to the same shape, channels last in memory."""
+        """Maps (B, C, H, W) to the same shape, in channels last."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -1,11 +1,11 @@
 """Positions as functions of coordinates: absolute embedding, relative bias.
 
-FasterViT's are small MLPs of normalised coordinates, so one set of weights serves every grid and
-nothing that is stored depends on the input size (https://arxiv.org/abs/2306.06189). Swin's bias is
-a table of the offsets in a window (https://arxiv.org/abs/2103.14030).
+FasterViT's are small MLPs of normalised coordinates, so one set of weights serves every grid size,
+and nothing that is stored depends on the input size (https://arxiv.org/abs/2306.06189). Swin's bias
+is a table of the offsets in a window (https://arxiv.org/abs/2103.14030).
 
-Letters: (a, b) grid size in tokens, N = a * b, G heads, C channels, p prefix tokens (the carriers
-that stand in front of a window's tokens and have no position).
+Letters: (a, b) grid size in tokens, p prefix tokens (carriers before a window's tokens, without a
+position), N = p + a * b tokens, Q queries, G heads, C channels.
 """
 
 import math
@@ -22,11 +22,12 @@ _ALL = slice(None)
 class PositionMlp(nn.Module):
     """MLP 2 -> 512 -> ``out_dim`` of coordinates.
 
-    Its results steer a softmax or are added to every token, where half precision would show in
-    every output. They are small, so they are always computed in float32 or the model's finer type.
+    Its results go into a softmax or are added to every token, where half precision would affect
+    every output. They are cheap to compute, so they are always in float32 or, if that is more
+    precise, the model's dtype.
 
     Args:
-        out_dim: Numbers that it gives for a coordinate.
+        out_dim: Outputs for each coordinate.
     """
 
     def __init__(self, out_dim: int) -> None:
@@ -52,7 +53,7 @@ class PositionMlp(nn.Module):
 
 
 def _to_unit(offset: Tensor) -> Tensor:
-    # Divided by a tensor: by a number that follows from the size, torch.compile compiles twice.
+    # The divisor is a tensor: with a number computed from the size, torch.compile compiles twice.
     # A single cell stays at 0.
     return offset / offset.abs().amax(0).clamp(min=1)
 
@@ -64,21 +65,21 @@ class AbsolutePositionEmbedding(PositionMlp):
         dim: Channels C.
 
     Shape:
-        Called with the grid size ``(a, b)``, returns (a * b, C), row-major, in float32 or the
-        model's finer type.
+        Called with the grid size ``(a, b)``, returns (a * b, C), row-major, in float32 or, if that
+        is more precise, the model's dtype.
     """
 
     def forward(self, grid_size: tuple[int, int]) -> Tensor:
-        """Computes the vectors of a grid."""
+        """Computes the vectors for a grid size."""
         rows, cols = (_to_unit(self.range(0, n) - n // 2) for n in grid_size)
         return self.of_grid(rows, cols).flatten(0, 1)
 
 
 class FixedPositions(nn.Module):
-    """The vectors of an absolute position embedding, for the only grid that its tokens have.
+    """The vectors of an absolute position embedding for one grid size.
 
     Args:
-        values: What the embedding gave for that grid, (a * b, C).
+        values: What the embedding returned for that grid size, (a * b, C).
     """
 
     values: Tensor
@@ -100,14 +101,14 @@ def bias_of_pairs(
     num_prefix: int,
     prefix_bias: float,
 ) -> Tensor:
-    """Spreads the bias of offsets over the pairs of tokens that have them.
+    """Looks up the bias of all pairs of tokens by their offset.
 
     Args:
         by_offset: Bias by offset, query minus key, (G, 2a - 1, 2b - 1).
-        grid_size: Size (a, b) of the grid. Dividing it out of the shape would make torch.compile
-            slow, whose symbolic sizes grow with every division.
-        queries: Tokens that ask, prefix included.
-        num_prefix: Tokens p in front of the grid.
+        grid_size: Grid size (a, b). Recomputing it from the shape would slow torch.compile down,
+            because symbolic sizes grow with every division.
+        queries: Slice of all tokens, prefix included, that are queries.
+        num_prefix: Prefix tokens p before the grid.
         prefix_bias: Bias of pairs with prefix tokens.
 
     Returns:
@@ -130,15 +131,16 @@ class RelativePositionBias(PositionMlp):
 
     Args:
         num_heads: Heads G.
-        num_prefix: Tokens p in front of the grid.
+        num_prefix: Prefix tokens p before the grid.
 
     Attributes:
-        prefix_bias: Bias of pairs with prefix tokens; 0 as published. Those of the grid start at
-            about 8, so with 0 the prefix is hardly seen at first.
+        prefix_bias: Bias of pairs with prefix tokens; 0 as published. The biases of other pairs
+            start at about 8, so with 0 the prefix gets little attention at first.
 
     Shape:
-        Called with the grid size ``(a, b)`` and a slice of the N = p + a * b tokens, the Q that
-        ask (by default all), returns (G, Q, N) in float32 or the model's finer type.
+        Called with the grid size ``(a, b)`` and a slice of the N = p + a * b tokens as the Q
+        queries (by default all), returns (G, Q, N) in float32 or, if that is more precise, the
+        model's dtype.
     """
 
     def __init__(self, num_heads: int, num_prefix: int = 0) -> None:
@@ -147,7 +149,7 @@ class RelativePositionBias(PositionMlp):
         self.prefix_bias = 0.0
 
     def forward(self, grid_size: tuple[int, int], queries: slice = _ALL) -> Tensor:
-        """Computes the bias of a grid."""
+        """Computes the bias for a grid size."""
         return bias_of_pairs(
             self.by_offset(grid_size),
             grid_size,
@@ -159,7 +161,7 @@ class RelativePositionBias(PositionMlp):
     def by_offset(self, grid_size: tuple[int, int]) -> Tensor:
         """The bias by offset, (G, 2a - 1, 2b - 1).
 
-        The MLP sees these few offsets and not all pairs, which on a large map take gigabytes.
+        The MLP runs on these few offsets, not on all pairs, which take gigabytes on a large map.
         """
         rows, cols = (self._log_offsets(n) for n in grid_size)
         return 16 * torch.sigmoid(self.of_grid(rows, cols).permute(2, 0, 1))
@@ -169,7 +171,7 @@ class RelativePositionBias(PositionMlp):
         return offset.sign() * torch.log2(offset.abs() + 1) / math.log2(8)
 
     def fixed(self, window_size: int) -> 'RelativePositionTable':
-        """The same bias for windows of one size, without the MLP."""
+        """The same bias as a table for one window size, without the MLP."""
         table = RelativePositionTable(self.fc2.out_features, window_size, self.num_prefix)
         by_offset = self.by_offset((window_size, window_size))
         table.relative_position_bias_table = nn.Parameter(by_offset.flatten(1).t().contiguous())
@@ -178,18 +180,18 @@ class RelativePositionBias(PositionMlp):
 
 
 class RelativePositionTable(nn.Module):
-    """Swin's bias: a learned number for each offset of two tokens in a window, and each head.
+    """Swin's bias: a learned number for each head and each offset of two tokens in a window.
 
     Args:
         num_heads: Heads G.
-        window_size: Window size w, the only one that it serves.
-        num_prefix: Tokens p in front of the window's.
+        window_size: Window size w, the only one that the table serves.
+        num_prefix: Prefix tokens p before the window's tokens.
 
     Attributes:
         prefix_bias: Bias of pairs with prefix tokens, 0.
 
     Shape:
-        Called with ``(w, w)`` and a slice of the N = p + w * w tokens, the Q that ask (by default
+        Called with ``(w, w)`` and a slice of the N = p + w * w tokens as the Q queries (by default
         all), returns (G, Q, N).
     """
 
@@ -205,7 +207,7 @@ class RelativePositionTable(nn.Module):
         """Returns the bias of a window."""
         offsets = 2 * self.window_size - 1
         table = self.relative_position_bias_table
-        # Through a vector, so that the gradient gets the strides of the table.
+        # Through a flat view, so that the gradient gets the strides of the table.
         by_offset = table.flatten().view_as(table).t().unflatten(1, (offsets, offsets))
         return bias_of_pairs(
             by_offset, grid_size, queries, num_prefix=self.num_prefix, prefix_bias=self.prefix_bias

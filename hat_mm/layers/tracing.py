@@ -1,7 +1,6 @@
-"""Where tracing, that of ``torch.compile`` above all, needs another form of a computation, and why.
+"""Computations that need another form in tracing, above all by ``torch.compile``, and why.
 
-These are the only functions that ask whether a graph is being recorded. Each is plain PyTorch
-otherwise.
+Only these functions ask whether a graph is being recorded. Otherwise each is plain PyTorch.
 """
 
 import torch
@@ -9,10 +8,10 @@ from torch import Tensor
 
 
 def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """Cuts a channels-last map (B, H', W', C) to its top left (B, height, width, C).
+    """Crops a channels-last map (B, H', W', C) to its top left (B, height, width, C).
 
-    The strides of a slice tell whether anything was cut, and ``torch.compile`` would make a graph
-    for each outcome.
+    The strides of a slice depend on whether anything was cut off, and ``torch.compile`` would make
+    a graph for each case.
     """
     if not torch.compiler.is_compiling():
         return x[:, :height, :width]
@@ -22,9 +21,9 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def chunks(length: int, at_once: int) -> list[slice]:
-    """Cuts an axis into chunks of ``at_once`` entries, but at least one.
+    """Cuts an axis into chunks of ``at_once`` entries, or of one if that is less than one.
 
-    A graph is recorded with one chunk, as the number of chunks would fix the size of its images.
+    A graph is recorded with a single chunk, because the number of chunks would fix the image size.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or at_once >= length:
         return [slice(None)]
@@ -35,17 +34,18 @@ def chunks(length: int, at_once: int) -> list[slice]:
 def needs_border_mask(height: int, width: int, window_size: int) -> bool:
     """Tells whether a map ends inside its last windows.
 
-    ``torch.compile`` gets one answer for all sizes, or it would make a graph for each.
+    ``torch.compile`` gets the same answer for all sizes, because it would make a graph for each
+    answer.
     """
-    # In this order: to ask for the remainder is to fix it.
+    # In this order, because evaluating a remainder makes the graph depend on it.
     return torch.compiler.is_compiling() or height % window_size != 0 or width % window_size != 0
 
 
 def contiguous_input(x: Tensor, wanted: bool) -> Tensor:
-    """Brings the input of a convolution of stride 2 to contiguous memory, if that is wanted.
+    """Makes the input of a convolution of stride 2 contiguous, if wanted or compiling.
 
-    With the channels last, inductor of torch 2.13 fails on some symbolic sizes ("ValueRangeError:
-    Invalid ranges"). The copy is fused into the norm before it.
+    In channels last, torch 2.13's inductor fails on some symbolic sizes ("ValueRangeError: Invalid
+    ranges"). It fuses the copy into the norm before.
     """
     if torch.compiler.is_compiling():
         return x.clone(memory_format=torch.contiguous_format)
@@ -53,10 +53,10 @@ def contiguous_input(x: Tensor, wanted: bool) -> Tensor:
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Group norm of one group on a map (B, C, H, W).
+    """Group norm with one group on a map (B, C, H, W).
 
-    The decomposition of ``torch.compile`` flattens the map, and index expressions of a flattened
-    map of symbolic size take it many minutes.
+    ``torch.compile`` decomposes PyTorch's norm by flattening the map, and the index expressions of
+    a flattened map of symbolic size take it many minutes.
     """
     if not torch.compiler.is_compiling():
         # Not through nn.functional, which refuses a map of a single number.

@@ -1,4 +1,4 @@
-"""Between maps and windows: padding, cutting, putting back, masks.
+"""From maps to windows and back: padding, splitting, merging, masks.
 
 Letters: B batch, C channels, H W map size, w window size, nh nw windows along each axis.
 """
@@ -13,7 +13,7 @@ from . import tracing
 
 
 def count_windows(map_size: Sequence[int], window_size: int) -> tuple[int, int]:
-    """Counts the windows that cover a map of size (H, W): (nh, nw), the last ones in part."""
+    """Counts the windows (nh, nw) that cover a map of size (H, W), incomplete ones included."""
     height, width = map_size
     return (height + window_size - 1) // window_size, (width + window_size - 1) // window_size
 
@@ -35,7 +35,7 @@ def pad_to_windows(x: Tensor, num_windows: tuple[int, int], window_size: int) ->
 
 
 def split_windows(x: Tensor, num_windows: tuple[int, int], window_size: int) -> Tensor:
-    """Cuts a channels-last map into windows.
+    """Splits a channels-last map into windows.
 
     Args:
         x: Map, (B, nh * w, nw * w, C).
@@ -43,8 +43,8 @@ def split_windows(x: Tensor, num_windows: tuple[int, int], window_size: int) -> 
         window_size: Window size w.
 
     Returns:
-        Windows, (B * nh * nw, w * w, C): images first, then windows row-major over the map; tokens
-        row-major in a window.
+        Windows, (B * nh * nw, w * w, C): by image, then by window in row-major order; the tokens of
+        a window are in row-major order, too.
     """
     nh, nw = num_windows
     batch, _, _, channels = x.shape
@@ -55,8 +55,8 @@ def split_windows(x: Tensor, num_windows: tuple[int, int], window_size: int) -> 
 def merge_windows(windows: Tensor, num_windows: tuple[int, int], window_size: int) -> Tensor:
     """Puts windows back into a map; the inverse of :func:`split_windows`.
 
-    The same function takes carrier tokens from window order to raster order, with the carriers of
-    one window as its "window".
+    It also takes carriers from window order to raster order, with the carrier size as the window
+    size.
 
     Args:
         windows: (B * nh * nw, w * w, C).
@@ -74,19 +74,19 @@ def merge_windows(windows: Tensor, num_windows: tuple[int, int], window_size: in
 
 
 def average_windows(x: Tensor, window_size: int) -> Tensor:
-    """Averages each window of a map; windows at the border average the tokens that exist.
+    """Averages each window of a map; windows at the border average only the tokens that exist.
 
     Args:
         x: Map, (B, C, H, W).
         window_size: Window size w.
 
     Returns:
-        Map of windows, (B, C, nh, nw).
+        Averages, (B, C, nh, nw).
     """
     map_size = x.shape[-2:]
     num_windows = count_windows(map_size, window_size)
-    # Zeros are averaged in and out again: average pooling with ceil_mode would do without, but
-    # torch.compile makes a graph for each way in which a size can divide.
+    # The averages include padding, which is then corrected. Average pooling with ceil_mode needs no
+    # correction, but torch.compile would make a graph for each way in which a size can divide.
     x = F.avg_pool2d(pad_to_windows(x, num_windows, window_size), window_size)
     dtype = torch.promote_types(x.dtype, torch.float32)
     rows, cols = (
@@ -100,17 +100,17 @@ def average_windows(x: Tensor, window_size: int) -> Tensor:
 
 
 def border_mask(height: int, width: int, window_size: int, device: torch.device) -> Tensor | None:
-    """Tells real tokens from padding where a map ends inside its last windows.
+    """Distinguishes real tokens from padding if a map ends inside its last windows.
 
     Args:
         height: Height H of the map in tokens.
         width: Width W of the map in tokens.
         window_size: Window size w.
-        device: Where the mask is to be.
+        device: Device of the mask.
 
     Returns:
-        (nh * nw, 1, 1, w * w), True for real tokens, in the order of :func:`split_windows` for one
-        image; None if all windows are full.
+        Mask of keys, (nh * nw, 1, 1, w * w), True for real tokens, in the order of
+        :func:`split_windows` for one image; None if all windows are full.
     """
     if not tracing.needs_border_mask(height, width, window_size):
         return None
@@ -127,7 +127,7 @@ def border_mask(height: int, width: int, window_size: int, device: torch.device)
 def shift_mask(
     num_windows: tuple[int, int], window_size: int, shift: int, device: torch.device
 ) -> Tensor:
-    """Keeps tokens apart that only the rolling of a map has brought into one window.
+    """Masks pairs of tokens that are in one window only because the map was rolled.
 
     Source: Swin Transformer, https://arxiv.org/abs/2103.14030.
 
@@ -135,15 +135,15 @@ def shift_mask(
         num_windows: Windows along the axes, (nh, nw).
         window_size: Window size w.
         shift: Tokens by which the map was rolled to the top and to the left, 0 < shift < w.
-        device: Where the mask is to be.
+        device: Device of the mask.
 
     Returns:
-        (nh * nw, 1, w * w, w * w), window, head, query, key, True where a query may see a key, in
-        the order of :func:`split_windows` for one image.
+        Mask by window, head, query and key, (nh * nw, 1, w * w, w * w), True where a query may see
+        a key, in the order of :func:`split_windows` for one image.
     """
 
     def together(n: int) -> Tensor:
-        """(n, w, w): whether two tokens of a window were as near on this axis before."""
+        """(n, w, w): whether two tokens of a window are on the same side of the roll's seam."""
         index = torch.arange(n * window_size, device=device).view(n, window_size)
         rolled = index >= n * window_size - shift
         return rolled[:, :, None] == rolled[:, None, :]

@@ -1,1 +1,1 @@
-"""Files of weights: official names and ours, reading and writing, downloads."""
+"""Weight files: official and native tensor names, reading and writing, downloads."""

@@ -1,4 +1,4 @@
-"""Which addresses files may come from."""
+"""Which URLs files may come from."""
 
 from urllib.parse import urlsplit
 
@@ -6,12 +6,12 @@ _THIS_MACHINE = ('localhost', '127.0.0.1', '::1')
 
 
 def shown(url: str) -> str:
-    """An address for messages and records: what follows the path may be a key."""
+    """The URL for messages and records: what follows the path may be a key."""
     return url.partition('?')[0].partition('#')[0]
 
 
 def check_address(url: str) -> None:
-    """Raises ValueError unless an address is https, file, or http to this machine."""
+    """Raises ValueError unless a URL is https, file, or http to this machine."""
     if not isinstance(url, str):
         raise TypeError(f'an address must be a string, not {url!r}')
     parts = urlsplit(url)

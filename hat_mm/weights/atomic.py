@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives the path of a file to write, which takes the place of ``path`` if nothing fails.
+    """Yields the path of a temporary file, which replaces ``path`` if nothing fails.
 
     Yields:
-        A path in the same folder, whose name ends as that of ``path`` does. A link is followed.
+        A path in the same folder with the same suffix. A link is followed.
     """
     path = Path(path).resolve()
     part = path.with_name(f'.{secrets.token_hex(4)}.{path.name}')

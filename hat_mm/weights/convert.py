@@ -1,4 +1,4 @@
-"""Official checkpoints into files of hat_mm and back, with a report and where they come from."""
+"""Converts official checkpoints to files of hat_mm and back, with a report and their origin."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from .loading import LoadReport, compare, unwrap
 from .names import NAME_MAPS, UNUSED, NameMap
 from .official import OfficialFile
 
-# Where official training checkpoints keep the average of the weights.
+# Keys under which official training checkpoints keep the averaged weights.
 EMA_KEYS = ('state_dict_ema', 'model_ema')
 _HEAD = 'head.fc.'
 
@@ -27,8 +27,8 @@ class Source:
     Attributes:
         name: Name of the file.
         sha256: Its checksum.
-        url: Its address; None if it was on this machine.
-        official: Its row in the table of official files, None if it has none.
+        url: Its URL; None if it was on this machine.
+        official: Its row in the table of official files; None if it has none.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Source:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """As plain data. A file on this machine is what its name says."""
+        """The source as plain data; a file on this machine is identified by its name."""
         known = {'file': self.name, 'sha256': self.sha256}
         if url := self.url or (self.official and self.official.url):
             known['url'] = url
@@ -57,16 +57,16 @@ def from_official(
         source: The file.
         with_head: Whether the result is an mmpretrain classifier (``backbone.…``, ``head.fc.…``)
             instead of a backbone.
-        ema: Whether to take the average of the weights that a training keeps.
+        ema: Whether to take the averaged weights that a training checkpoint may hold.
 
     Returns:
         A checkpoint with ``state_dict``, ``meta`` (with the load report) and, under
-        :data:`~hat_mm.weights.names.UNUSED`, the learned tensors that the network has no use for,
-        in their official names.
+        :data:`~hat_mm.weights.names.UNUSED`, the learned tensors that the network does not use,
+        under their official names.
 
     Raises:
-        ValueError: It is no official file, has no average or no classifier, or its tensors do not
-            fill the arch exactly.
+        ValueError: It is not an official file, has no averaged weights or no classifier, or its
+            tensors do not fill any arch exactly.
     """
     state = _averaged(checkpoint) if ema else unwrap(checkpoint)
     name_map = _official_map(state, source.name)
@@ -89,7 +89,7 @@ def to_official(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]
         A checkpoint with ``state_dict`` in official names, and ``meta`` (with a report).
 
     Raises:
-        ValueError: It holds no backbone of hat_mm, or one that fills no arch.
+        ValueError: It holds no backbone of hat_mm, or its tensors fill no arch exactly.
     """
     whole = unwrap(checkpoint)
     within = {
@@ -119,7 +119,7 @@ def to_official(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]
         said.append(_check_head(head, name_map, archs[0], source))
         state |= {name_map.head + k.removeprefix(_HEAD): v for k, v in head.items()}
     state = {**kept, **state}
-    # A second name that differed from the first is among what was kept.
+    # Where a second name held another value than the first, that value was kept.
     state |= {k: v for k, v in kept.items() if re.fullmatch(name_map.unused, k)}
     if lacking:
         said.append(f'{len(lacking)} left out that the published network lacks ({lacking[0]}, …)')
@@ -147,7 +147,7 @@ def _meta(
 
 
 def _kept(checkpoint: Mapping[str, Any], name_map: NameMap, source: Source) -> dict[str, Tensor]:
-    """What a converted file keeps of the official one."""
+    """The tensors of the official file that a converted file keeps under ``unused``."""
     kept = checkpoint.get(UNUSED) or {}
     strange = [name for name in kept if not re.fullmatch(name_map.dropped, str(name))]
     if strange:
@@ -159,7 +159,7 @@ def _kept(checkpoint: Mapping[str, Any], name_map: NameMap, source: Source) -> d
 
 
 def _check_head(head: Mapping[str, Any], name_map: NameMap, arch: str, source: Source) -> str:
-    """Raises unless a linear layer fits the backbone; says what it is."""
+    """Raises ValueError unless a linear layer fits the backbone; returns a description."""
     dim = getattr(hat_mm, name_map.family).archs[arch].dims[-1]
     weight, bias = (head.get(_HEAD + part) for part in ('weight', 'bias'))
     if not head:
@@ -210,9 +210,9 @@ def _official_map(state: Mapping[str, Any], name: str) -> NameMap:
 def _fit(
     native: Mapping[str, Any], name_map: NameMap, source: Source, spare: str
 ) -> tuple[list[str], LoadReport]:
-    """The archs that the tensors fill exactly, and what they do to the first.
+    """Returns the archs that the tensors fill exactly, and the load report of the first.
 
-    Names that match ``spare`` as a whole need not be there.
+    Names that fully match ``spare`` may be absent.
     """
     family, official = getattr(hat_mm, name_map.family), source.official
     if official is not None and official.family != name_map.family:

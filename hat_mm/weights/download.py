@@ -1,7 +1,7 @@
-"""Checkpoint files from elsewhere: a folder, PyTorch's cache or their address, always verified.
+"""Fetches checkpoint files from a folder, PyTorch's cache or their URL, and verifies them.
 
-The addresses of configs go through :func:`load_from_hat_mm`, which :mod:`hat_mm.registry` registers
-with mmengine.
+mmengine loads the URLs in configs with :func:`load_from_hat_mm`, which :mod:`hat_mm.registry`
+registers.
 """
 
 import http.client
@@ -27,40 +27,41 @@ __all__ = ['DownloadError', 'fetch', 'load_from_hat_mm']
 
 FOLDER_VARIABLE = 'HAT_MM_WEIGHTS'
 
-# OpenMMLab puts the first 8 digits of a file's sha256 at the end of its name, where others put a
+# OpenMMLab ends the names of files with the first 8 digits of their sha256; others end them with a
 # date.
 _HASH_IN_NAME = re.compile(r'-(?!20\d{6}\.)([0-9a-f]{8})\.(pth|pth\.tar|pt|safetensors)$')
 
 
 class DownloadError(OSError):
-    """A file cannot be fetched, or is not the right one; the message names it and the cause."""
+    """A file cannot be fetched, or is the wrong one; the message names it and the cause."""
 
-    filename = ''  # as of any OSError that names its file
+    filename = ''  # set, as for any OSError whose message names its file
 
 
 def fetch(url: str, sha256: str | None = None) -> Path:
     """Finds or downloads a checkpoint file.
 
-    It is looked for, by the name with which the path of ``url`` ends, in the folder that the
-    environment variable ``HAT_MM_WEIGHTS`` names, and in the cache that PyTorch and mmengine use
-    (``checkpoints`` in ``torch.hub.get_dir()``); then it is downloaded to this cache. A wrong file
-    in the folder is an error, one in the cache is downloaded again.
+    The function looks for the file name at the end of ``url`` in the folder that the environment
+    variable ``HAT_MM_WEIGHTS`` names, and in the cache that PyTorch and mmengine use
+    (``checkpoints`` in ``torch.hub.get_dir()``), and otherwise downloads the file to this cache. A
+    wrong file in the folder is an error; one in the cache is downloaded again.
 
-    What is returned has been verified: by the sha256 if it is known, otherwise by reading it as a
-    checkpoint. Several processes may fetch the same file.
+    The returned file has been verified: by its sha256 if that is known, otherwise by reading it as
+    a checkpoint. Several processes may fetch the same file.
 
     Args:
-        url: Address of the file: https, file, or http to this machine.
-        sha256: Checksum of the file in hexadecimal digits. If it is None, that of an official file
-            counts, or the 8 digits that end a name such as ``model_20261121-1a2b3c4d.pth``.
+        url: URL of the file: https, file, or http to this machine.
+        sha256: Checksum of the file in hexadecimal digits, or the first digits of it. None uses
+            that of an official file, or the 8 digits at the end of a name such as
+            ``model_20261121-1a2b3c4d.pth``.
 
     Returns:
-        The verified file; that of a ``file:`` address in its place.
+        The verified file; a ``file:`` URL is not copied.
 
     Raises:
-        DownloadError: It cannot be fetched, or is a wrong one.
-        ValueError: The address is not allowed or ends with no file name.
-        hat_mm.compat.DependencyError: It has to be read, and safetensors is not installed.
+        DownloadError: The file cannot be fetched, or is the wrong one.
+        ValueError: The URL is not allowed, or does not end with a file name.
+        hat_mm.compat.DependencyError: The file has to be read, and safetensors is not installed.
     """
     check_address(url)
     parts = urlsplit(url)
@@ -90,7 +91,7 @@ def fetch(url: str, sha256: str | None = None) -> Path:
     try:
         return _verified(cached, sha256)
     except DownloadError:
-        cached.unlink(missing_ok=True)  # others that use the cache do not verify it
+        cached.unlink(missing_ok=True)  # other users of the cache do not verify it
         raise
 
 
@@ -107,11 +108,11 @@ def _download(url: str, target: Path) -> None:
 
 
 def _verified(path: Path, digest: str | None) -> Path:
-    """Returns the path; raises DownloadError unless the file is a checkpoint, and the right one.
+    """Returns the path; raises DownloadError unless it is a checkpoint, and the right one.
 
     Args:
         path: The file.
-        digest: Its sha256 or the first digits of that; None if it is not known.
+        digest: Its sha256 or the first digits of it; None if it is not known.
     """
     try:
         if digest is None:
@@ -126,14 +127,14 @@ def _verified(path: Path, digest: str | None) -> Path:
 
 
 def load_from_hat_mm(filename: str, map_location: Any = None) -> Any:
-    """Loads a checkpoint for mmengine: an official file by its address, or a safetensors file.
+    """Loads a checkpoint for mmengine: an official file by its URL, or a safetensors file.
 
-    In a distributed run every process has to call it, as with mmengine's own loaders: the first of
+    In a distributed run every process has to call it, as with mmengine's own loaders: the first on
     each machine downloads, then the others find the file in the cache. If the download fails, each
-    process tries, and fails, by itself.
+    process tries itself.
 
     Args:
-        filename: Path, or address that :func:`fetch` allows.
+        filename: Path, or a URL that :func:`fetch` allows.
         map_location: See :func:`hat_mm.weights.fileio.read`.
 
     Returns:

@@ -1,8 +1,8 @@
 """Reads and writes checkpoint files: torch's formats and safetensors, without running code.
 
 In memory a checkpoint is a dictionary as in OpenMMLab: ``state_dict``, ``meta`` (plain data) and
-whatever else a training put there, or under ``unused`` tensors of an official file that the network
-has no use for, kept for the way back.
+whatever else a training put there. A converted file also has ``unused``: tensors of the official
+file that the network does not use, kept for converting back.
 """
 
 import errno
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mmengine.logging  # noqa: F401  with it hat_mm.compat lets the log history of a training pass
+import mmengine.logging  # noqa: F401  so that hat_mm.compat allows the log history of a training
 import torch
 from mmengine.utils import apply_to
 from torch import Tensor
@@ -28,7 +28,7 @@ from .names import UNUSED, UNUSED_PREFIX
 SUFFIXES = ('.pth', '.pth.tar', '.pt', '.safetensors')
 
 _META = 'hat_mm'  # key of the JSON text in the header of a safetensors file
-# How files start that are often found in the place of a checkpoint.
+# First bytes of files that are often mistaken for a checkpoint.
 _MISTAKEN = {
     b'<!doctype html': 'it is a web page',
     b'<html': 'it is a web page',
@@ -41,16 +41,17 @@ def read(path: str | Path, map_location: Any = None) -> Any:
 
     Args:
         path: A file that ``torch.save`` wrote, or one whose name ends with ``.safetensors``.
-        map_location: Where tensors go, as in ``torch.load``; by default the CPU. Of a safetensors
-            file all come from there, and a function is asked once, with an empty storage.
+        map_location: Device of the tensors, as in ``torch.load``; by default the CPU. All tensors
+            of a safetensors file count as saved from the CPU, and a function is called once, with
+            an empty storage.
 
     Returns:
-        What the file holds; for safetensors a dictionary with ``state_dict``, ``meta`` and
-        ``unused``.
+        What the file holds; for safetensors a dictionary with ``state_dict`` and, if not empty,
+        ``meta`` and ``unused``.
 
     Raises:
-        pickle.UnpicklingError: It is damaged, something else, or carries code.
-        OSError: It cannot be read.
+        pickle.UnpicklingError: The file is damaged, is not a checkpoint, or carries code.
+        OSError: The file cannot be read.
         hat_mm.compat.DependencyError: safetensors is not installed.
     """
     path = Path(path)
@@ -70,7 +71,7 @@ def read(path: str | Path, map_location: Any = None) -> Any:
 
 
 def _mistaken(path: Path) -> str | None:
-    """What a file is that is no checkpoint; None if that is not known."""
+    """Says what a file that is not a checkpoint is; None if that is not known."""
     if tarfile.is_tarfile(path):
         return 'it is a tar archive, no checkpoint; unpack it first'
     with open(path, 'rb') as file:
@@ -111,7 +112,7 @@ def sha256(path: str | Path) -> str:
 
 
 def check_target(path: str | Path, force: bool) -> Path:
-    """Raises unless a checkpoint could be written there; for asking before hours of work.
+    """Raises unless a checkpoint could be written there; to be called before hours of work.
 
     Raises:
         ValueError: The suffix is none of :data:`SUFFIXES`.
@@ -134,11 +135,11 @@ def check_target(path: str | Path, force: bool) -> Path:
 
 
 def write(path: str | Path, checkpoint: Mapping[str, Any], force: bool = False) -> None:
-    """Writes a checkpoint whole or not at all: into a file beside it, which then takes its name.
+    """Writes a checkpoint whole or not at all: to a temporary file that is then renamed.
 
     Args:
         path: Ends with one of :data:`SUFFIXES`, which decides the format.
-        checkpoint: ``state_dict``, and as you like ``meta`` and ``unused``.
+        checkpoint: ``state_dict``, and optionally ``meta`` and ``unused``.
         force: Overwrites an existing file.
 
     Raises:
@@ -151,7 +152,7 @@ def write(path: str | Path, checkpoint: Mapping[str, Any], force: bool = False) 
                 _write_safetensors(part, checkpoint)
             else:
                 _write_torch(part, checkpoint)
-        except (OSError, RuntimeError) as error:  # of a full disk, torch raises the latter
+        except (OSError, RuntimeError) as error:  # if the disk is full, torch raises the latter
             code = getattr(error, 'errno', None) or errno.EIO
             raise OSError(code, f'not written ({error})', str(path)) from error
 
@@ -159,14 +160,14 @@ def write(path: str | Path, checkpoint: Mapping[str, Any], force: bool = False) 
 def _write_torch(path: Path, checkpoint: Mapping[str, Any]) -> None:
     state = checkpoint['state_dict']
     checkpoint = apply_to(dict(checkpoint), torch.is_tensor, _owned)
-    if hasattr(state, '_metadata'):  # versions of modules, by which some rename old tensors
+    if hasattr(state, '_metadata'):  # versions of modules, by which some modules rename old tensors
         checkpoint['state_dict']._metadata = state._metadata
     with open(path, 'wb') as file:  # given a path, torch would write its name into the file
         torch.save(checkpoint, file)
 
 
 def _owned(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, with memory of its own if it is a part of a larger storage."""
+    """The tensor on the CPU, copied if it is part of a larger storage."""
     tensor = tensor.detach().cpu()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
@@ -181,8 +182,8 @@ def _write_safetensors(path: Path, checkpoint: Mapping[str, Any]) -> None:
                 f'safetensors holds tensors alone, but {name!r} is {type(value).__name__}: '
                 'choose .pth'
             )
-        # The format knows neither shared memory nor strides.
+        # The format supports neither shared memory nor strides.
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    # A single key: the library writes several in any order, and the bytes would differ.
+    # A single key: the library writes several keys in any order, so the bytes would differ.
     header = {_META: json.dumps(checkpoint.get('meta', {}), ensure_ascii=False)}
     path.write_bytes(library.save(tensors, metadata=header))

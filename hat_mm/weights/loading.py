@@ -1,7 +1,7 @@
-"""Brings what a user loads into a backbone to the backbone's names, with a report.
+"""Maps what a user loads into a backbone to the backbone's names, with a report.
 
-Everything here is a pure function of dictionaries. Backbones call :func:`adapt` while they load, so
-an official file works wherever OpenMMLab loads weights.
+All functions here are pure functions of dictionaries. Backbones call :func:`adapt` while they load,
+so an official file works wherever OpenMMLab loads weights.
 """
 
 import re
@@ -23,13 +23,13 @@ class LoadReport:
 
     Attributes:
         loaded: Names of the backbone's tensors that the checkpoint fills.
-        missing: Names that it does not fill, which keep their values.
+        missing: Names that it does not fill although it should; they keep their values.
         unexpected: Names in the checkpoint that the backbone has no place for.
-        mismatched: Names that both have, with another shape or kind of number.
-        kept: Names that need not be in the checkpoint and are not, which keep their values.
-        dropped: Names in the checkpoint that a backbone has no use for.
-        new: Names of what the backbone adds to the published network, which keep their values.
-        adapted: Names of what was made for colour images and is for images of other channels now.
+        mismatched: Names in both whose shape or kind of number differs.
+        kept: Names that may be absent from the checkpoint and are; they keep their values.
+        dropped: Names in the checkpoint that a backbone does not use.
+        new: Names that the backbone adds to the published network; they keep their values.
+        adapted: Names of weights for colour images that were adapted to other channels.
     """
 
     loaded: tuple[str, ...]
@@ -43,12 +43,12 @@ class LoadReport:
 
     @property
     def faults(self) -> int:
-        """How many tensors were not filled or left over, against expectation."""
+        """Number of missing, unexpected and mismatched tensors."""
         return len(self.missing + self.unexpected + self.mismatched)
 
     @property
     def complete(self) -> bool:
-        """Whether every tensor was filled and none was left over."""
+        """Whether there are no faults."""
         return self.faults == 0
 
     def __str__(self) -> str:
@@ -73,9 +73,9 @@ class LoadReport:
 def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """Finds the tensors of a training checkpoint.
 
-    Takes ``state_dict`` (or ``model``) out of a dictionary that also holds the optimizer and so on,
-    and removes the ``module.`` that a parallel wrapper put before every name, and what a converted
-    safetensors file keeps for the way back alone.
+    Takes ``state_dict`` (or ``model``) out of a dictionary that also holds the optimizer and so on.
+    Removes the prefix ``module.`` of a parallel wrapper from every name, and the unused tensors
+    that a converted safetensors file keeps.
     """
     for name in checkpoint:
         if not isinstance(name, str):
@@ -100,13 +100,13 @@ def compare(
 ) -> LoadReport:
     """Compares a state dict in native names with a backbone's own.
 
-    Counters of batches count as nothing.
+    The counters ``num_batches_tracked`` are ignored.
 
     Args:
         own: The backbone's ``state_dict()``.
         state: What is to be loaded.
-        spare: Pattern of names (matched whole) that need not be in both.
-        added: Pattern of those that are new where they are not loaded.
+        spare: Pattern of names (full match) that need not be in both.
+        added: Pattern of those that count as new if they are not loaded.
     """
     own = {name: value for name, value in own.items() if not name.endswith(_COUNTER)}
     both = [name for name in own if name in state]
@@ -135,16 +135,16 @@ def compare(
 
 
 def is_backbone_alone(names: Collection[str]) -> bool:
-    """Tells whether names are a backbone's without a prefix, official or native, of any family."""
+    """Tells whether names are those of a backbone alone, official or native, of any family."""
     return any(m.matches(names) or m.matches_native(names) for m in _ALL_NAMES)
 
 
 def fit_channels(weight: Tensor, channels: int) -> Tensor:
-    """Brings the weight of a convolution that sees colour images to another number of channels.
+    """Adapts the weight of a convolution for colour images to another number of channels.
 
-    As timm does it: one channel gets the sum over the colours, more get the colours in turn, scaled
-    by 3 / ``channels``. So the response to a grey image keeps its size, but for the rounding of
-    ``channels`` to whole triples.
+    As in timm: a single channel gets the sum over the colours; several channels get the colours in
+    turn, scaled by 3 / ``channels``. So the response to a grey image stays the same, exactly if
+    ``channels`` is 1 or a multiple of 3.
 
     Args:
         weight: (out, 3, kernel height, kernel width).
@@ -164,27 +164,27 @@ def adapt(
     *,
     strict: bool = True,
 ) -> tuple[dict[str, Any], LoadReport]:
-    """Brings what a user loads into a backbone to the backbone's names.
+    """Maps what a user loads into a backbone to the backbone's names.
 
-    A first convolution for colour images is brought to the backbone's channels.
+    A first convolution for colour images is adapted to the backbone's channels.
 
     Args:
-        state: Names relative to the backbone and their tensors; a training checkpoint with the
-            state dict inside; names of an official file or native ones.
+        state: Tensors by official or native name, relative to the backbone, or a training
+            checkpoint that holds such a state dict.
         own: The backbone's ``state_dict()``.
         name_map: Official names of the backbone's family.
         arch: The backbone's arch, for messages.
-        unused: Pattern of native names (matched whole) that need not be in both: norms of outputs,
-            which each task trains for itself, and stages that this backbone does not build.
-        strict: Whether names of an unknown network, or none at all, are an error.
+        unused: Pattern of native names (full match) that need not be in both: output norms, which
+            each task trains for itself, and stages that this backbone does not build.
+        strict: Whether names of an unknown network, or no names at all, are an error.
 
     Returns:
-        The state dict in native names, with the own values of tensors that need not be in the file,
-        and the report. Of a file in native names the report need not be complete.
+        The state dict in native names, with the backbone's own values for tensors that may be
+        absent from the file, and the report. For a native file the report need not be complete.
 
     Raises:
-        ValueError: The state dict is of another network or no checkpoint at all, or an official
-            file that does not fill the backbone exactly.
+        ValueError: The state dict belongs to another network, is not a checkpoint, or is an
+            official file that does not fill the backbone exactly.
     """
     state = {rename_old(name): value for name, value in unwrap(state).items()}
     is_official, depths = name_map.matches(state), name_map.depths(state)
@@ -196,7 +196,7 @@ def adapt(
     else:
         _refuse_foreign(state, own, name_map, strict=strict)
     state, adapted = _with_channels(state, own, name_map.first_conv)
-    # A native file with all but what was added starts a network with it, as an official one does.
+    # A native file that lacks only what was added counts as one of the published network.
     spare = rf'{unused}|{name_map.added}'
     if not is_official and (_matching(name_map.added, state) or compare(own, state, spare).missing):
         spare = unused
@@ -215,7 +215,7 @@ def adapt(
 def _with_channels(
     state: Mapping[str, Any], own: Mapping[str, Tensor], name: str
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Fits the first convolution, ``name``, to the backbone's; returns what it changed, too."""
+    """Adapts the first convolution, ``name``, to the backbone's; also returns what it changed."""
     weight: Any = state.get(name)
     mine: Any = own.get(name)
     if (
@@ -240,13 +240,13 @@ def _remedy(report: LoadReport) -> str:
 def _refuse_foreign(
     state: Collection[str], own: Collection[str], name_map: NameMap, *, strict: bool
 ) -> None:
-    """Raises ValueError unless names that are no official ones are a backbone's, or some of it."""
+    """Raises ValueError unless names that are not official are the backbone's, at least in part."""
     if not state and strict:
         raise ValueError(f'no tensors to load into a {name_map.family}: the checkpoint is empty')
     strange = [name for name in state if name not in own]
     others = (m for m in _ALL_NAMES if m.family != name_map.family)
     other = next((m.family for m in others if m.matches(strange) or m.matches_native(strange)), '')
-    # Other networks have some names in common with ours, norms of outputs for example.
+    # Other networks share some names with ours, such as those of output norms.
     num_known = len(state) - len(strange)
     native = num_known > len(strange) or (num_known and name_map.matches_native(state))
     if not other and (native or not strict):

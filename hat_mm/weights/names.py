@@ -1,6 +1,6 @@
-"""Names of tensors in official checkpoints, and ours for them.
+"""Names of tensors in official checkpoints, and the native ones, that is hat_mm's own.
 
-Everything here is a pure function of names and tensors.
+All functions here are pure functions of names and tensors.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Where a converted file keeps what the network has no use for; no module's name has a colon.
+# Where a converted file keeps what the network does not use; no module's name has a colon.
 UNUSED = 'unused'
 UNUSED_PREFIX = f'{UNUSED}:'
 
@@ -19,19 +19,19 @@ Rule = tuple[str, str | Callable[[re.Match], str]]
 
 
 def _identical(one: Any, other: Any) -> bool:
-    """Whether two tensors are the same, types included."""
+    """Whether two tensors are equal, dtypes included."""
     return (
         is_dense(one) and is_dense(other) and one.dtype == other.dtype and torch.equal(one, other)
     )
 
 
 def is_dense(value: Any) -> bool:
-    """Tells whether a value is a tensor whose memory holds its elements alone."""
+    """Tells whether a value is a strided tensor that is not quantized."""
     return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
 
 
 def rename_old(name: str) -> str:
-    """The name that a tensor of a backbone has today, of one that hat_mm 0.1 saved."""
+    """Today's name of a backbone's tensor, from the one that hat_mm 0.1 saved."""
     return re.sub(r'^(stages\.\d\.blocks\.\d+\.(?:window|carrier))\.', r'\1_attn.', name)
 
 
@@ -51,24 +51,25 @@ class NameMap:
 
     Attributes:
         family: Name of the family's class.
-        marker: Pattern that some name of every official file matches from its start, and no name
-            of another family does.
-        native_marker: The same for the names of a backbone of this family.
-        first_conv: Native name of the weight of the convolution that sees the image.
-        head: What stands before ``weight`` and ``bias`` of the classifier's linear layer.
-        tables: Pattern of the names (matched whole) of tensors that are not learned: their values,
-            and shapes, follow from a resolution.
-        unused: Pattern of the names (matched whole) of learned tensors that a backbone has no use
-            for, the classifier apart.
-        twins: Substitutions (pattern, replacement) from a name to the second one that the same
-            tensor has. If the values differ the first counts.
-        rules: Substitutions (pattern, replacement) that, applied in order, make a native name.
-        back: Those that make an official name of a native one.
+        marker: Pattern that matches the start of some name in every official file of this family,
+            and of no name in another family's.
+        native_marker: The same for the native names of a backbone of this family.
+        first_conv: Native name of the weight of the convolution that takes the image.
+        head: Prefix of ``weight`` and ``bias`` of the classifier's linear layer.
+        tables: Pattern of the names (full match) of tensors that are not learned: their values and
+            shapes follow from a resolution.
+        unused: Pattern of the names (full match) of learned tensors that a backbone does not use,
+            apart from the classifier.
+        twins: Substitutions (pattern, replacement) from a tensor's name to its second name. If the
+            values differ, the first name counts.
+        rules: Substitutions (pattern, replacement) that, applied in order, turn an official name
+            into the native one.
+        back: Substitutions that turn a native name into the official one.
         block: Pattern of a block's names with the groups stage and block, for messages.
         last_norm: Whether the files hold the norm of the last map.
-        added: Pattern of native names (matched whole) that no official file has: what a network
-            adds to the published one.
-        to_value: Brings the value of an official name to the native layout.
+        added: Pattern of native names (full match) that no official file has: what a network adds
+            to the published one.
+        to_value: Converts the value of an official name to the native layout.
         from_value: The inverse, called with the official name and the native value.
     """
 
@@ -98,11 +99,11 @@ class NameMap:
 
     @property
     def dropped(self) -> str:
-        """Pattern of the names (matched whole) that a backbone has no use for."""
+        """Pattern of the names (full match) that a backbone does not use."""
         return rf'{re.escape(self.head)}.*|{self.tables}|{self.unused}'
 
     def to_native(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Renames the tensors of an official state dict and drops those of no use."""
+        """Renames the tensors of an official state dict and drops those that are not used."""
         native: dict[str, Any] = {}
         for name, value in state.items():
             if re.fullmatch(self.dropped, name):
@@ -113,7 +114,7 @@ class NameMap:
     def left_over(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """The learned tensors of an official state dict that :meth:`to_native` drops.
 
-        A second name is left out where its tensor equals that of the first.
+        A second name is left out if its tensor equals that of the first.
         """
         left = {
             name: value
@@ -130,8 +131,8 @@ class NameMap:
         """Renames a backbone's tensors to the official names, second names included.
 
         Returns:
-            The official state dict, and the native names that the published network does not have:
-            norms of maps that it does not normalise, and what was added to it.
+            The official state dict, and the native names that the published network lacks: norms of
+            maps that it does not normalise, and what was added to it.
         """
         official, unknown = {}, []
         for name, value in native.items():
@@ -149,7 +150,7 @@ class NameMap:
         return official, tuple(unknown)
 
     def depths(self, names: Iterable[str]) -> tuple[int, ...]:
-        """Reads the number of blocks of each stage off the names."""
+        """Reads the number of blocks of each stage from the names."""
         depths: dict[int, int] = {}
         for name in names:
             if found := re.match(self.block, name):
@@ -166,7 +167,7 @@ FASTERVIT_NAMES = NameMap(
     native_marker=r'stages\.\d\.blocks\.\d+\.window(_attn)?\.|stem\.norm1\.',
     first_conv='stem.conv1.weight',
     head='head.',
-    # Computed here, for the grid of each input.
+    # hat_mm computes them for the grid size of each input.
     tables=r'.*\.(relative_coords_table|relative_position_index|relative_bias)',
     # The second name of the carrier convolution.
     unused=r'levels\.\d\.global_tokenizer\.pos_embed\..*',
@@ -177,7 +178,7 @@ FASTERVIT_NAMES = NameMap(
         (r'^patch_embed\.conv_down\.3\.', 'stem.conv2.'),
         (r'^patch_embed\.conv_down\.4\.', 'stem.norm2.'),
         (r'^norm\.', 'norm3.'),
-        # Official stages end with their down-sampler, ours start with it.
+        # Official stages end with their downsampler, ours start with it.
         (r'^levels\.(\d)\.downsample\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.'),
         (r'\.downsample\.reduction\.0\.', '.downsample.conv.'),
         (r'^levels\.', 'stages.'),
@@ -263,10 +264,11 @@ _MERGING = r'layers\.\d\.downsample\.(norm|reduction)\.'
 
 
 def _swin_merging(order: str) -> Callable[[str, Any], Any]:
-    """Reorders the inputs of a down-sampler, four pixels of C channels each.
+    """Reorders the inputs of a downsampler, four pixels of C channels each.
 
-    Official files have the pixels outside, down the columns first; ``nn.Unfold``,
-    ``pixel_unshuffle`` and the toolboxes have the channels outside, then the pixels along the rows.
+    In official files the pixels are the outer axis, ordered down the columns first; in
+    ``nn.Unfold``, ``pixel_unshuffle`` and the toolboxes the channels are the outer axis, and the
+    pixels are ordered along the rows.
     """
 
     def reorder(name: str, value: Any) -> Any:
@@ -278,7 +280,7 @@ def _swin_merging(order: str) -> Callable[[str, Any], Any]:
     return reorder
 
 
-# Official files are Swin's. The rules take the names of mmpretrain and mmdet too.
+# The official files are Swin's. The rules also accept the names of mmpretrain and mmdet.
 SWIN_NAMES = NameMap(
     family='SwinHAT',
     marker=r'patch_embed\.proj(ection)?\.',
@@ -315,5 +317,5 @@ SWIN_NAMES = NameMap(
 )
 
 
-# Of the networks whose official files can be converted to files of the same network and back.
+# The families whose official files can be converted to native ones and back.
 NAME_MAPS = (FASTERVIT_NAMES, HAT_NET_NAMES)

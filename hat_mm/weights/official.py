@@ -9,19 +9,19 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True)
 class OfficialFile:
-    """A file that a network's authors publish, and how its network wants to see images.
+    """A file that a network's authors publish, and the images that its network expects.
 
     Attributes:
         backbone: Name of the backbone in configs, such as ``'fastervit-0'``.
         arch: ``arch`` of the class that the file fits.
         url: Where the authors publish it; ends with the file's name.
-        licence: What binds it.
+        licence: Its licence.
         input_size: Side of the images in pixels.
-        crop: Share of the resized image's side that is cropped for a test; None if it is not
+        crop: Fraction of the resized image's side that is cropped for a test; None if it is not
             published.
-        squash: Whether images become square without regard to their proportions.
-        trained_on: Data sets, in this order.
-        sha256: Checksum of the file, None where it is not known.
+        squash: Whether images are resized to a square, whatever their proportions.
+        trained_on: Datasets, in order of training.
+        sha256: Checksum of the file; None if it is not known.
         mean: Mean of each channel, RGB, 0 to 255.
         std: Standard deviation of each channel.
     """
@@ -83,11 +83,11 @@ OFFICIAL_FILES = (
     _fastervit_21k(768, window=48, crop=0.93),
     *(_hat_net(arch) for arch in ('tiny', 'small', 'medium', 'large')),
 )
-# What stands before the names of all of them.
+# Prefixes of the URLs of all of them.
 OFFICIAL_PREFIXES = (_FASTERVIT_URL, _HAT_NET_URL)
 
 
 def official_file(name_or_url: str) -> OfficialFile | None:
-    """Finds an official file by its name, or its address, of which a query is no part."""
+    """Finds an official file by its name or URL; a query is ignored."""
     wanted = re.split('[?#]', name_or_url)[0]
     return next((file for file in OFFICIAL_FILES if wanted in (file.name, file.url)), None)

@@ -1,4 +1,4 @@
-"""Metafiles in OpenMMLab's format: reads and writes them, adds a training run to one."""
+"""Metafiles in OpenMMLab's format: reading, writing, adding a training run."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,15 +12,15 @@ from hat_mm.weights.addresses import check_address
 from .publish import check_published
 from .runs import Run
 
-AUTHORS = ' (authors)'  # ends the name of a metric that the networks' authors report
+AUTHORS = ' (authors)'  # suffix of the names of metrics that the networks' authors report
 
 _CONFIGS = Path(__file__).parents[1] / '.mim' / 'configs'
-# Fields of Metadata that are of one training and go when another one replaces it.
+# Fields of Metadata that belong to one training and are removed when another replaces it.
 _OF_A_RUN = (
     'Checkpoint Epoch', 'Checkpoint Iteration', 'Training Memory (GB)', 'Training Resources',
     'Date', 'Software', 'Seed', 'SHA256',
 )  # fmt: skip
-# What decides the result of a training, and what in it does not.
+# Settings that affect the result of a training, and settings within them that do not.
 _DECISIVE = (
     'model', 'data_preprocessor', 'load_from', 'optim_wrapper', 'param_scheduler', 'train_cfg',
     'auto_scale_lr', 'train_dataloader', 'val_dataloader', 'custom_hooks',
@@ -34,10 +34,10 @@ def load(path: str | Path) -> dict[str, Any]:
     """Reads a metafile.
 
     Raises:
-        ValueError: It is no YAML, or holds no ``Models`` with names.
+        ValueError: It is not YAML, or holds no ``Models`` with names.
         OSError: It cannot be read.
     """
-    # The parser in C takes a tenth of the time.
+    # The C parser takes a tenth of the time.
     loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
     try:
         data = yaml.load(Path(path).read_text(encoding='utf-8'), Loader=loader)
@@ -54,11 +54,11 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def text(data: dict[str, Any], header: str = '') -> str:
-    """What a metafile holds, in the order of the dictionaries.
+    """The text of a metafile, in the order of the dictionaries.
 
     Args:
         data: ``Collections`` and ``Models``.
-        header: Comment in front, without the number sign.
+        header: Comment for the first line, without the number sign.
     """
     body = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
     return (f'# {header}\n' if header else '') + body
@@ -75,27 +75,27 @@ def add_entry(
     collection: str | None = None,
     force: bool = False,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Adds a run and its weights to a metafile, as a new model or to the one of that name.
+    """Adds a run and its weights to a metafile, as a new model or to the model of that name.
 
-    What the model of that name has beside them stays, so do the metrics of the networks' authors
-    (:data:`AUTHORS`) and a comment in the first line of the file.
+    Other fields of that model stay, and so do metrics of the networks' authors (:data:`AUTHORS`)
+    and a comment in the first line of the file.
 
     Args:
-        metafile: Is created if it does not exist.
-        run: What the run has recorded.
+        metafile: The metafile, which is created if it does not exist.
+        run: What the run recorded.
         weights: The published file.
-        url: Where it will be, without its name: https, file, or http of this machine.
-        name: Name of the model; None is that of the config.
-        config: The config, ``configs/…``; None looks for it by its name.
-        collection: Collection of the metafile; None is the only one there, or the model's.
+        url: URL of its folder: https, file, or http to this machine.
+        name: Name of the model; None for that of the config.
+        config: The config, ``configs/…``; None searches for it by the name of the run's config.
+        collection: Collection of the metafile; None for the model's, or the only one there.
         force: Replaces the weights of a model that has some.
 
     Returns:
-        The entry and what a person should know.
+        The entry, and notes for the user.
 
     Raises:
-        ValueError: The weights are not a published file, the address, collection or config is
-            unknown, or the model has weights.
+        ValueError: The weights are not a published file, the URL is not allowed, the collection or
+            config is unknown, or the model has weights.
         OSError: A file cannot be read or written.
     """
     metafile, weights = Path(metafile), Path(weights)
@@ -143,7 +143,7 @@ def _collection(data: dict[str, Any], name: str | None, metafile: Path) -> str:
 
 
 def _config(config: str | None, stem: str, metafile: Path) -> Path:
-    """The file of a config, which lies below a folder ``configs``."""
+    """The file of a config, which must be below a folder ``configs``."""
     if config is None:
         found = [metafile.absolute().with_name(f'{stem}.py'), *_CONFIGS.rglob(f'{stem}.py')]
     else:
@@ -155,7 +155,7 @@ def _config(config: str | None, stem: str, metafile: Path) -> Path:
 
 
 def _merged(old: Any, new: list[dict[str, Any]], replaced: bool) -> list[dict[str, Any]]:
-    """Results with new metrics; of replaced weights only the authors' metrics are left."""
+    """Adds new metrics to results; if weights are replaced, keeps only the authors' metrics."""
     results = [old] if isinstance(old, dict) else old or []
     if replaced:
         for result in results:
@@ -173,7 +173,7 @@ def _merged(old: Any, new: list[dict[str, Any]], replaced: bool) -> list[dict[st
 
 
 def _differences(settings: Mapping[str, Any], path: Path) -> Iterator[str]:
-    """Says where a run differs from the config that the entry names."""
+    """Yields notes on where a run differs from the config that the entry names."""
     config = Config.fromfile(path, import_custom_modules=False)
     ours = dict(_flat({key: settings.get(key) for key in _DECISIVE}))
     theirs = dict(_flat({key: config.get(key) for key in _DECISIVE}))

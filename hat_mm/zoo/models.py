@@ -1,7 +1,7 @@
-"""Models by name: what ``model-index.yml`` lists, and indexes that users add.
+"""Models by name: those that ``model-index.yml`` lists, and those of indexes that users add.
 
-An index is as trustworthy as a program: the configs that it names are Python. Nothing is read
-before it is asked for, and nothing is downloaded unless ``pretrained`` says so.
+Trust an index only as you would a program: the configs that it names are Python. Nothing is read
+before it is needed, and nothing is downloaded unless ``pretrained`` asks for it.
 """
 
 import copy
@@ -57,7 +57,7 @@ def _read_index(path: Path, prefix: Path) -> dict[str, Model]:
     """Reads an index and the metafiles that it imports.
 
     Raises:
-        ValueError: The file is no index, or an entry of it is wrong.
+        ValueError: The file is not an index, or one of its entries is wrong.
         OSError: A file cannot be read.
     """
     try:
@@ -66,7 +66,7 @@ def _read_index(path: Path, prefix: Path) -> dict[str, Model]:
         models = list(index.models)
     except OSError:
         raise
-    except Exception as error:  # the package takes the fields for what they should be
+    except Exception as error:  # the package does not check the types of fields
         raise ValueError(f'{path} is no model index: {error}') from error
     if wrong:
         raise ValueError(f'{path}: {"; ".join(wrong)}')
@@ -90,10 +90,11 @@ def register_model_index(
 
     Args:
         path: A model index, whose ``Import`` lists metafiles, or a metafile.
-        config_prefix: Folder that the configs in it are relative to; None is the index's own.
+        config_prefix: Folder that the configs in it are relative to; None for the index's own.
 
     Raises:
-        ValueError: The file is no index, an entry is wrong or has no config, or a name is taken.
+        ValueError: The file is not an index, an entry is wrong or has no config, or a name is
+            taken.
         OSError: A file cannot be read.
     """
     path = Path(path).absolute()
@@ -114,17 +115,17 @@ def register_model_index(
 
 
 def add_to_mmpretrain(module: ModuleType) -> bool:
-    """Makes our models known to mmpretrain's ``list_models`` and ``get_model``.
+    """Adds our models to mmpretrain's ``list_models`` and ``get_model``.
 
     Args:
         module: ``mmpretrain.apis.model``.
 
     Returns:
-        Whether it does know them; if not, a line in the log says why.
+        Whether that worked; if not, a line in the log says why.
     """
     try:
         module.ModelHub.register_model_index(INDEX, config_prefix=INDEX.parent)
-    except Exception as error:  # it must not keep mmpretrain from being imported
+    except Exception as error:  # must not prevent the import of mmpretrain
         logger.warning('mmpretrain does not know the models of hat_mm: %s', error)
         return False
     return True
@@ -138,14 +139,14 @@ def list_models(
     exclude_patterns: Sequence[str] | None = None,
     task: str | None = None,
 ) -> list[str]:
-    """Lists the names of models, as mmpretrain's function of this name does.
+    """Lists the names of models, like mmpretrain's function of the same name.
 
     Args:
-        pattern: What names begin with; ``*``, ``?`` and ``[...]`` are wildcards.
-        exclude_patterns: The same for names to leave out.
+        pattern: Start of the names; ``*``, ``?`` and ``[...]`` are wildcards.
+        exclude_patterns: Patterns of names to leave out.
         task: Only models for this task, such as ``'Object Detection'``,
             ``'Instance Segmentation'``, ``'Semantic Segmentation'`` and ``'Image Classification'``;
-            ``'null'``: only those that do not say what they are for.
+            ``'null'`` for models without a task.
 
     Returns:
         Names in lower case, sorted.
@@ -185,7 +186,7 @@ def _find(name: str) -> Model:
 # --- models ---------------------------------------------------------------------------------------
 
 
-@torch.inference_mode(False)  # whose tensors could neither be trained nor loaded into
+@torch.inference_mode(False)  # its tensors could not be trained or loaded into
 def get_model(
     name: str,
     pretrained: bool | str | os.PathLike = False,
@@ -196,8 +197,8 @@ def get_model(
 
     Args:
         name: One of :func:`list_models`.
-        pretrained: True loads the weights of the model, which may be downloaded; an address or a
-            path loads other ones. With False the weights are random, and nothing is downloaded.
+        pretrained: True loads the weights of the model, which may be downloaded; a URL or a path
+            loads others. With False the weights are random, and nothing is downloaded.
         device: Where to move the model, such as ``'cuda'``.
         **overrides: Settings merged into the config's ``model``, such as
             ``backbone=dict(window_size=14)``. A dict that replaces another, such as one for
@@ -205,14 +206,14 @@ def get_model(
 
     Returns:
         The model of mmdet, mmseg or mmpretrain. It has ``_config``, ``_metainfo`` (the entry of the
-        index) and ``_dataset_meta``, which mmpretrain's inferencers look for, and ``cfg`` and
-        ``dataset_meta``, which mmdet's and mmseg's functions for inference do. (These need
-        ``mmengine.registry.init_default_scope(model.cfg.default_scope)`` before.)
+        index) and ``_dataset_meta`` for mmpretrain's inferencers, and ``cfg`` and ``dataset_meta``
+        for the inference functions of mmdet and mmseg. (Call
+        ``mmengine.registry.init_default_scope(model.cfg.default_scope)`` before those.)
 
     Raises:
         ValueError: There is no such model, it has no weights, or the weights do not fill it. Parts
             that are overridden, such as ``head``, need not be filled; the log says what was not.
-        TypeError: An override is no setting of the model.
+        TypeError: An override is not a setting of the model.
         hat_mm.compat.DependencyError: The toolbox of the model is not installed.
         hat_mm.weights.download.DownloadError: The weights cannot be fetched.
     """
@@ -250,7 +251,7 @@ def get_model(
 
 
 def _weights(info: Model, pretrained: Any) -> str:
-    """The local file of weights, verified if it is downloaded."""
+    """The local file of the weights, downloaded and verified if a URL is given."""
     where: str = info.weights if pretrained is True else os.fspath(pretrained)
     if '://' not in where:
         return where
@@ -259,7 +260,7 @@ def _weights(info: Model, pretrained: Any) -> str:
 
 
 def _drop_weights(settings: Any, overrides: Mapping[str, Any]) -> None:
-    """Takes out what would load weights while a model is initialized, unless it is overridden."""
+    """Removes settings that would load weights during initialization, unless overridden."""
     for key, value in settings.items():
         chosen = overrides.get(key)
         if key == 'pretrained' and chosen is None:
@@ -282,10 +283,10 @@ def _dataset_meta(config: Config, datasets: Any) -> dict[str, Any]:
 
 
 def _initialize(model: Any) -> None:
-    """Initializes what constructors leave as it was in memory, as mmdet's DINO does."""
+    """Initializes parameters that constructors leave uninitialized, as mmdet's DINO does."""
     log = MMLogger.get_current_instance()
     level = log.level
-    log.setLevel(logging.WARNING)  # mmengine names each parameter otherwise
+    log.setLevel(logging.WARNING)  # otherwise mmengine logs each parameter
     try:
         model.init_weights()
     finally:
@@ -295,11 +296,12 @@ def _initialize(model: Any) -> None:
 def _load(
     model: torch.nn.Module, file: str, name: str, overridden: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Loads weights and returns what the checkpoint says of its data.
+    """Loads weights and returns the dataset metadata of the checkpoint.
 
     Only parts of the model that are overridden may stay as they were initialized.
     """
-    # Torch counts how often a tensor was written to; it sets the counters of batch norms itself.
+    # Torch's version counters tell which tensors were written to. Counters of batch norms are left
+    # out, because torch sets them itself.
     tensors = model.state_dict(keep_vars=True)
     tensors = {k: v for k, v in tensors.items() if not k.endswith('num_batches_tracked')}
     versions = {key: tensor._version for key, tensor in tensors.items()}

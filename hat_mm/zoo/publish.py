@@ -1,4 +1,4 @@
-"""Makes a file for the model zoo of a training checkpoint: its weights and plain metadata."""
+"""Turns a training checkpoint into a file for the model zoo: its weights and plain metadata."""
 
 import os
 import re
@@ -25,10 +25,10 @@ class Published:
     """A published file.
 
     Attributes:
-        path: Where it is; the name ends with a hyphen and the first eight digits of ``sha256``.
+        path: The file; its name ends with a hyphen and the first eight digits of ``sha256``.
         sha256: Its checksum.
         tensors: Number of tensors.
-        dropped: What the checkpoint held beside the weights and was left out.
+        dropped: What else the checkpoint held and was left out.
         weights: Which weights they are, in words.
     """
 
@@ -44,25 +44,27 @@ def publish(
 ) -> Published:
     """Publishes a training checkpoint: its weights and plain metadata, nothing else.
 
-    With the same versions of hat_mm and torch the same checkpoint gives the same bytes, so that
+    With the same versions of hat_mm and torch, the same checkpoint gives the same bytes, so
     publishing it again changes nothing.
 
     Args:
-        source: Checkpoint of mmengine, or a file of ours; it is not changed.
-        target: The file's name without the hash, as ``model.pth``: ``model-1a2b3c4d.pth`` is
-            written. Its suffix, one of :data:`hat_mm.weights.fileio.SUFFIXES`, is the format.
-        averaged: Takes the averaged weights of a training with mmengine's ``EMAHook``, which are
-            those that validation has measured. Off takes the others.
+        source: Checkpoint of mmengine, or a file of hat_mm; it is not changed.
+        target: Name of the file without the hash, such as ``model.pth``, for which
+            ``model-1a2b3c4d.pth`` is written. Its suffix, one of
+            :data:`hat_mm.weights.fileio.SUFFIXES`, decides the format.
+        averaged: After a training with mmengine's ``EMAHook``, True publishes the averaged weights,
+            which validation has measured, and False the others.
         force: Overwrites another file of the resulting name.
 
     Raises:
         pickle.UnpicklingError: ``source`` is damaged or carries code.
-        ValueError: It holds no weights, or ``target`` has another suffix.
-        FileExistsError: The resulting name belongs to another file.
+        ValueError: ``source`` holds no weights or no averaged ones to choose from, or ``target``
+            has another suffix.
+        FileExistsError: Another file has the resulting name.
         OSError: A file or folder is missing.
     """
     source, target = Path(source), Path(target)
-    fileio.check_target(target, force=True)  # the file itself has another name
+    fileio.check_target(target, force=True)  # the written file gets another name
     suffix = next(s for s in fileio.SUFFIXES if target.name.endswith(s))
     stem = target.name.removesuffix(suffix)
     checkpoint = fileio.read(source)
@@ -89,10 +91,10 @@ def publish(
 
 
 def check_published(weights: Path) -> str:
-    """The checksum of a published file, which its name has to bear.
+    """Returns the sha256 of a published file, after checking it against the file's name.
 
     Raises:
-        ValueError: It is no such file.
+        ValueError: The name does not end with the first digits of the sha256.
         OSError: It cannot be read.
     """
     stem = weights.name
@@ -108,7 +110,7 @@ def check_published(weights: Path) -> str:
 
 
 def _weights(checkpoint: Any, path: Path, averaged: bool) -> tuple[dict[str, Tensor], str]:
-    """The weights to publish, and which ones they are."""
+    """The weights to publish, and a description of which they are."""
     state = checkpoint.get('state_dict') if isinstance(checkpoint, Mapping) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(
@@ -122,15 +124,16 @@ def _weights(checkpoint: Any, path: Path, averaged: bool) -> tuple[dict[str, Ten
         before = (checkpoint.get('meta') or {}).get('published') or {}
         return state, before.get('weights', 'as trained (no EMA)')
     if averaged:
-        # EMAHook has put the average into state_dict when it saved, and the rest there.
+        # When saving, EMAHook puts the average into state_dict, the other weights into
+        # ema_state_dict.
         return state, 'the average (EMA)'
-    # The average counts its steps beside the weights of its `module`.
+    # Beside the weights of its `module`, the average holds a step counter.
     last = {k.removeprefix('module.'): v for k, v in other.items() if k.startswith('module.')}
     return {**state, **last}, NOT_VALIDATED
 
 
 def _plain_meta(meta: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Metadata that any program may unpickle; and the names of what has no such form."""
+    """Metadata in plain types that any program can unpickle, and the names of what was dropped."""
     kept, dropped = {}, []
     for key, value in meta.items():
         try:
@@ -138,14 +141,14 @@ def _plain_meta(meta: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         except TypeError:
             dropped.append(f'meta.{key}')
     if 'mmengine_version' in kept:
-        # mmengine appends the commit of whatever repository the training was started in.
+        # mmengine appends the commit of the repository in which the training was started.
         version = re.sub(r'([0-9a-f]{40}|unknown|None)$', '', kept['mmengine_version'])
         kept['mmengine_version'] = version
     return kept, dropped
 
 
 def _plain(value: Any) -> Any:
-    """The same in Python's own types; arrays and tensors become nested lists."""
+    """The value in Python's own types; arrays and tensors become nested lists."""
     if isinstance(value, np.generic | np.ndarray | Tensor):
         return value.tolist()
     if isinstance(value, Mapping):

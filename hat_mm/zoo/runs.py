@@ -1,4 +1,4 @@
-"""Reads what the files of a training run have recorded, for its entry in a metafile."""
+"""Reads what the files of a training run recorded, for its entry in a metafile."""
 
 import json
 import math
@@ -19,14 +19,14 @@ __all__ = ['Run', 'read_run']
 
 @dataclass(frozen=True)
 class Run:
-    """What the files of a training run say of a checkpoint that it wrote.
+    """What the files of a training run say about one of its checkpoints.
 
     Attributes:
         stem: Name of the run's config without ``.py``.
-        settings: The config with the options of the command line.
-        metadata: ``Metadata`` of the entry: what is recorded, and nothing else.
+        settings: The config with the command line's options applied.
+        metadata: ``Metadata`` of the entry: only what is recorded.
         results: ``Results`` of the entry, measured with the checkpoint's weights.
-        notes: What a person should know.
+        notes: Notes for the user.
     """
 
     stem: str
@@ -36,7 +36,7 @@ class Run:
     notes: tuple[str, ...]
 
 
-# Last part of a metric's name -> task, name, factor to the unit and decimals of metafiles.
+# Last part of a metric's name -> task, name, factor to the metafiles' unit, decimals there.
 _METRICS = {
     'bbox_mAP': ('Object Detection', 'box AP', 100, 1),
     'segm_mAP': ('Instance Segmentation', 'mask AP', 100, 1),
@@ -44,7 +44,7 @@ _METRICS = {
     'top1': ('Image Classification', 'Top 1 Accuracy', 1, 2),
     'top5': ('Image Classification', 'Top 5 Accuracy', 1, 2),
 }
-# Type of a data set whose classes are not replaced -> name in metafiles.
+# Type of a dataset with its standard classes -> name in metafiles.
 _DATA_SETS = {
     'ADE20KDataset': 'ADE20K',
     'CityscapesDataset': 'Cityscapes',
@@ -65,19 +65,19 @@ def read_run(
     dataset: str | None = None,
     unfinished: bool = False,
 ) -> Run:
-    """Reads what a training run has recorded of a published checkpoint.
+    """Reads what a training run recorded about a published checkpoint.
 
     Args:
         work_dir: Folder of the run, with ``<timestamp>/vis_data/``.
         weights: The file that :func:`publish` made of one of its checkpoints.
-        dataset: Name of the data set, where its type does not tell it.
-        unfinished: Accepts a run that has not reached the end of its schedule; the epochs are then
-            those of the checkpoint.
+        dataset: Name of the dataset, if its type does not determine it.
+        unfinished: Accepts a run that has not reached the end of its schedule; the number of epochs
+            is then that of the checkpoint.
 
     Raises:
         pickle.UnpicklingError: ``weights`` is damaged or carries code.
-        ValueError: ``weights`` is not a published file or is of another run; the run is not
-            finished, was not validated when the checkpoint was written, or says too little.
+        ValueError: ``weights`` is not a published file, or belongs to another run; the run is not
+            finished, was not validated after the checkpoint was written, or records too little.
         OSError: A file or folder is missing.
     """
     work_dir, weights = Path(work_dir), Path(weights)
@@ -87,7 +87,7 @@ def read_run(
         raise ValueError(
             f'{weights} holds weights that no validation has measured: {NOT_VALIDATED}'
         )
-    # mmengine's name of an experiment: that of the config and the time of the start.
+    # mmengine's experiment name: the name of the config and the start time.
     started = re.fullmatch(r'(.+)_(\d{8}_\d{6})', str(meta.get('experiment_name')))
     if not started:
         raise ValueError(f'{weights} does not say which run wrote it: it has no experiment_name')
@@ -110,7 +110,7 @@ def read_run(
     unit, reached = ('epoch', epoch) if by_epoch else ('iter', iteration)
     total = settings.train_cfg[f'max_{unit}s']
     notes: list[str] = []
-    # A log names an epoch when it begins; its validation is a sign of its end.
+    # A training record names an epoch that has begun, a validation record one that has ended.
     done = [line.get('step') for line in lines if by_epoch == ('iter' not in line)]
     if max(reached, *done, 0) < total:
         if not unfinished:
@@ -138,7 +138,7 @@ def read_run(
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a log: those of training have ``iter``, those of validation have not."""
+    """The records of a log; those of training have ``iter``, those of validation do not."""
     path = folder / 'vis_data' / f'{folder.name}.json'
     if not path.is_file():
         return []
@@ -157,7 +157,7 @@ def _validation(
                 found.append(line)
             continue
         last = line['iter']
-        if last <= iteration:  # the epoch's number is not enough, the checkpoint came later
+        if last <= iteration:  # same epoch, but the checkpoint was saved after that validation
             found = []
     if len(found) != 1:
         raise ValueError(
@@ -170,14 +170,14 @@ def _validation(
 
 
 def _environment(path: Path) -> dict[str, str]:
-    """The system and run-time environment that a log starts with."""
+    """The system and run-time environment at the start of a log."""
     if not path.is_file():
         return {}
     text = path.read_text(encoding='utf-8', errors='replace')
     block = re.search(r'^System environment:\n(.*?)^-{20}', text, re.MULTILINE | re.DOTALL)
     found = re.findall(r'^ {4}([^\s:][^:\n]*): (.*)$', block[1] if block else '', re.MULTILINE)
     recorded = {key: value.strip() for key, value in found}
-    # What tools/train.py adds, as `hat_mm 0.1.0, mmcv 2.1.0`.
+    # What tools/train.py adds, such as `hat_mm 0.1.0, mmcv 2.1.0`.
     if line := re.search(r' - INFO - Software: (.+)$', text, re.MULTILINE):
         recorded |= dict(part.split(' ', 1) for part in line[1].split(', '))
     return recorded
@@ -202,7 +202,7 @@ def _hardware(
     settings: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], recorded: Mapping[str, str]
 ) -> dict[str, Any]:
     """Batch size, GPUs and their memory; None for what is not recorded."""
-    processes = int(recorded.get('GPU number', 0))  # mmengine's word for processes
+    processes = int(recorded.get('GPU number', 0))  # mmengine's name for the number of processes
     images = settings['train_dataloader']['batch_size']
     steps = settings['optim_wrapper'].get('accumulative_counts', 1)
     memory = max((line.get('memory', 0) for line in lines), default=0)
@@ -219,7 +219,7 @@ def _results(measured: Mapping[str, Any], dataset: str) -> list[dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     for key, value in measured.items():
         metric = _METRICS.get(key.rpartition('/')[2])
-        # mmdet says -1 where there is nothing to find.
+        # mmdet gives -1 if there is nothing to detect.
         if metric and math.isfinite(value) and value >= 0:
             task, name, factor, decimals = metric
             results.setdefault(task, {})[name] = round(value * factor, decimals)

@@ -1,6 +1,6 @@
 """Counts parameters and FLOPs (MACs) of a model by part, for one image.
 
-Counted is the forward pass of a prediction before its post-processing. --published prints the
+It counts the forward pass of a prediction before its post-processing. --published prints the
 tables of docs/complexity.md.
 """
 
@@ -21,14 +21,14 @@ from hat_mm.engine.cli import UserError, run_tool
 from hat_mm.engine.environment import versions
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
-# Image of a config unless --shape says otherwise: what papers count at.
+# Default image size of a config: the size at which papers count.
 SHAPES = {'mmdet': (800, 1280), 'mmseg': (512, 512), 'mmpretrain': (224, 224)}
 
 FASTERVIT_IN1K = 'fastervit/fastervit-{}_32xb128_in1k.py'
 FASTERVIT_UPERNET = 'fastervit/fastervit-{}_upernet_8xb2-160k_ade20k-512x512.py'
-# Title -> config, height and width of the image, and what the authors report: millions of
-# parameters (None if they do not say) and billions of multiply-adds. The size of the detectors'
-# images is not published; 800x1280 is the custom of the field.
+# Title -> config, height and width of the image, and the authors' figures: millions of parameters
+# (None if not reported) and billions of FLOPs. The image size for detectors is not published;
+# 800x1280 is usual.
 PUBLISHED = {
     'FasterViT, ImageNet': [
         (FASTERVIT_IN1K.format(0), (224, 224), 31.4, 3.3),
@@ -121,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def measure(
     model: str, options: dict, shape: tuple[int, int] | None, proposals: int = 1000
 ) -> tuple[Complexity, tuple[int, int]]:
-    """Counts a backbone or a config's model, and says for which shape of the image."""
+    """Counts a backbone or a config's model; also returns the shape of the image."""
     kind = model.partition(':')[0]
     if '.' in kind and '/' not in kind and not kind.endswith(('.py', '.json', '.yaml', '.yml')):
         if options:
@@ -143,22 +143,22 @@ def measure(
 
 
 def _count(build: Callable[[], nn.Module], shape: tuple[int, int], proposals: int) -> Complexity:
-    """Counts without computing, unless the model asks for values."""
+    """Counts without computing, unless the model needs values."""
     model = build()
     try:
         return count(model.to('meta'), shape, proposals=proposals)
-    except RuntimeError:  # no value on the device meta, as for NMS or the levels of RoIAlign
+    except RuntimeError:  # meta has no values, which NMS or the levels of RoIAlign need
         del model
         return count(build(), shape, proposals=proposals)
 
 
 def row(*cells: str) -> None:
-    """Prints a row of a Markdown table at once, as the next one may take a minute."""
+    """Prints a row of a Markdown table immediately, as the next one may take a minute."""
     print('| ' + ' | '.join(cells) + ' |', flush=True)
 
 
 def head(*names: str) -> None:
-    """Prints the head of a Markdown table, all columns but the first right-aligned."""
+    """Prints the head of a Markdown table, with all columns but the first right-aligned."""
     row(*names)
     row('---', *['---:'] * (len(names) - 1))
 
@@ -198,7 +198,7 @@ def show_published() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Counts one model, or all published ones, and says with which versions."""
+    """Counts one model, or all published ones, and prints the versions."""
     args = parse_args(argv)
     if args.published:
         show_published()

@@ -1,9 +1,9 @@
-"""Measures how much the padding of a batch changes what a detector's backbone sees in an image.
+"""Measures how much the padding of a batch changes the backbone features of a detector.
 
-Each image of the test set goes through the backbone alone, filled to the detector's divisor, and
-again with zeros at the bottom and right, as a detector adds them to make the images of a batch
-equal in size. Printed is the relative change of each feature map where the image is, averaged over
-the images.
+Each image of the test set goes through the backbone twice: padded only to the detector's divisor,
+and with more zeros at the bottom and right, as a detector adds them to give the images of a batch
+the same size. The tool prints the relative change of each feature map inside the image, averaged
+over the images.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def changes(backbone: torch.nn.Module, image: Tensor, pad: float) -> Tensor:
-    """Relative change of each map by padding of the bottom and right by ``pad`` times the side."""
+    """Relative change of each map if ``pad`` times the side is added at the bottom and right."""
     height, width = image.shape[-2:]
     alone = backbone(image)
     padded = backbone(F.pad(image, (0, round(pad * width), 0, round(pad * height))))

@@ -1,10 +1,10 @@
 """Trains small backbones where only global context tells classes apart, and compares them.
 
-The set is that of ``demo/shapes.py --relation``. Each run is an ordinary training of its config, in
-a process of its own. The runs of a seed come one after the other before the next seed's, so
-whatever happens to the machine meanwhile happens to all backbones. Runs that are done are skipped,
-so the same command goes on where an interrupted one stopped. Steps are timed at the end, in turns.
-The results go to a JSON file, a Markdown table to the screen, a plot to a PNG.
+The dataset is that of ``demo/shapes.py --relation``. Each run is an ordinary training of its
+config, in its own process. All backbones run with one seed before the next seed starts, so that
+whatever slows the machine affects all of them. Finished runs are skipped, so the same command
+continues where an interrupted one stopped. Steps are timed at the end, in turns. The results go to
+a JSON file, a Markdown table to the screen, a plot to a PNG.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BACKBONES = {
     'FasterViT': 'fastervit-toy',
 }
 GLOBAL = ('ResNet + HAT', 'ResNet + H-MHSA', 'SwinHAT', 'FasterViT')
-"""Backbones in which every place of an image attends to every other; the rest are their peers."""
+"""Backbones with global attention; the others are compared with them."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,18 +87,17 @@ def load_config(backbone: str, overrides: dict) -> Any:
 
 
 def train(folder: Path, backbone: str, seed: int, overrides: dict) -> dict[str, float]:
-    """Trains one backbone, unless its folder holds the result of the same config and data.
+    """Trains one backbone, unless its folder already holds the result of this config and data.
 
     Args:
         folder: Work dir of the run.
         backbone: One of the values of :data:`BACKBONES`.
-        seed: Seed of weights and order of the images.
+        seed: Seed of the weights and of the order of the images.
         overrides: Changes to the config.
 
     Returns:
         ``mAP``, COCO's mean average precision of boxes, IoU 0.5 to 0.95; ``recall``, COCO's average
-        recall of boxes whatever their class, at most 100 an image; ``right``, see
-        :func:`marker_right`.
+        recall of boxes of any class, at most 100 per image; ``right``, see :func:`marker_right`.
     """
     cfg = load_config(backbone, {**overrides, 'randomness.seed': seed})
     cfg.work_dir = str(folder)
@@ -130,18 +129,18 @@ def train(folder: Path, backbone: str, seed: int, overrides: dict) -> dict[str, 
 
 
 def marker_right(truth: dict, predictions: list[dict]) -> float:
-    """Share of the found objects that are called by the right kind of marker; 0.5 is chance.
+    """Fraction of the found objects that are assigned the right kind of marker; 0.5 is chance.
 
-    An object is found if a box of its outline, of whichever kind, covers it with an IoU of at least
-    0.5; the box with the highest score among them says the kind. Unlike the average precision this
-    does not depend on how exact boxes are.
+    An object is found if a box with its outline, of either kind, has an IoU of at least 0.5 with
+    it; the one with the highest score determines the kind. Unlike average precision, this does not
+    depend on how exact the boxes are.
 
     Args:
         truth: COCO's annotations. Names of categories are an outline, a hyphen and a kind.
-        predictions: COCO's list of predicted boxes, by the same categories.
+        predictions: COCO's list of predicted boxes, with the same categories.
 
     Returns:
-        The share, between 0 and 1; nan if nothing was found.
+        The fraction, between 0 and 1; nan if nothing was found.
     """
     from pycocotools import mask
 
@@ -163,7 +162,7 @@ def marker_right(truth: dict, predictions: list[dict]) -> float:
 
 
 def costs(overrides: dict, rounds: int = 15) -> dict[str, dict[str, float]]:
-    """Measures what a training step of each detector takes, step by step in turns on one thread.
+    """Times a training step of each detector, in turns and on one thread.
 
     Args:
         overrides: Changes to the configs.
@@ -171,7 +170,7 @@ def costs(overrides: dict, rounds: int = 15) -> dict[str, dict[str, float]]:
 
     Returns:
         For each of :data:`BACKBONES`, ``parameters`` of the backbone and ``seconds`` of a step
-        (median): loss, gradient and update, with the images loaded before.
+        (median): loss, gradient and update; loading the images is not included.
     """
     registry = compat.require('mmdet.registry')
     compat.require('mmdet.utils').register_all_modules()
@@ -202,13 +201,13 @@ def costs(overrides: dict, rounds: int = 15) -> dict[str, dict[str, float]]:
 
 
 def mean_sd(row: dict, metric: str) -> tuple[float, float]:
-    """Mean and sample standard deviation over the seeds, of an entry of the results' backbones."""
+    """Mean and sample standard deviation of a metric of one backbone over the seeds."""
     values = [run[metric] for run in row['runs'].values()]
     return statistics.mean(values), statistics.stdev(values)
 
 
 def table(results: dict) -> str:
-    """The Markdown table of the results, and what they were measured on."""
+    """The Markdown table of the results, and the hardware and versions."""
     rows = [
         {
             'backbone': name,
@@ -225,10 +224,10 @@ def table(results: dict) -> str:
 
 
 def plot(results: dict, out: Path) -> None:
-    """Draws mAP with its deviation for each backbone, and against the time of a step.
+    """Draws mAP with its standard deviation for each backbone, and against the time of a step.
 
     Args:
-        results: What the file of ``--out`` holds.
+        results: The content of the file ``--out``.
         out: PNG to write.
     """
     figure = Figure(figsize=(10, 3.8), layout='tight')
@@ -240,7 +239,7 @@ def plot(results: dict, out: Path) -> None:
             left.plot(index, run['mAP'], '.', color='grey', alpha=0.6, zorder=1)
         left.errorbar(index, mean, deviation, **style)
         right.errorbar(row['seconds'], mean, deviation, **style)
-        offset = (5, -10 if index % 2 else 4)  # neighbours of like scores stand apart
+        offset = (5, -10 if index % 2 else 4)  # separates neighbours with similar scores
         right.annotate(name, (row['seconds'], mean), offset, textcoords='offset points', fontsize=7)
     names = [name.replace(' without ', '\nwithout ') for name in results['backbones']]
     left.set_xticks(range(len(names)), names, rotation=30, ha='right', fontsize=8)
@@ -261,7 +260,7 @@ def plot(results: dict, out: Path) -> None:
 
 
 def study(args: argparse.Namespace, command: str) -> dict:
-    """Trains what is missing and times steps; returns the results, with the command line."""
+    """Trains missing runs and times steps; returns the results, with the command line."""
     allocator = tune()
     subprocess.run([sys.executable, 'demo/shapes.py', '--relation'], cwd=ROOT, check=True)
     os.environ['OMP_NUM_THREADS'] = '1'  # for the processes that train

@@ -1,9 +1,9 @@
-"""Tries every config of the grid: parses it, builds its model, steps.
+"""Checks every config of the grid: parses it, builds its model, takes a training step.
 
-A config parses if its bases resolve; builds if its model does, with the real backbone and without
-memory for its weights; steps if the model, with the real widths but one block of each kind in each
-stage, takes a training step on two small images to which every parameter contributes, and predicts.
-A ResNet keeps all its blocks.
+"Parses" means that all bases are found. "Builds" means that the model can be built with the real
+backbone, without memory for its weights. "Steps" means that the model, with the real widths but one
+block of each kind per stage, takes a training step on two small images in which every parameter
+gets a gradient, and predicts. A ResNet keeps all its blocks.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from mmengine.structures import PixelData
 from hat_mm.engine.build import build_model
 
 SIZES = ((64, 96), (80, 64))
-"""Height and width of the two images; a classifier gets both at the first size."""
+"""Height and width of the two images; a classifier gets both in the first size."""
 
 
 def shorten(cfg: Config) -> None:
-    """Leaves few blocks in a stage of our backbones, few layers of DINO, few boxes, no weights."""
+    """Reduces our backbones to few blocks per stage, DINO to few layers, boxes; drops weights."""
     model = cfg.model
     model.backbone.init_cfg = None
     if model.backbone.type.startswith('hat_mm.'):
@@ -89,7 +89,7 @@ def step(cfg: Config) -> tuple[dict[str, float], list]:
 
 
 def batch(cfg: Config, images: int = 2) -> dict:
-    """Random images with ground truth, as the toolbox's dataloader would give them."""
+    """Random images with ground truth, in the form that the toolbox's dataloader returns."""
     sizes = SIZES[:images]
     if cfg.default_scope == 'mmdet':
         masks = 'mask_head' in cfg.model.get('roi_head', {})
@@ -112,7 +112,7 @@ def batch(cfg: Config, images: int = 2) -> dict:
 
 
 def check(path: Path, steps: bool) -> tuple[list[str], str]:
-    """What a config passes, and its first error."""
+    """The checks that a config passes, and its first error."""
     passed = []
     try:
         cfg = Config.fromfile(path)
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     leaves = [leaf for leaf in LEAVES if fnmatch.fnmatch(leaf.name, args.only)]
     if not leaves:
         parser.error(f'no config has a name like {args.only!r}')
-    # How parameters are initialized is not what is checked.
+    # Initialization is not checked, so its log is not needed.
     MMLogger.get_current_instance().setLevel('WARNING')
     failed = 0
     for number, leaf in enumerate(leaves, 1):

@@ -1,11 +1,11 @@
-"""Writes the config of every pairing of a backbone with a task, from the table grid.yml.
+"""Writes a config for every pair of a backbone and a task, from the table grid.yml.
 
-A leaf joins files of ``configs/_base_``, or a toolbox's own config, with a backbone and says only
-what follows from the pair. The metafiles, the model index, the grid in ``configs/README.md``, the
-settings and results in each family's README.md and the models in README.md come from the same
-table. Figures, whether the authors' or measured, stand in the metafiles and stay, as does all else
-there that the table does not know. ``--check`` writes nothing and fails if a file is missing or
-differs, or is not in the table.
+A leaf (such a config) joins files of ``configs/_base_``, or a toolbox's own config, with a backbone
+and holds only what follows from the pair. The metafiles, the model index, the grid in
+``configs/README.md``, the settings and results in each family's README.md and the models in
+README.md come from the same table. The metafiles also hold figures, the authors' or measured; these
+are kept, as is everything else there that the table does not define. ``--check`` writes nothing and
+fails if a file is missing, differs, or is not in the table.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Leaf:
 
     Attributes:
         backbone: Its backbone, a file of ``_base_/backbones``.
-        task: Its column of the grid.
+        task: Its column in the grid.
         path: Its path below ``configs``.
         bases: Files of ``_base_``, or configs of a toolbox, that it joins.
-        model: What follows ``_base_``.
-        metadata: What its metafile says of a training with it.
+        model: The text after ``_base_``.
+        metadata: What its metafile says about a training with it.
         settings: Which settings are published and which are assumed, for the metafile.
     """
 
@@ -75,12 +75,12 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        """The name of its model."""
+        """Name of its model."""
         return Path(self.path).stem
 
     @property
     def text(self) -> str:
-        """What the file holds."""
+        """Text of the file."""
         paths = (base if '::' in base else f'../_base_/{base}' for base in self.bases)
         lines = ''.join(f"    '{path}.py',\n" for path in paths)
         return f'_base_ = [\n{lines}]\n{self.model}'
@@ -109,15 +109,15 @@ LEAF_OF_CONFIG = {f'configs/{leaf.path}': leaf for leaf in LEAVES}
 
 
 def _results_of(model: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results of an entry, of which a single one needs no list."""
+    """The results of an entry as a list; the file may hold a single one without a list."""
     results = model.get('Results') or []
     return [results] if isinstance(results, dict) else results
 
 
 def _with_results(task: str, old: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results of an entry, one at least for each thing that the task measures.
+    """The results of an entry, at least one for everything that the task measures.
 
-    Even without a figure it says what the model is for.
+    Even without figures it says what the model is for.
     """
     results = _results_of(old)
     known = [result.get('Task') for result in results]
@@ -130,7 +130,7 @@ def _with_results(task: str, old: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def leaf_entry(leaf: Leaf, old: dict[str, Any]) -> dict[str, Any]:
-    """The entry of a leaf, with what is known of a training with it."""
+    """The entry of a leaf, with what is known about a training with it."""
     facts = leaf.settings if old.get('Weights') else leaf.metadata | leaf.settings
     return old | {
         'Name': leaf.name,
@@ -142,7 +142,7 @@ def leaf_entry(leaf: Leaf, old: dict[str, Any]) -> dict[str, Any]:
 
 
 def official_entry(file: OfficialFile, old: dict[str, Any]) -> dict[str, Any]:
-    """The entry of an official file, with what was counted and measured with it."""
+    """The entry of an official file, with the figures that were counted and measured with it."""
     facts: dict[str, Any] = {
         'Training Data': file.trained_on[0] if len(file.trained_on) == 1 else [*file.trained_on],
         'Licence': file.licence,
@@ -250,12 +250,12 @@ def _column(metric: str) -> tuple[bool, int]:
     return name == metric, METRICS.index(name) if name in METRICS else len(METRICS)
 
 
-# Facts in the tables of results: head, unit, decimals.
+# Counted figures in the tables of results: heading, unit, decimals.
 _COUNTED = {'Parameters': ('parameters, M', 1e6, 1), 'FLOPs': ('FLOPs, G', 1e9, 2)}
 
 
 def results(folder: str, models: list[dict[str, Any]]) -> str:
-    """A table of each task with figures: the authors', then those measured, with the weights."""
+    """A table for each task with figures: the authors', then measured ones, with the weights."""
     tables = []
     for task, group in _by_task(models).items():
         group = [model for model in group if _figures(model)]
@@ -282,7 +282,7 @@ def results(folder: str, models: list[dict[str, Any]]) -> str:
 
 
 def _cells(model: dict[str, Any], metrics: list[str]) -> Iterator[str]:
-    """What README.md says of an entry: the authors' figures, ours in bold with the weights."""
+    """An entry's cells in README.md: the authors' figures, ours in bold with the weights."""
     figures = _figures(model)
     authors, ours = ([figures.get(metric + end) for metric in metrics] for end in (AUTHORS, ''))
     if None not in authors:
@@ -292,9 +292,9 @@ def _cells(model: dict[str, Any], metrics: list[str]) -> Iterator[str]:
 
 
 def models_table(folder: str, models: list[dict[str, Any]]) -> str:
-    """The backbones of a family with their figures.
+    """The table of a family's backbones with their figures.
 
-    Of those without weights of their own, configs that have no figures are shown as well.
+    For a family without official files, configs without figures are shown as well.
     """
     rows: dict[str, list[str]] = {}
     parameters = {model['Name']: model.get('Metadata', {}).get('Parameters') for model in models}
@@ -324,7 +324,7 @@ def models_table(folder: str, models: list[dict[str, Any]]) -> str:
 
 
 def with_part(text: str, name: str, part: str) -> str:
-    """Puts a generated part between its two marks in a page."""
+    """Puts a generated part between its two markers in a page."""
     mark = f'<!-- {name}: tools/dev/make_configs.py -->\n'
     pattern = re.compile(f'{re.escape(mark)}.*?<!-- end of {name} -->\n', re.DOTALL)
     if not pattern.search(text):
@@ -336,7 +336,7 @@ def with_part(text: str, name: str, part: str) -> str:
 
 
 def files() -> dict[Path, str]:
-    """All that is written, by path."""
+    """Text of all generated files, by path."""
     root = CONFIGS.parent
     wanted = {CONFIGS / leaf.path: leaf.text for leaf in LEAVES}
     imports = [f'configs/{folder}/metafile.yml' for folder in TABLE['families']]

@@ -1,8 +1,8 @@
 """Set up the virtual environment of one stack; safe to interrupt and to run again.
 
-`make` calls it before every target, so a finished environment is recognised at once. Any Python
-from 3.8 on runs it, without packages. It checks what the build needs, installs the pins of
-requirements/, compiles mmcv with its operators, and proves that the result imports.
+`make` calls it before every target, so it recognises a finished environment at once. It runs on any
+Python from 3.8 on, without packages. It checks what the build needs, installs the pins of
+requirements/, compiles mmcv with its operators, and checks that the result can be imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-# The folder of a stack's environment and the distribution that is compiled.
+# Stack -> folder of its environment, and distribution that is compiled.
 STACKS = {'openmmlab': ('.venv', 'mmcv'), 'onedl': ('.venv-onedl', 'onedl-mmcv')}
 GIB = 1024**3
 INSTALL_PYTHON = (
@@ -40,7 +40,7 @@ class SetupError(Exception):
 
 
 class Interpreter(NamedTuple):
-    """What a Python interpreter says of itself; `executable` is the one outside environments."""
+    """Facts about a Python interpreter; `executable` is the one outside virtual environments."""
 
     executable: str
     version: list
@@ -56,7 +56,7 @@ print(json.dumps([sys._base_executable, sys.version_info[:3], sysconfig.get_path
 
 
 def probe_python(command: str) -> Interpreter | None:
-    """Ask an interpreter about itself; None if it does not run (a version manager's shim, say)."""
+    """Query an interpreter; None if it does not run (a version manager's shim, for example)."""
     try:
         said = subprocess.check_output([command, '-I', '-c', PROBE], stderr=subprocess.DEVNULL)
         return Interpreter(*json.loads(said))
@@ -65,7 +65,7 @@ def probe_python(command: str) -> Interpreter | None:
 
 
 def python_problem(python: Interpreter) -> str:
-    """What an interpreter lacks and what to install; empty if it can carry the environment."""
+    """What an interpreter lacks and what to install; empty if it is suitable."""
     if python.version[:2] not in ([3, 11], [3, 12]):
         version = '.'.join(map(str, python.version))
         return f'{python.executable} is Python {version}. {INSTALL_PYTHON}'
@@ -80,7 +80,7 @@ def python_problem(python: Interpreter) -> str:
 
 
 def find_python(wanted: str | None) -> tuple[Interpreter | None, str]:
-    """The first fit interpreter, of `wanted` alone if given; and the problem if none is fit."""
+    """The first suitable interpreter (only `wanted`, if given), and the problem if none is."""
     names = [wanted] if wanted else ['python3', 'python3.12', 'python3.11', 'python']
     found = [python for python in map(probe_python, names) if python]
     fit = [python for python in found if not python_problem(python)]
@@ -92,7 +92,7 @@ def find_python(wanted: str | None) -> tuple[Interpreter | None, str]:
 
 
 def compiler_problem(compiler: str) -> str:
-    """Why a C++ compiler makes no library of C++17; empty if it does."""
+    """Why a C++ compiler cannot build a C++17 library; empty if it can."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, 'probe.cpp')
         source.write_text('#include <optional>\nstd::optional<int> answer() { return 42; }\n')
@@ -112,7 +112,7 @@ def compiler_problem(compiler: str) -> str:
 
 
 def build_jobs() -> int:
-    """How many compilers to run at once: MAX_JOBS, or one a core and for every 2 GiB of memory."""
+    """How many compilers to run at once: MAX_JOBS, or one per core and per 2 GiB of memory."""
     if os.environ.get('MAX_JOBS', '').isdigit():
         return max(1, int(os.environ['MAX_JOBS']))
     cores = len(os.sched_getaffinity(0))
@@ -134,7 +134,7 @@ CAUSES = {
 
 
 def explain(output: str) -> str:
-    """The likely cause with the line that shows it, or else the last lines of the output."""
+    """The likely cause with the line that shows it, or the last lines of the output."""
     lines = [line.strip()[:300] for line in output.splitlines() if line.strip()]
     for cause, pattern in CAUSES.items():
         for line in lines:
@@ -145,7 +145,7 @@ def explain(output: str) -> str:
 
 # --- The environment ------------------------------------------------------------------------------
 
-# The operators load beside the installed torch and compute, on the GPU if there is one.
+# Checks that the operators load with the installed torch and compute, on a GPU if there is one.
 CHECK_OPERATORS = """
 import hat_mm, torch
 from mmcv.ops import nms
@@ -158,7 +158,7 @@ assert kept == [0, 2], kept
 
 
 class Environment:
-    """The virtual environment of one stack, with the interpreter that was asked for, if any."""
+    """The virtual environment of one stack, with the requested interpreter, if any."""
 
     def __init__(self, stack: str, wanted: str | None = None) -> None:
         folder, self.mmcv = STACKS[stack]
@@ -178,7 +178,7 @@ class Environment:
     # What is there
 
     def key(self) -> str:
-        """Changes with everything that asks for another environment."""
+        """A hash of everything on which the environment depends."""
         inputs = [ROOT / 'pyproject.toml', ROOT / 'setup.py', self.common, self.dev, self.own]
         contents = [str(self.path).encode(), *(path.read_bytes() for path in inputs)]
         return hashlib.sha256(b'\0'.join(contents)).hexdigest()
@@ -190,7 +190,7 @@ class Environment:
         return sorted([os.path.realpath(self.python), *map(str, files)])
 
     def ready(self) -> bool:
-        """Whether an earlier run has finished and all that it made is there. Takes a moment."""
+        """Whether an earlier run has finished and everything it made is still there. Fast."""
         try:
             stamp = json.loads(self.stamp.read_text())
             same = stamp['key'] == self.key() and {*stamp['contents']} <= {*self.contents()}
@@ -199,16 +199,16 @@ class Environment:
         return same and self.python.exists() and self.is_wanted()
 
     def is_wanted(self) -> bool:
-        """Whether the environment has the Python that the user asked for, if any."""
+        """Whether the environment has the Python that the user requested, if any."""
         if not self.wanted:
             return True
         asked, used = probe_python(self.wanted), probe_python(str(self.python))
         return bool(asked and used and asked.version == used.version)
 
     def usable(self) -> bool:
-        """Whether packages can be installed into what is there."""
+        """Whether packages can be installed into the existing environment."""
         settings = self.path / 'pyvenv.cfg'
-        # A moved environment goes on to name its old place.
+        # A moved environment still names its old place.
         if not settings.is_file() or f'{self.path}\n' not in settings.read_text():
             return False
         python = probe_python(str(self.python))
@@ -216,7 +216,7 @@ class Environment:
         return fit and not self.failure('import pip')
 
     def failure(self, code: str) -> str:
-        """The error in which Python code ends in the environment; empty if it runs."""
+        """The error that Python code raises in the environment; empty if it succeeds."""
         command = [self.python, '-I', '-c', code]
         done = subprocess.run(command, capture_output=True, text=True, env=self.env)
         return (done.stderr.strip() or 'killed').splitlines()[-1] if done.returncode else ''
@@ -224,7 +224,7 @@ class Environment:
     # Steps
 
     def set_up(self) -> None:
-        """Bring the environment to the state that the stamp stands for, or raise SetupError."""
+        """Set the environment up and write the stamp, or raise SetupError."""
         fresh = not self.usable()
         python = self.check_machine(fresh)
         if fresh:
@@ -241,13 +241,13 @@ class Environment:
         elif fresh:
             raise SetupError(f'the packages are installed but do not work: {problem}')
         else:
-            # What was there before is damaged in a way that pip does not see.
+            # The existing environment is damaged in a way that pip does not notice.
             print(f'{self.path.name} does not work ({problem}), making it anew')
             self.clear()
             self.set_up()
 
     def check_machine(self, fresh: bool) -> str:
-        """Find a Python, and say all that is missing before the minutes of the build."""
+        """Find a Python; report all that is missing before the build, which takes minutes."""
         python, no_python = find_python(self.wanted if fresh else str(self.python))
         no_compiler = compiler_problem(self.compiler)
         free = shutil.disk_usage(self.path).free / GIB
@@ -273,7 +273,7 @@ class Environment:
                 entry.unlink()
 
     def run(self, title: str, command: list, **variables: str) -> None:
-        """Run a command with its output in the log; the screen shows time and ninja's counter."""
+        """Run a command with its output in the log; show the time and ninja's counter."""
         started = time.monotonic()
         live = sys.stdout.isatty()
         print(f'{title} ...')
@@ -307,14 +307,14 @@ class Environment:
         self.run(title, [self.python, '-m', 'pip', *arguments], **variables)
 
     def install_packages(self) -> None:
-        """Install all but mmcv, in one step, so that pip sees every pin at once; then hat_mm."""
+        """Install all but mmcv in one step, so that pip sees every pin at once; then hat_mm."""
         for info in self.path.glob('lib/*/*/*.dist-info'):
-            if not (info / 'RECORD').is_file():  # pip was killed, and would take it for installed
+            if not (info / 'RECORD').is_file():  # pip was killed and would consider it installed
                 shutil.rmtree(info)
         others = [pin for pin in self.pins if not pin.startswith(f'{self.mmcv}==')]
         files = ('-r', self.common, '-r', self.dev)
         self.pip('torch, the toolboxes and what they need', 'install', *files, *others)
-        # OpenCV's usual build needs the libraries of a desktop, which a server may lack.
+        # OpenCV's default build needs desktop libraries, which a server may lack.
         if self.failure('import cv2'):
             version = re.search(r'^opencv-python==(\S+)', self.common.read_text(), re.M).group(1)
             words = ('install', '--no-deps', '--force-reinstall')
@@ -329,7 +329,8 @@ class Environment:
         found = self.path.glob(f'lib/*/*/{name.replace("onedl-", "onedl_")}.dist-info')
         if any(found) and not self.failure(CHECK_OPERATORS):
             return
-        # All that a compiled mmcv depends on; for another GPU it fails the check.
+        # Everything that a compiled mmcv depends on, except the GPU: on another one it fails the
+        # check.
         (torch,) = self.path.glob('lib/*/*/torch-*.dist-info')
         build = [name, torch.parts[-3], torch.stem, platform.system(), platform.machine()]
         base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
@@ -348,11 +349,11 @@ class Environment:
         cache.mkdir(parents=True, exist_ok=True)
         part = cache / f'{wheel.name}.{os.getpid()}.part'
         shutil.copyfile(wheel, part)
-        os.replace(part, cache / wheel.name)  # so that no other set-up sees half of it
+        os.replace(part, cache / wheel.name)  # so that no other set-up sees a partial file
         shutil.rmtree(self.path / 'build')
 
     def compile_mmcv(self, pin: str) -> Path:
-        """Compile mmcv in a folder where an interrupted build goes on; returns the wheel."""
+        """Compile mmcv in a folder where an interrupted build can continue; returns the wheel."""
         build = self.path / 'build' / pin
         common = ('--no-deps', '--no-build-isolation', '--no-cache-dir', '--no-binary', self.mmcv)
         self.pip(f'source of {pin}', 'download', *common, '-d', build, pin)
@@ -367,7 +368,7 @@ class Environment:
             MMCV_WITH_OPS='1',
             MAX_JOBS=jobs,
             CXX=self.compiler,
-            # Added to Python's own flags: debug symbols cost time and hundreds of MB.
+            # Added to Python's own flags, because debug symbols cost time and hundreds of MB.
             CPPFLAGS=f'{flags} {self.precompile(build, flags)}',
         )
         return next((build / 'wheel').glob('*.whl'))
@@ -405,7 +406,7 @@ def main() -> int:
         environment.path.mkdir(exist_ok=True)
         with environment.lock.open('a') as lock:
             print(f'setting up {environment.path.name}; all output is in {environment.log}')
-            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another set-up
+            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another set-up to finish
             if not environment.ready():
                 environment.set_up()
     except (SetupError, OSError) as error:

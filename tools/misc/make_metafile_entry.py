@@ -1,7 +1,7 @@
 """Adds a finished training run and its published weights to a metafile.
 
-Metrics, memory, epochs, date and versions come from the run's log and the weights' metadata; what
-is not recorded there is left out.
+Metrics, memory, epochs, date and versions come from the run's log and the weights' metadata;
+whatever these do not record is left out.
 """
 
 import argparse

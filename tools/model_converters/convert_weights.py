@@ -1,8 +1,8 @@
 """Converts an official checkpoint into a file of hat_mm, or back.
 
-The result is a backbone, for init_cfg of any model, or with --head a classifier of mmpretrain. It
-names its origin in its metadata. Nothing in the file is executed, and DST is written whole or not
-at all.
+The result is a backbone, for init_cfg of any model, or with --head a classifier of mmpretrain. Its
+metadata record its origin. Nothing in the source is executed, and DST is written whole or not at
+all.
 """
 
 import argparse
@@ -42,11 +42,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def open_source(src: str, native: bool) -> tuple[Path, Source]:
-    """The file on this machine, and where it comes from.
+    """Fetches the source if necessary; returns the local file and its origin.
 
     Args:
-        src: Path or address.
-        native: Whether it is a file of hat_mm, which may well have the name of an official one.
+        src: Path or URL.
+        native: Whether it is a file of hat_mm, which may have the name of an official one.
     """
     is_address = '://' in src
     path = fetch(src) if is_address else Path(os.path.expanduser(src))

@@ -1,7 +1,7 @@
-"""Publishes a training checkpoint: a file with its weights and plain metadata, and nothing else.
+"""Publishes a training checkpoint: a file with only its weights and plain metadata.
 
-Optimizer, schedules and message hub stay behind, averaged weights (EMAHook) are taken. The first
-eight digits of the sha256 become part of the name, as in OpenMMLab.
+Optimizer, schedules and message hub are left out; averaged weights (EMAHook) are preferred. The
+name ends with the first eight digits of the sha256, as in OpenMMLab.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Measures models beside each other, and how the cost of attention grows.
+"""Compares models, and measures how the cost of attention grows.
 
 commands:
   models     time, memory and FLOPs of backbones and whole models
   attention  one block of hierarchical attention beside one of full attention, on growing maps
-  report     tables and plots of an earlier benchmark.json, once more
+  report     tables and plots again, from an earlier benchmark.json
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""One block of hierarchical attention beside one of full attention.
+"""Compares a block of hierarchical attention with blocks of full attention.
 
 The block is that of stage 2 of FasterViT-0 (256 channels, 8 heads, windows of 7x7 tokens, 2x2
-carriers each), in eval mode on one map. Beside it: the same without carriers, so that windows know
-nothing of each other, and the same layer with attention of all tokens to all, with FasterViT's
-position bias and without. The bias is a number for each head and pair of tokens; of many tokens it
-is made for a chunk of the queries at a time. Other blocks are candidates, too:
+carriers each), in eval mode on one map. It is compared with the same block without carriers, where
+windows exchange nothing, and with the same layer with attention of all tokens to all tokens, with
+and without FasterViT's position bias. The bias is a number for each head and pair of tokens; for
+many tokens it is made for one chunk of queries at a time. Other blocks can be candidates, too:
 attention/carriers:dim=512,heads=16. A size is that of the map, in tokens.
 """
 
@@ -21,7 +21,7 @@ FORMS = ('carriers', 'windows', 'full', 'full-no-bias')
 
 
 class FusedAttention(SelfAttention):
-    """Self-attention without a position bias, which leaves the kernel nothing to read but tokens.
+    """Self-attention without a position bias, so that the kernel reads only tokens.
 
     Args:
         dim: Channels C, a multiple of ``num_heads``.
@@ -40,7 +40,7 @@ class FusedAttention(SelfAttention):
 
 
 class FullBlock(nn.Module):
-    """The layer that a hierarchical block has for its windows, on all tokens of a map at once.
+    """The window layer of a hierarchical block, applied to all tokens of a map at once.
 
     Args:
         dim: Channels C.

@@ -1,4 +1,4 @@
-"""The models that can be measured: their names, and how they are built and run."""
+"""The models that can be measured: naming, building and running them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hat_mm.engine.cli import UserError
 Size = tuple[int, int]
 
 
-# Well-known backbones, with the settings that let them give four maps.
+# Well-known backbones, with settings that make them return four maps.
 PEERS = {
     'resnet50': ('mmdet.ResNet', dict(depth=50, norm_eval=False)),
     'swin-t': ('mmdet.SwinTransformer', dict(embed_dims=96, depths=[2, 2, 6, 2])),
@@ -50,11 +50,11 @@ class Candidate:
     """A model as written on the command line.
 
     Attributes:
-        text: As written, which is its name in tables.
+        text: The candidate as written, which is its name in tables.
         base: The text without flags.
         name: Registered type, config, peer, or ``LIBRARY/MODEL``.
         arguments: Its arguments.
-        flags: Of :data:`FLAGS`.
+        flags: Flags from :data:`FLAGS`.
     """
 
     text: str
@@ -65,7 +65,7 @@ class Candidate:
 
     @property
     def is_config(self) -> bool:
-        """Whether it is a whole model."""
+        """Whether it is a config, that is a whole model."""
         return self.name.endswith('.py')
 
     @property
@@ -98,7 +98,7 @@ def build(candidate: Candidate, size: Size) -> tuple[torch.nn.Module, str | None
     """Builds a model with random weights, in eval mode, for images of a size.
 
     Returns:
-        The model, and the toolbox that it is a whole model of; None for a backbone.
+        The model, and the toolbox of a whole model; None for a backbone.
 
     Raises:
         UserError: It cannot be built.
@@ -128,7 +128,7 @@ def _optional(module: str, command: str) -> Any:
 
 
 def _created(candidate: Candidate, size: Size) -> torch.nn.Module:
-    """Builds what has no registered type: some models are made for images of one size."""
+    """Builds a model without a registered type; some are made for images of one size."""
     library, _, name = candidate.name.partition('/')
     options: dict[str, Any] = {}
     create: Callable[..., torch.nn.Module]
@@ -150,7 +150,7 @@ def _created(candidate: Candidate, size: Size) -> torch.nn.Module:
         raise UserError(f'{candidate.text!r}: cp is for registered types and configs')
     try:
         return create(name, **options | candidate.arguments)
-    except Exception as error:  # each of the libraries has its own for a name it does not know
+    except Exception as error:  # each library has its own exception for an unknown name
         raise UserError(f'{candidate.base} at {size[0]}x{size[1]}: {error!r}') from error
 
 
@@ -161,7 +161,7 @@ def _whole(candidate: Candidate, size: Size) -> tuple[torch.nn.Module, str]:
             cfg = config.fromstring(f'_base_ = [{candidate.name!r}]', '.py')
         else:
             cfg = config.fromfile(candidate.name)
-    except Exception as error:  # one for each part of a name that can be wrong
+    except Exception as error:  # different exceptions for each wrong part of a name
         raise UserError(f'no config {candidate.name!r} can be had: {error}') from error
     if cfg.get('default_scope') not in ('mmdet', 'mmseg', 'mmpretrain') or 'model' not in cfg:
         raise UserError(f'{candidate.name} is no config of a model of mmdet, mmseg or mmpretrain')
@@ -175,7 +175,7 @@ def _whole(candidate: Candidate, size: Size) -> tuple[torch.nn.Module, str]:
 
 
 def random_batch(scope: str, size: Size, batch: int, masks: bool) -> dict[str, Any]:
-    """Random images and ground truth of class 0, as a toolbox's dataloader would give them."""
+    """Random images and ground truth of class 0, in the form that a dataloader returns."""
     if scope == 'mmdet':
         data = compat.require('mmdet.testing').demo_mm_inputs(
             batch, [[3, *size]] * batch, num_items=[8] * batch, with_mask=masks
@@ -201,16 +201,16 @@ def random_batch(scope: str, size: Size, batch: int, masks: bool) -> dict[str, A
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured of a candidate.
+    """What is measured for a candidate.
 
     Attributes:
         text: The candidate.
         size: Height and width of the images in pixels; sides of a config with a
             ``pad_size_divisor`` are rounded up to it.
         batch: Number of images.
-        training: Whether the work is forward and backward pass. Of a backbone the mean of each
-            map is what is minimized, of a config its losses for made-up ground truth. Without, a
-            config predicts, with its post-processing.
+        training: Whether the work is forward and backward pass. The loss of a backbone is the mean
+            of each map; a config has its own losses, for random ground truth. Otherwise the work is
+            a forward pass, for a config a prediction with its post-processing.
         device: ``'cpu'`` or ``'cuda'``.
     """
 
@@ -222,7 +222,7 @@ class Setting:
 
 
 def prepare(setting: Setting) -> Work:
-    """Builds a candidate and makes a forward pass, or a training step, of it.
+    """Builds a candidate and prepares its forward pass or training step.
 
     Returns:
         The work; preprocessing is not part of it.
@@ -235,7 +235,7 @@ def prepare(setting: Setting) -> Work:
     misplaced = 'deploy' if training else 'cp'
     if misplaced in flags:
         raise UserError(f'{candidate.text}: {misplaced} is {FLAGS[misplaced].split(", ")[-1]}')
-    torch.manual_seed(0)  # what a detector's second stage gets depends on the weights
+    torch.manual_seed(0)  # the weights decide what a detector's second stage gets
     model, scope = build(candidate, size)
     model.train(training)
     if 'deploy' in flags:
@@ -246,7 +246,7 @@ def prepare(setting: Setting) -> Work:
     model.to(setting.device)
     data: dict[str, Any] = {}
     if scope is None:
-        generator = torch.Generator().manual_seed(0)  # building has used the other one
+        generator = torch.Generator().manual_seed(0)  # building has used the global generator
         inputs = torch.randn(setting.batch, candidate.channels, *size, generator=generator)
         inputs = inputs.to(setting.device)
     else:
@@ -284,9 +284,9 @@ def prepare(setting: Setting) -> Work:
 
 @cache
 def complexity(base: str, size: Size) -> tuple[int, int | None]:
-    """Counts parameters, and MACs of the forward pass of one image.
+    """Counts the parameters, and the MACs of the forward pass of one image.
 
-    The MLPs of positions are left out: a network that predicts keeps what they compute.
+    The position MLPs are left out; in deploy form, those of windows do not run.
 
     Args:
         base: A candidate without flags.
@@ -302,6 +302,6 @@ def complexity(base: str, size: Size) -> tuple[int, int | None]:
     parameters = sum(p.numel() for p in model.parameters())
     try:
         whole = count(model, size, channels=candidate.channels).whole
-    except Exception:  # a black box may do what cannot be traced, in ways nobody can list
+    except Exception:  # models of other libraries may fail to be traced in any way
         return parameters, None
     return parameters, whole.flops - whole.position

@@ -1,4 +1,4 @@
-"""What is measured with: seconds and memory, in processes of their own."""
+"""Measures seconds and memory, in separate processes."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Work:
     """Something to measure.
 
     Attributes:
-        forward: The forward pass; what it returns has ``backward`` if ``training``.
-        training: Whether the backward pass belongs to it.
-        reset: What is done before each pass and is not measured, such as dropping gradients.
+        forward: The forward pass; its result has ``backward`` if ``training``.
+        training: Whether the backward pass is part of the work.
+        reset: Called before each pass and not measured, for example to drop gradients.
         compiled: Whether the first pass compiles.
     """
 
@@ -48,16 +48,16 @@ class Work:
 
 
 Job = tuple[Callable[..., Work], Any]
-"""What makes a piece of work in the process that measures it, and its argument."""
+"""A function that makes a piece of work in the measuring process, and its argument."""
 Measured = tuple[dict[str, list[float]], dict[str, str]]
-"""By name what was measured, and the errors of those that failed."""
+"""The measurements by name, and the errors of those that failed."""
 
 
 # --- processes ------------------------------------------------------------------------------------
 
 
 class Worker(AbstractContextManager):
-    """A fresh process that measures; it ends with the ``with`` block.
+    """A fresh process for measurements; it ends with the ``with`` block.
 
     Args:
         device: ``'cpu'`` or ``'cuda'``.
@@ -65,7 +65,7 @@ class Worker(AbstractContextManager):
             user's environment says otherwise.
 
     Attributes:
-        allocator: How the process gets its memory, in words; None on a GPU.
+        allocator: State of the allocator, in words; None on a GPU.
     """
 
     def __init__(self, device: str, tuned: bool) -> None:
@@ -101,7 +101,7 @@ def _call(function: Callable, *arguments: Any) -> Any:
         return function(*arguments)
     except UserError:
         raise
-    except Exception as error:  # not every exception can be sent to another process
+    except Exception as error:  # not all exceptions can be sent to another process
         text = ' '.join(str(error).split()) or 'no message'
         raise UserError(f'{type(error).__name__}: {text}'[:200]) from error
 
@@ -112,9 +112,9 @@ _timers: dict[str, Timer] = {}  # of this process
 
 
 def turn(name: str, prepare: Callable[..., Work], argument: Any) -> float:
-    """Seconds that one run takes: the median of as many as fill a fifth of a second.
+    """Returns the seconds of one run: the median of as many runs as fill a fifth of a second.
 
-    A run before them does not count: after a pause, or after another process, it takes longer.
+    A run before them does not count, because it takes longer after a pause or another process.
     """
     if name not in _timers:
         names = {'work': prepare(argument)}
@@ -124,10 +124,11 @@ def turn(name: str, prepare: Callable[..., Work], argument: Any) -> float:
 
 
 def seconds_of(jobs: Mapping[str, Job], rounds: int, device: str, tuned: bool) -> Measured:
-    """Times several things in turns, so that whatever slows the machine slows them alike.
+    """Times several jobs in turns, so that whatever slows the machine affects all of them.
 
-    How fast the system hands out memory depends on all that a process has done before, so on a CPU
-    each has a process of its own. A GPU's allocator keeps what it has, and would for each process.
+    On a CPU each job has its own process, because the speed of memory allocation depends on
+    everything that a process has done before. On a GPU they share one, because the allocator of
+    each process would keep its memory.
     """
     found: dict[str, list[float]] = {name: [] for name in jobs}
     errors: dict[str, str] = {}
@@ -141,7 +142,7 @@ def seconds_of(jobs: Mapping[str, Job], rounds: int, device: str, tuned: bool) -
             for name in [name for name in jobs if name not in errors]:
                 try:
                     found[name].append(workers[name].run(turn, name, *jobs[name]))
-                except UserError as error:  # the others can still be measured
+                except UserError as error:  # the other jobs can still be measured
                     errors[name] = str(error)
     return found, errors
 
@@ -159,14 +160,14 @@ def _resident(field: str) -> int:
 
 
 def _return_free_memory() -> None:
-    """Gives memory that is free inside this process back, so that it does not count as taken."""
+    """Returns memory that is free inside this process to the system, so that it does not count."""
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
     if trim is not None:  # the C library is glibc
         trim(0)
 
 
 def _warm_libraries() -> None:
-    """Makes torch and its libraries allocate what they do once, on the CPU."""
+    """Makes torch and its libraries allocate on the CPU what they allocate only once."""
     layers = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3),
         torch.nn.BatchNorm2d(8),
@@ -177,16 +178,16 @@ def _warm_libraries() -> None:
     )
     x = layers(torch.ones(1, 3, 6, 6))[:, None]
     torch.nn.functional.scaled_dot_product_attention(x, x, x).softmax(-1).sum().backward()
-    # Its first call imports modules.
+    # The first call of checkpoint imports modules.
     checkpoint(torch.nn.Identity(), x.detach().requires_grad_(), use_reentrant=False)
 
 
 def peak_memory(device: str, prepare: Callable[..., Work], argument: Any) -> int:
-    """Measures what a pass takes at its peak beyond what is in use before, in bytes.
+    """Measures the peak memory of a pass beyond what is in use before it, in bytes.
 
-    In use before are weights, images and what libraries allocate once. On the CPU memory is the
-    resident set, so it has to be the first large thing that a process does: holes that an earlier
-    pass has left in the heap would change the result.
+    Weights, images, and what libraries allocate once are in use before. On the CPU memory means the
+    resident set, so this has to be the first large thing that a process does: holes that an earlier
+    pass left in the heap would change the result.
     """
     _warm_libraries()
     work = prepare(argument)
@@ -210,7 +211,7 @@ def peak_memory(device: str, prepare: Callable[..., Work], argument: Any) -> int
 
 
 def peaks_of(jobs: Mapping[str, Job], processes: int, device: str, tuned: bool) -> Measured:
-    """Measures the memory of several things, each time in a fresh process."""
+    """Measures the memory of several jobs, each time in a fresh process."""
     found: dict[str, list[float]] = {name: [] for name in jobs}
     errors: dict[str, str] = {}
     for name, job in jobs.items():

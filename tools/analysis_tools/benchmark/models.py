@@ -1,4 +1,4 @@
-"""Measures models beside each other: time of a forward pass or a training step, and memory.
+"""Compares models: time of a forward pass or a training step, and memory.
 
 A candidate is NAME[:KEY=VALUE,...][@FLAG+FLAG...]; NAME is a registered type such as
 hat_mm.FasterViT, a config (KEYs are settings of its model; SCOPE::CONFIG is one that a toolbox
@@ -7,10 +7,9 @@ authors/faster_vit_0_any_res (the authors' FasterViT), or one of
   {peers}.
 FLAGs:
 {flags}
-All candidates run in turns, so that whatever slows the machine slows them alike; on a CPU each is
-in a process of its own. Memory is measured in fresh processes for each candidate. Weights are
-random, images are on the device already. Without candidates a set of them is measured that tells
-how FasterViT compares.
+All candidates run in turns, so that whatever slows the machine affects all of them; on a CPU each
+has its own process. Memory is measured in fresh processes for each candidate. Weights are random,
+images are already on the device. The default candidates show how FasterViT compares with others.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ AUTHORS = 'authors/faster_vit_0_any_res'
 PREDICTING = ['hat_mm.FasterViT:arch=0', 'hat_mm.FasterViT:arch=0@deploy']
 PREDICTING += ['hat_mm.HATNet:arch=small', 'resnet50', 'convnext-t', 'swin-t']
 TRAINED = ['hat_mm.FasterViT:arch=0', 'hat_mm.FasterViT:arch=0@cp', 'swin-t']
-# What is measured without candidates, with the authors' model where it is there.
+# The default candidates, with the authors' model if it is installed.
 PLAN = {
     'forward': ['hat_mm.FasterViT:arch=0@deploy+compile', 'hat_mm.FasterViT:arch=2', *PREDICTING],
     'train': TRAINED,
@@ -92,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
 
 
 def make_plan(args: argparse.Namespace) -> dict[str, list[str]]:
-    """The candidates of each mode."""
+    """The candidates for each mode."""
     if args.candidates:
         return dict.fromkeys(args.mode or ['forward'], args.candidates)
     found = all(importlib.util.find_spec(name) for name in ('fastervit', 'timm'))
@@ -100,7 +99,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def find_peers(args: argparse.Namespace, plan: dict[str, list[str]]) -> list[str]:
-    """The candidates that ratios are made with.
+    """The candidates that the others are compared with.
 
     Raises:
         UserError: ``--peer`` names none of the candidates.
@@ -123,7 +122,7 @@ def find_peers(args: argparse.Namespace, plan: dict[str, list[str]]) -> list[str
 
 
 def check(setting: Setting) -> None:
-    """Raises what keeps a candidate from being built."""
+    """Raises the error of a candidate that cannot be built."""
     prepare(setting)
 
 
@@ -131,14 +130,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measures what the command line asks for.
 
     Returns:
-        What benchmark.json holds; it is written after each size as well.
+        The content of benchmark.json, which is also written after each size.
     """
     plan = make_plan(args)
     peers = find_peers(args, plan)
     device, tuned = args.device, args.allocator == 'tuned'
     with measuring.Worker(device, tuned) as worker:
         for mode, texts in plan.items():
-            for text in texts:  # a wrong name is better known now than later
+            for text in texts:  # reports a wrong name now rather than later
                 training = mode.startswith('train')
                 worker.run(check, Setting(text, args.size[0], 1, training, device))
         results = worker.run(circumstances, device, worker.allocator)

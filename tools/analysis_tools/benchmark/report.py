@@ -1,4 +1,4 @@
-"""Writes tables and plots of what was measured, beside its benchmark.json."""
+"""Writes tables and plots of earlier results beside their benchmark.json."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def pixels(row: dict[str, Any]) -> int:
 
 
 def cost(row: dict[str, Any]) -> float | None:
-    """What a row measured: median seconds, or bytes; None if it failed."""
+    """The result of a row: median seconds, or bytes; None if it failed."""
     values = row.get('seconds') or row.get('peaks')
     return statistics.median(values) if values else None
 
 
 def against(row: dict[str, Any], peer: str, rows: Sequence[dict[str, Any]]) -> float | None:
-    """Cost of the peer divided by that of ``row``, for memory the other way round."""
+    """Cost of the peer divided by that of ``row``; for memory, the inverse."""
     setting = {key: row[key] for key in ('mode', 'size', 'batch')} | {'candidate': peer}
     costs = [cost(other) for other in rows if setting.items() <= other.items()]
     if not costs or not costs[0] or not cost(row):  # a peak can be 0
@@ -69,7 +69,7 @@ def curves(results: dict[str, Any]) -> dict[tuple[str, int, str], list[tuple[int
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
-    """The e of ``y = c * x ** e`` by least squares of the logarithms.
+    """The exponent e in ``y = c * x ** e``, by least squares of the logarithms.
 
     Returns:
         None if there are fewer than three different x, or a y is not positive.
@@ -81,7 +81,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def label(text: str) -> str:
-    """A candidate's name, shorter."""
+    """A candidate's name, shortened."""
     return text.removeprefix('hat_mm.').replace(':arch=', '-')
 
 
@@ -110,11 +110,11 @@ def _reported(family: str, pattern: str, metric: str) -> float | None:
 
 
 def published(candidate: Candidate) -> dict[str, float | None]:
-    """Accuracy that the network's authors report; for ours as in the metafiles.
+    """Accuracy that a network's authors report; for our networks, that in the metafiles.
 
     Returns:
         ``top1``, ImageNet-1K in percent, and ``box_ap``, COCO with Cascade Mask R-CNN and the 3x
-        schedule; None where nothing is known.
+        schedule; None if it is not known.
     """
     name, arch = candidate.name, candidate.arguments.get('arch')
     if name in PEERS_REPORTED and not candidate.arguments:
@@ -136,7 +136,7 @@ def published(candidate: Candidate) -> dict[str, float | None]:
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """A Markdown table; what a row lacks stays empty."""
+    """A Markdown table; cells that a row lacks stay empty."""
     return tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)
 
 
@@ -165,7 +165,7 @@ def _cells(row: dict[str, Any], results: dict[str, Any]) -> dict[str, str]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables of all modes, exponents, and what it was measured on."""
+    """The tables of all modes, the exponents, and the hardware and versions."""
     parts = []
     for mode in dict.fromkeys(row['mode'] for row in results['rows']):
         rows = [row for row in results['rows'] if row['mode'] == mode]
@@ -191,7 +191,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def plot_growth(results: dict[str, Any], path: Path) -> bool:
-    """Draws costs against pixels where three sizes were measured; returns whether there are any."""
+    """Draws cost against pixels if three sizes were measured; returns whether it drew anything."""
     panels: dict[str, dict[str, list]] = {}
     for (mode, batch, name), points in curves(results).items():
         power = exponent(points)

@@ -11,6 +11,7 @@ import functools
 import importlib
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,8 @@ INDEX = Path(__file__).parents[1] / '.mim' / 'model-index.yml'
 # --- indexes --------------------------------------------------------------------------------------
 
 _registered: dict[str, Model] = {}
+# mmengine's default scope and the level of its logger are the same for all threads.
+_lock = threading.RLock()
 
 
 def _models() -> dict[str, Model]:
@@ -236,7 +239,7 @@ def get_model(
         config.model.setdefault('data_preprocessor', config.data_preprocessor)
     importlib.import_module(f'{scope}.utils').register_all_modules(init_default_scope=False)
     registry = importlib.import_module(f'{scope}.registry')
-    with DefaultScope.overwrite_default_scope(scope):
+    with _lock, DefaultScope.overwrite_default_scope(scope):
         model = registry.MODELS.build(config.model)
         meta = _dataset_meta(config, registry.DATASETS)
         _initialize(model)

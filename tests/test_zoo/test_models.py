@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mmpretrain
@@ -360,3 +361,13 @@ def test_mmpretrain_builds_models_of_other_toolboxes(name, kind):
     model = mmpretrain.get_model(name, backbone=small(), neck=dict(in_channels=[8, 16, 24, 32]))
     assert type(model).__name__ == kind
     assert type(model.backbone) is hat_mm.HATNet
+
+
+def test_models_of_several_toolboxes_in_threads():
+    """mmengine's default scope is one for all threads."""
+    with ThreadPoolExecutor(4) as pool:
+        models = pool.map(
+            lambda name: hat_mm.get_model(name, backbone=small()), [HAT_NET, SEMANTIC_FPN] * 4
+        )
+        names = [type(model).__name__ for model in models]
+    assert names == ['ImageClassifier', 'EncoderDecoder'] * 4

@@ -376,9 +376,14 @@ class Environment:
     def precompile(self, build: Path, flags: str) -> str:
         """Compile the header that every file of mmcv begins with once; returns the flag for it.
 
-        GCC takes the compiled header only where the other flags are the same as here. Else, and
-        with compilers that look for it under another name, it reads the header itself.
+        Parsing it takes most of the build. GCC uses the compiled header where all other flags are
+        the same as here, and otherwise, as in a build for a GPU, reads the header itself. Clang
+        would end with an error.
         """
+        compiler = self.compiler.split()
+        version = subprocess.check_output([*compiler, '--version'], text=True)
+        if 'Free Software Foundation' not in version:
+            return ''
         header = build / 'torch.h'
         header.write_text('#include <torch/types.h>\n')
         code = (
@@ -386,10 +391,19 @@ class Environment:
             "print(sysconfig.get_config_var('CFLAGS'), *('-I' + path for path in "
             "[*e.include_paths(), sysconfig.get_paths()['include']]))"
         )
-        own = subprocess.check_output([self.python, '-I', '-c', code], env=self.env, text=True)
-        words = [*self.compiler.split(), '-x', 'c++-header', *own.split(), *flags.split(), '-fPIC']
-        words += ['-std=c++17', '-DTORCH_API_INCLUDE_EXTENSION_H', '-DTORCH_EXTENSION_NAME=_ext']
-        self.run('header of torch', [*words, str(header), '-o', f'{header}.gch'])
+        try:
+            own = subprocess.check_output(
+                [self.python, '-I', '-c', code], env=self.env, stderr=subprocess.DEVNULL, text=True
+            )
+            words = [*compiler, '-x', 'c++-header', *own.split(), *flags.split(), '-fPIC']
+            words += [
+                '-std=c++17',
+                '-DTORCH_API_INCLUDE_EXTENSION_H',
+                '-DTORCH_EXTENSION_NAME=_ext',
+            ]
+            self.run('header of torch', [*words, str(header), '-o', f'{header}.gch'])
+        except (subprocess.CalledProcessError, SetupError):
+            return ''
         return f'-include {header}'
 
 

@@ -182,6 +182,7 @@ def test_the_default_device_is_of_no_importance(variant):
     assert_same(maps, backbone(x), 0)
 
 
+@pytest.mark.parametrize('variant', ['fastervit-propagate', 'hat-net', 'swin-hat'])
 def test_export_with_a_dynamic_batch(variant):
     backbone = build(variant)
     batch = torch.export.Dim('batch', min=2, max=64)

@@ -30,7 +30,7 @@ import hat_mm, torch
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would hide small ones
 if sys.argv[1] == 'tuned':
     assert hat_mm.tune_allocator()
-model, x = hat_mm.FasterViT(arch=0).eval(), torch.rand(1, 3, 800, 1280)
+model, x = hat_mm.FasterViT(arch=0).eval(), torch.rand(1, 3, *map(int, sys.argv[2:]))
 found = {}
 
 def run_pass():
@@ -59,12 +59,15 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope='module')
-def faults(run_python):
+# The size in the documents takes a minute on two cores.
+@pytest.fixture(
+    scope='module', params=['640 1024', pytest.param('800 1280', marks=pytest.mark.slow)]
+)
+def faults(request, run_python):
     """What a fresh interpreter prints, with the allocator tuned and with hat_mm imported alone."""
     found = {}
     for setting in ('default', 'tuned'):
-        done = run_python('-c', ROUNDS, setting, **UNDECIDED)
+        done = run_python('-c', ROUNDS, setting, *request.param.split(), **UNDECIDED)
         assert done.returncode == 0, done.stderr
         found[setting] = json.loads(done.stdout)
     return found

@@ -16,6 +16,7 @@ from test_backbones.archs import FAMILIES
 from torch import nn
 
 import hat_mm
+from hat_mm.engine import cli
 from hat_mm.layers import (
     AbsolutePositionEmbedding,
     RelativePositionBias,
@@ -572,15 +573,15 @@ print('rates', [group['lr'] for group in optimizer.param_groups])
     assert 'rates [0.5]' in done.stdout, done.stderr
 
 
-def test_train_script(toy_options, run_python, tmp_path):
-    done = run_python(
-        'tools/train.py', TOY_CONFIG, '--work-dir', str(tmp_path), '--auto-scale-lr',
+@pytest.mark.usefixtures('plain_dumps')
+def test_training(toy_options, tmp_path):
+    cli.train([
+        TOY_CONFIG, '--work-dir', str(tmp_path), '--auto-scale-lr',
         '--cfg-options', *toy_options,
         f'optim_wrapper.constructor={CONSTRUCTOR}',
         'optim_wrapper.paramwise_cfg.layer_decay_rate=0.5',
         'param_scheduler=[]',
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ])  # fmt: skip
     [log] = tmp_path.glob('*/*.log')
     text = log.read_text()
     assert text.count('layer_decay_rate 0.5 in backbone (FasterViT)') == 1

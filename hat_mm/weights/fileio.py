@@ -8,10 +8,13 @@ file that the network does not use, kept for converting back.
 import errno
 import hashlib
 import json
+import os
 import pickle
+import secrets
 import tarfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,6 @@ from torch import Tensor
 
 from hat_mm import compat
 
-from .atomic import replacing
 from .names import UNUSED, UNUSED_PREFIX
 
 SUFFIXES = ('.pth', '.pth.tar', '.pt', '.safetensors')
@@ -132,6 +134,22 @@ def check_target(path: str | Path, force: bool) -> Path:
     if path.name.endswith('.safetensors'):
         compat.require('safetensors')
     return path
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields the path of a temporary file, which replaces ``path`` if nothing fails.
+
+    Yields:
+        A path in the same folder with the same suffix. A link is followed.
+    """
+    path = Path(path).resolve()
+    part = path.with_name(f'.{secrets.token_hex(4)}.{path.name}')
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write(path: str | Path, checkpoint: Mapping[str, Any], force: bool = False) -> None:

@@ -11,6 +11,7 @@ those of these names; docs/compat.md lists them.
 
 import argparse
 import ast
+import errno
 import functools
 import importlib
 import importlib.abc
@@ -218,9 +219,9 @@ def reading(file: Any) -> Iterator[None]:
     name = file if isinstance(file, str | os.PathLike) else 'the checkpoint'
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:  # on garbage, torch raises any exception
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek to nowhere
+            raise
         if 'deserialize object on' in str(error):  # of a missing device; torch says what to do
             raise
         raise pickle.UnpicklingError(f'{name} was not loaded: {_refusal(error)}') from error

@@ -60,7 +60,8 @@ def fetch(url: str, sha256: str | None = None) -> Path:
 
     Raises:
         DownloadError: The file cannot be fetched, or is the wrong one.
-        ValueError: The URL is not allowed, or does not end with a file name.
+        ValueError: The URL is not allowed, or does not end with a file name, or ``sha256`` is not a
+            checksum.
         hat_mm.compat.DependencyError: The file has to be read, and safetensors is not installed.
     """
     check_address(url)
@@ -73,6 +74,9 @@ def fetch(url: str, sha256: str | None = None) -> Path:
         sha256 = official.sha256
     if sha256 is None and (found := _HASH_IN_NAME.search(name)):
         sha256 = found[1]
+    known = sha256 is not None
+    if known and not (isinstance(sha256, str) and re.fullmatch('[0-9a-fA-F]{8,64}', sha256)):
+        raise ValueError(f'the sha256 of {name} must be 8 to 64 hexadecimal digits, not {sha256!r}')
 
     if folder := os.environ.get(FOLDER_VARIABLE):
         path = Path(folder).expanduser() / name

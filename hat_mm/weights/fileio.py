@@ -5,6 +5,7 @@ whatever else a training put there. A converted file also has ``unused``: tensor
 file that the network does not use, kept for converting back.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -74,8 +75,9 @@ def read(path: str | Path, map_location: Any = None) -> Any:
 
 def _mistaken(path: Path) -> str | None:
     """Says what a file that is not a checkpoint is; None if that is not known."""
-    if tarfile.is_tarfile(path):
-        return 'it is a tar archive, no checkpoint; unpack it first'
+    with contextlib.suppress(EOFError):  # the start of a compressed file
+        if tarfile.is_tarfile(path):
+            return 'it is a tar archive, no checkpoint; unpack it first'
     with open(path, 'rb') as file:
         start = file.read(64).lstrip().lower()
     return next((what for how, what in _MISTAKEN.items() if start.startswith(how)), None)

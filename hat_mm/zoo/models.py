@@ -11,6 +11,7 @@ import functools
 import importlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from mmengine.runner import load_checkpoint
 
 import hat_mm.registry  # noqa: F401  our classes, and the loader of safetensors
 from hat_mm import compat
+from hat_mm.weights.addresses import check_address
 from hat_mm.weights.download import fetch
 
 try:
@@ -65,7 +67,10 @@ def _read_index(path: Path, prefix: Path) -> dict[str, Model]:
     """
     try:
         index = load(str(path))
-        wrong = index.check(silent=True)
+        # What is not used here may be missing; READMEs, for example, are often named relative to
+        # the repository.
+        unused = re.compile('README|Image|Metrics')
+        wrong = [fault for fault in index.check(silent=True) if not unused.search(fault)]
         models = list(index.models)
     except OSError:
         raise
@@ -77,8 +82,13 @@ def _read_index(path: Path, prefix: Path) -> dict[str, Model]:
         raise ValueError(f'{path} is no model index: it lists no Models, nor do what it has Import')
     found: dict[str, Model] = {}
     for model in models:
+        for field in (model.name, model.config, model.weights or ''):
+            if field and not isinstance(field, str):
+                raise ValueError(f'{model.filepath}: {field!r} in {model.name!r} must be a string')
         if not model.config:
             raise ValueError(f'{model.filepath}: {model.name!r} has no Config')
+        if model.weights:
+            check_address(model.weights)
         if model.name.lower() in found:
             raise ValueError(f'{model.filepath}: several models are named {model.name!r}')
         model.config = str(prefix / model.config)
@@ -264,16 +274,26 @@ def _weights(info: Model, pretrained: Any) -> str:
 
 def _drop_weights(settings: Any, overrides: Mapping[str, Any]) -> None:
     """Removes settings that would load weights during initialization, unless overridden."""
+    if isinstance(settings, list | tuple):
+        for item in settings:
+            _drop_weights(item, {})
+    if not isinstance(settings, dict):
+        return
     for key, value in settings.items():
         chosen = overrides.get(key)
         if key == 'pretrained' and chosen is None:
             settings[key] = None
         elif key == 'init_cfg' and chosen is None:
             several = value if isinstance(value, list) else [value]
-            if any(init and init['type'] == 'Pretrained' for init in several):
+            if any(init and _class_name(init['type']).startswith('Pretrained') for init in several):
                 settings[key] = None
-        elif isinstance(value, dict):
+        else:
             _drop_weights(value, chosen if isinstance(chosen, Mapping) else {})
+
+
+def _class_name(kind: Any) -> str:
+    """Name of a class that a config names or, in mmengine's newer style, imports."""
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
 
 
 def _dataset_meta(config: Config, datasets: Any) -> dict[str, Any]:
@@ -281,7 +301,9 @@ def _dataset_meta(config: Config, datasets: Any) -> dict[str, Any]:
     dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
     while 'dataset' in dataset:  # wrapped
         dataset = dataset['dataset']
-    kind = datasets.get(dataset['type']) if 'type' in dataset else None
+    kind = dataset.get('type')
+    if isinstance(kind, str):
+        kind = datasets.get(kind)
     return {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
 
 

@@ -114,6 +114,9 @@ def test_checksums_that_are_known_count(files, url, cache):
     fetch(f'{url}/model.pth', digest.upper())
     with pytest.raises(DownloadError, match=f'its sha256 is {digest}, not {"0" * 64}'):
         fetch(f'{url}/model.pth', '0' * 64)
+    for wrong in ('', 'unknown', 12345678):
+        with pytest.raises(ValueError, match=f'8 to 64 hexadecimal digits, not {wrong!r}'):
+            fetch(f'{url}/model.pth', wrong)
 
 
 def test_a_wrong_file_in_the_cache_is_downloaded_again(files, url, cache):

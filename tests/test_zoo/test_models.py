@@ -309,6 +309,36 @@ def test_imports_and_configs_beside_the_index(tmp_path, monkeypatch):
         hat_mm.get_model('no-scope')
 
 
+def test_what_is_not_used_in_an_index_may_be_missing(tmp_path):
+    """As in the toolboxes' own metafiles."""
+    result = dict(Task='Image Classification', Dataset='shapes', Metrics=None)
+    model = dict(Name='sparse', Config=TOY, README='configs/sparse/README.md', Results=result)
+    hat_mm.register_model_index(write_index(tmp_path, [model]), config_prefix=ROOT)
+    assert hat_mm.list_models('sparse', task='Image Classification') == ['sparse']
+
+
+NEWER_STYLE = """
+from mmengine.model import PretrainedInit
+from mmpretrain.datasets import ImageNet
+from mmpretrain.models import ImageClassifier, LinearNeck, ResNet
+default_scope = 'mmpretrain'
+url = dict(type=PretrainedInit, checkpoint='torchvision://resnet18')
+model = dict(
+    type=ImageClassifier,
+    backbone=dict(type=ResNet, depth=18, init_cfg=url),
+    neck=[dict(type=LinearNeck, in_channels=512, out_channels=8, init_cfg=url)],
+)
+test_dataloader = dict(dataset=dict(type=ImageNet))
+"""
+
+
+def test_configs_that_import_classes(no_downloads, tmp_path):
+    (tmp_path / 'newer.py').write_text(NEWER_STYLE)
+    hat_mm.register_model_index(write_index(tmp_path, [dict(Name='newer', Config='newer.py')]))
+    model = hat_mm.get_model('newer')
+    assert len(model.dataset_meta['classes']) == 1000
+
+
 @pytest.mark.parametrize(
     ('text', 'told'),
     [
@@ -320,6 +350,9 @@ def test_imports_and_configs_beside_the_index(tmp_path, monkeypatch):
         ('Models: [{Name: a}]', "'a' has no Config"),
         ('Models: [{Name: a, Config: a.py}]', r"config of 'a' does not exist: .*/a\.py; config_p"),
         ('Models: [{Name: a, Config: a.py}, {Name: A, Config: a.py}]', "several models .* 'A'"),
+        ('Models: [{Name: 1, Config: b.py}]', '1 in 1 must be a string'),
+        ('Models: [{Name: a, Config: [b.py]}]', "in 'a' must be a string"),
+        ('Models: [{Name: a, Config: b.py, Weights: w.pth}]', 'is not allowed as an address'),
         ('Import: [x.yml]', r'x\.yml. does not exist'),
         (f'Models: [{{Name: a, Config: b.py}}, {{Name: {HAT_NET}, Config: b.py}}]', 'is taken by'),
     ],

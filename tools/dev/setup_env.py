@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -273,7 +274,7 @@ class Environment:
                 entry.unlink()
 
     def run(self, title: str, command: list, **variables: str) -> None:
-        """Run a command with its output in the log; show the time and ninja's counter."""
+        """Run a command with its output in the log."""
         started = time.monotonic()
         live = sys.stdout.isatty()
         print(f'{title} ...')
@@ -288,7 +289,21 @@ class Environment:
                 stderr=subprocess.STDOUT,
                 env={**self.env, **variables},
                 cwd=ROOT,
+                start_new_session=True,
             )
+        try:
+            self.watch(process, live, started, before)
+        finally:
+            if process.poll() is None:  # interrupted: with all that it has started
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+        if process.returncode:
+            cause = explain(self.log.read_bytes()[before:].decode(errors='replace'))
+            raise SetupError(f'{title}: {cause}\nAll of the output: {self.log}')
+        print('{}  done ({:.0f} s)'.format('\r\033[K' if live else '', time.monotonic() - started))
+
+    def watch(self, process: subprocess.Popen, live: bool, started: float, before: int) -> None:
+        """Wait for a process; show the time and ninja's counter."""
         count = ''
         while process.poll() is None:
             try:
@@ -298,10 +313,6 @@ class Environment:
                 count = (re.findall(r'^\s*(\[\d+/\d+\] )', latest, re.MULTILINE) or [count])[-1]
                 line = '  {}{}m{:02d}s'.format(count, *divmod(int(time.monotonic() - started), 60))
                 print(f'\r{line}' if live else f'{line}\n', end='', flush=True)
-        if process.returncode:
-            cause = explain(self.log.read_bytes()[before:].decode(errors='replace'))
-            raise SetupError(f'{title}: {cause}\nAll of the output: {self.log}')
-        print('{}  done ({:.0f} s)'.format('\r\033[K' if live else '', time.monotonic() - started))
 
     def pip(self, title: str, *arguments: str | Path, **variables: str) -> None:
         self.run(title, [self.python, '-m', 'pip', *arguments], **variables)
@@ -376,20 +387,33 @@ class Environment:
     def precompile(self, build: Path, flags: str) -> str:
         """Compile the header that every file of mmcv begins with once; returns the flag for it.
 
-        GCC takes the compiled header only where the other flags are the same as here. Else, and
-        with compilers that look for it under another name, it reads the header itself.
+        GCC takes the compiled header only where the other flags are the same as here, else it reads
+        the header itself; Clang would stop. Without a compiled header there is no flag.
         """
-        header = build / 'torch.h'
-        header.write_text('#include <torch/types.h>\n')
+        version = subprocess.run([*self.compiler.split(), '--version'], capture_output=True)
+        if b'clang' in version.stdout.lower():
+            return ''
         code = (
             'import sysconfig, torch.utils.cpp_extension as e\n'
             "print(sysconfig.get_config_var('CFLAGS'), *('-I' + path for path in "
             "[*e.include_paths(), sysconfig.get_paths()['include']]))"
         )
-        own = subprocess.check_output([self.python, '-I', '-c', code], env=self.env, text=True)
-        words = [*self.compiler.split(), '-x', 'c++-header', *own.split(), *flags.split(), '-fPIC']
-        words += ['-std=c++17', '-DTORCH_API_INCLUDE_EXTENSION_H', '-DTORCH_EXTENSION_NAME=_ext']
-        self.run('header of torch', [*words, str(header), '-o', f'{header}.gch'])
+        own = subprocess.run([self.python, '-I', '-c', code], capture_output=True, env=self.env)
+        words = [*self.compiler.split(), '-x', 'c++-header', *own.stdout.decode().split()]
+        words += [*flags.split(), '-fPIC', '-std=c++17']
+        words += ['-DTORCH_API_INCLUDE_EXTENSION_H', '-DTORCH_EXTENSION_NAME=_ext']
+        name = hashlib.sha256(version.stdout + repr(words).encode()).hexdigest()[:8]
+        header = build / f'torch-{name}.h'
+        compiled = Path(f'{header}.gch')
+        if not compiled.exists():  # by an interrupted build
+            header.write_text('#include <torch/types.h>\n')
+            part = compiled.with_suffix('.part')
+            try:
+                self.run('header of torch', [*words, header, '-o', part])
+            except SetupError as error:
+                print(f'  going on without it, which takes longer ({str(error).splitlines()[0]})')
+                return ''
+            os.replace(part, compiled)
         return f'-include {header}'
 
 
@@ -420,4 +444,7 @@ def main() -> int:
 
 
 if __name__ == '__main__':
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(sign) == signal.SIG_DFL:
+            signal.signal(sign, signal.default_int_handler)  # ends the running step, too
     sys.exit(main())

@@ -74,4 +74,4 @@ format: setup ## put the code into the format that `make lint` asks for
 	@$(PY) -m ruff check --fix .
 
 clean: ## remove the environments and all that runs have produced
-	rm -rf .venv .venv-onedl work_dirs data build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-onedl work_dirs data build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

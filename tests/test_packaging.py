@@ -136,6 +136,7 @@ def test_the_wheel_requires_torch_and_numpy_alone(archives):
     assert metadata['License-Expression'] == 'Apache-2.0'
 
 
-def test_the_version_of_the_package_is_the_one_of_its_metadata():
+def test_the_version_of_the_package_is_the_one_of_its_metadata_and_of_the_citation():
     metadata = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))
     assert hat_mm.__version__ == metadata['project']['version']
+    assert f'\nversion: {hat_mm.__version__}\n' in (ROOT / 'CITATION.cff').read_text()

@@ -1,12 +1,16 @@
 """Python of README and plugins.md runs; commands, options and links of all pages exist and fit."""
 
+import importlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import candidates
+import models
 import pytest
 import torch
 from mmcv.transforms import Compose
@@ -94,6 +98,9 @@ CONFIG_COMMANDS = tool_commands(TOOLS)
 def test_the_pages_have_commands():
     pages = {words[0].rpartition('/')[2] for words in CONFIG_COMMANDS}
     assert pages == {'train.py', 'test.py', 'dist_train.sh', 'print_config.py'}
+    programs = {words[0].rpartition('/')[2] for words in PROGRAMS}
+    assert programs >= {'shapes.py', 'get_flops.py', 'padding_effect.py', 'publish_model.py'}
+    assert len(BENCHMARKS) >= 6
     text = (ROOT / 'docs/configs.md').read_text()
     assert len(re.findall(r'^(?:python|bash) ', text, re.MULTILINE)) >= 10
 
@@ -149,6 +156,34 @@ def test_options_fit(words):
                 dataset = cfg[f'{split}_dataloader'].dataset
                 dataset = dataset.get('dataset', dataset)  # of a RepeatDataset
                 assert Compose(dataset.pipeline)
+
+
+PROGRAMS = [
+    words
+    for words in tool_commands(('.py',))
+    if not words[0].endswith(TOOLS) and 'dev' not in Path(words[0]).parts
+]
+
+
+@pytest.mark.parametrize('words', PROGRAMS, ids=lambda words: '-'.join(words)[-60:])
+def test_programs_take_the_arguments_of_the_pages(words, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', words)
+    importlib.import_module(Path(words[0]).stem).parse_args()
+
+
+BENCHMARKS = [words[1:] for words in tool_commands(('analysis_tools/benchmark',))]
+
+
+@pytest.mark.parametrize('words', BENCHMARKS, ids=lambda words: '-'.join(words)[-60:])
+def test_the_benchmark_takes_the_arguments_of_the_pages(words, monkeypatch):
+    ran = []
+    monkeypatch.setattr(models, 'run', ran.append)
+    runpy.run_path(str(ROOT / 'tools/analysis_tools/benchmark/__main__.py'))['main'](words)
+    [args] = ran
+    assert models.find_peers(args, models.make_plan(args))
+    for text in args.candidates:
+        name = candidates.parse(text).name
+        assert name in candidates.PEERS or re.search('[./]', name)
 
 
 def test_the_config_for_own_data_builds(tmp_path, monkeypatch):

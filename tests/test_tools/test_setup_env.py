@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -49,6 +48,7 @@ def prepare_metadata_for_build_wheel(folder, settings=None):
 def build_wheel(folder, settings=None, metadata=None):
     print('[1/2] c++ a.cpp', os.environ['MAX_JOBS'], os.environ['CXX'], flush=True)
     if os.environ.get('STAND_IN') == 'slow':
+        print('process', os.getpid(), flush=True)
         time.sleep(60)
     if os.environ.get('STAND_IN') == 'wrong':
         sys.exit('a.cpp:7:5: error: nms was not declared')
@@ -137,8 +137,6 @@ class Checkout:
             command,
             env={**self.env, **variables},
             start_new_session=True,
-            # A shell's background jobs ignore the signal.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             **pipes,
         )
 
@@ -183,6 +181,7 @@ def test_the_first_set_up_compiles_mmcv_and_keeps_the_wheel(finished):
     assert re.search(r'checks: Python 3\.1[12]\.\d+, c\+\+ compiles, \d+ GiB', finished.output)
     assert '.venv-onedl is ready' in finished.output
     assert len(finished.output.splitlines()) < 25
+    assert 'going on without it' in finished.output  # there are no headers
     assert finished.compilations() == 1
     assert len([*finished.cache.glob('hat_mm/wheels/onedl-mmcv-2.1.0_*/*.whl')]) == 1
     program = [
@@ -265,6 +264,14 @@ def test_a_damaged_environment_is_made_anew_with_the_cached_wheel(finished):
     assert finished.compilations() == 2
 
 
+def runs(pid):
+    """Whether a process runs; one that has ended, but that nobody has waited for, does not."""
+    try:
+        return bool(Path(f'/proc/{pid}/cmdline').read_bytes())
+    except OSError:
+        return False
+
+
 def test_a_build_that_fails_or_is_interrupted_says_so(finished, tmp_path):
     finished.file('mmcv/ops.py').unlink()
     finished.file('mmcv/_ext.so').unlink()
@@ -281,13 +288,59 @@ def test_a_build_that_fails_or_is_interrupted_says_so(finished, tmp_path):
     deadline = time.monotonic() + 300
     while finished.compilations() < 4 and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    while not (found := re.findall(r'process (\d+)', log.read_text())):
+        time.sleep(0.1)
+    process.terminate()  # this one alone
     output, _ = process.communicate(timeout=300)
+    while runs(found[-1]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not runs(found[-1])
     assert process.returncode == 130
     assert 'interrupted; run it again' in output
     assert 'Traceback' not in output
     assert list(tmp_path.rglob('*.whl')) == []
     assert not finished.ready()
+
+
+@pytest.fixture
+def builder(tmp_path):
+    """An environment whose Python only names the folder of a small header of torch."""
+    environment = load(checkout(tmp_path / 'checkout')).Environment('onedl')
+    environment.path.mkdir()
+    environment.python = tmp_path / 'python'
+    environment.python.write_text(f'#!/bin/sh\necho -O2 -I{tmp_path}\n')
+    environment.python.chmod(0o755)
+    (tmp_path / 'torch').mkdir()
+    (tmp_path / 'torch/types.h').write_text('inline int answer() { return 42; }\n')
+    return environment
+
+
+def test_the_compiled_header_is_used_and_made_once(builder, tmp_path):
+    flag = builder.precompile(tmp_path, '-g0')
+    [compiled] = tmp_path.glob('*.gch')
+    made = compiled.stat()
+    assert builder.precompile(tmp_path, '-g0') == flag
+    assert compiled.stat() == made
+    source = tmp_path / 'a.cpp'
+    source.write_text('int main() { return answer(); }\n')
+    options = f'-O2 -I{tmp_path} -g0 -fPIC -std=c++17 {flag} -DMMCV_WITH_CUDA -H -c'.split()
+    options += ['-DTORCH_API_INCLUDE_EXTENSION_H', '-DTORCH_EXTENSION_NAME=_ext']  # torch adds them
+    done = subprocess.run(
+        ['c++', *options, source], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert f'! {compiled}' in done.stderr
+
+
+@pytest.mark.parametrize('reason', ['header', 'clang'])
+def test_without_a_compiled_header_the_build_goes_on(builder, tmp_path, reason):
+    if reason == 'header':
+        (tmp_path / 'torch/types.h').write_text('#error other compiler\n')
+    else:
+        builder.compiler = f'{tmp_path}/clang++'
+        Path(builder.compiler).write_text('#!/bin/sh\necho Debian clang version 19\n')
+        Path(builder.compiler).chmod(0o755)
+    assert builder.precompile(tmp_path, '-g0') == ''
+    assert not [*tmp_path.glob('*.gch')]
 
 
 # --- What is checked first ------------------------------------------------------------------------

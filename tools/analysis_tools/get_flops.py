@@ -9,6 +9,7 @@ import datetime
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,4 +211,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == '__main__':
     logging.disable(logging.WARNING)
+    warnings.simplefilter('ignore')  # of the toolboxes
     sys.exit(run_tool(main, 'get_flops.py'))

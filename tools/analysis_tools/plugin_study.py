@@ -262,7 +262,7 @@ def plot(results: dict, out: Path) -> None:
 def study(args: argparse.Namespace, command: str) -> dict:
     """Trains missing runs and times steps; returns the results, with the command line."""
     allocator = tune()
-    subprocess.run([sys.executable, 'demo/shapes.py', '--relation'], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, ROOT / 'demo/shapes.py', '--relation'], check=True)
     os.environ['OMP_NUM_THREADS'] = '1'  # for the processes that train
     backbones: dict[str, dict] = {name: {'runs': {}} for name in BACKBONES}
     one_process_a_run = dict(mp_context=multiprocessing.get_context('spawn'), max_tasks_per_child=1)

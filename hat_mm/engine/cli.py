@@ -279,13 +279,18 @@ def _drop_averaging(cfg: Any) -> None:
 
 def _set_out(cfg: Any, toolbox: Toolbox, args: argparse.Namespace) -> None:
     """Checks ``--out``; for toolboxes whose metrics write their own files, sets their folder."""
-    if toolbox.dump is None:
+    if args.out_item == 'metrics':
+        if not args.out.endswith(('.json', '.yaml', '.yml', '.pkl', '.pickle')):
+            raise UserError(
+                f'--out must end with .json, .yaml or .pkl for metrics, got {args.out!r}', status=2
+            )
+    elif toolbox.dump is None:
         metrics = cfg.test_evaluator
         for metric in metrics if isinstance(metrics, list) else [metrics]:
             metric.update(output_dir=args.out, keep_results=True)
         _make_writable(args.out, '--out folder')
         return
-    if args.out_item != 'metrics' and not args.out.endswith(('.pkl', '.pickle')):
+    elif not args.out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out must end with .pkl or .pickle, got {args.out!r}', status=2)
     _make_writable(os.path.dirname(args.out) or '.', 'the folder of --out')
 

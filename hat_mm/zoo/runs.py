@@ -103,7 +103,8 @@ def read_run(
 
     epoch, iteration = meta['epoch'], meta['iter']
     logger = settings.get('default_hooks', {}).get('logger') or {}
-    step = epoch if logger.get('log_metric_by_epoch', True) else iteration
+    counts_epochs = logger.get('log_metric_by_epoch', True)
+    step = epoch if counts_epochs else iteration
     measured = _validation(lines, step, iteration, folder)
 
     by_epoch = 'max_epochs' in settings.train_cfg
@@ -112,6 +113,8 @@ def read_run(
     notes: list[str] = []
     # A training record names an epoch that has begun, a validation record one that has ended.
     done = [line.get('step') for line in lines if by_epoch == ('iter' not in line)]
+    if by_epoch and not counts_epochs:
+        done = []
     if max(reached, *done, 0) < total:
         if not unfinished:
             raise ValueError(
@@ -222,7 +225,10 @@ def _results(measured: Mapping[str, Any], dataset: str) -> list[dict[str, Any]]:
         # mmdet gives -1 if there is nothing to detect.
         if metric and math.isfinite(value) and value >= 0:
             task, name, factor, decimals = metric
-            results.setdefault(task, {})[name] = round(value * factor, decimals)
+            metrics = results.setdefault(task, {})
+            if name in metrics:
+                raise ValueError(f'the validation has several {name}, {key} is one of them')
+            metrics[name] = round(value * factor, decimals)
     if not results:
         raise ValueError(
             f'the validation has no value of a metric that metafiles know ({", ".join(_METRICS)}), '

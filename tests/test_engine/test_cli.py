@@ -377,6 +377,8 @@ def test_out(run, tool, tmp_path):
     runner = run(cli.test, '--out', out, '--out-item', 'metrics', scope='mmpretrain')
     assert runner.test_evaluator.metrics == []
     assert json.loads(out.read_text()) == {'accuracy': 0.5}
+    with pytest.raises(cli.UserError, match=r'must end with \.json, .*for metrics'):
+        run(cli.test, '--out', tmp_path / 'maps', '--out-item', 'metrics', scope='mmseg')
     result = tool(
         cli.test, run.config(), tmp_path / 'a.pth', '--work-dir', tmp_path, '--out', 'out.json'
     )

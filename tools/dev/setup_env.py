@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -273,7 +274,7 @@ class Environment:
                 entry.unlink()
 
     def run(self, title: str, command: list, **variables: str) -> None:
-        """Run a command with its output in the log; show the time and ninja's counter."""
+        """Run a command with its output in the log."""
         started = time.monotonic()
         live = sys.stdout.isatty()
         print(f'{title} ...')
@@ -288,7 +289,21 @@ class Environment:
                 stderr=subprocess.STDOUT,
                 env={**self.env, **variables},
                 cwd=ROOT,
+                start_new_session=True,
             )
+        try:
+            self.watch(process, live, started, before)
+        finally:
+            if process.poll() is None:  # interrupted: with all that it has started
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+        if process.returncode:
+            cause = explain(self.log.read_bytes()[before:].decode(errors='replace'))
+            raise SetupError(f'{title}: {cause}\nAll of the output: {self.log}')
+        print('{}  done ({:.0f} s)'.format('\r\033[K' if live else '', time.monotonic() - started))
+
+    def watch(self, process: subprocess.Popen, live: bool, started: float, before: int) -> None:
+        """Wait for a process; show the time and ninja's counter."""
         count = ''
         while process.poll() is None:
             try:
@@ -298,10 +313,6 @@ class Environment:
                 count = (re.findall(r'^\s*(\[\d+/\d+\] )', latest, re.MULTILINE) or [count])[-1]
                 line = '  {}{}m{:02d}s'.format(count, *divmod(int(time.monotonic() - started), 60))
                 print(f'\r{line}' if live else f'{line}\n', end='', flush=True)
-        if process.returncode:
-            cause = explain(self.log.read_bytes()[before:].decode(errors='replace'))
-            raise SetupError(f'{title}: {cause}\nAll of the output: {self.log}')
-        print('{}  done ({:.0f} s)'.format('\r\033[K' if live else '', time.monotonic() - started))
 
     def pip(self, title: str, *arguments: str | Path, **variables: str) -> None:
         self.run(title, [self.python, '-m', 'pip', *arguments], **variables)
@@ -434,4 +445,7 @@ def main() -> int:
 
 
 if __name__ == '__main__':
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(sign) == signal.SIG_DFL:
+            signal.signal(sign, signal.default_int_handler)  # ends the running step, too
     sys.exit(main())

@@ -21,7 +21,7 @@ help: ## list the targets
 	@echo '  PYTHON=... and CXX=... name the interpreter and the compiler of the set-up'
 
 # Any python3 can run the set-up, which itself looks for one that suits the environment.
-setup: ## set up .venv: checks, packages, mmcv compiled with its operators (once, 10-20 minutes)
+setup: ## set up .venv: checks, packages, mmcv compiled with its operators (once, about 5 minutes)
 	@for python in $(PYTHON) python3 python3.12 python3.11; do \
 	  if "$$python" -c '' 2>/dev/null; then \
 	    exec "$$python" tools/dev/setup_env.py --stack $(STACK) --python "$(PYTHON)"; \

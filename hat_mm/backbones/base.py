@@ -65,7 +65,7 @@ def near_names(name: Any, choices: Sequence[str]) -> str:
 
 
 def check_ints(name: str, values: Sequence[int], length: int) -> None:
-    """Raises ValueError, which says ``name``, unless ``values`` are ``length`` positive ints."""
+    """Raises ValueError about ``name`` unless ``values`` are ``length`` positive ints."""
     if (
         not isinstance(values, Sequence)
         or len(values) != length
@@ -77,7 +77,7 @@ def check_ints(name: str, values: Sequence[int], length: int) -> None:
 
 
 def check_stages(name: str, stages: Sequence[int], num_stages: int) -> tuple[int, ...]:
-    """Returns ``stages``; raises ValueError, which says ``name``, unless these are distinct."""
+    """Returns ``stages``; raises ValueError about ``name`` unless they exist and are distinct."""
     if (
         not isinstance(stages, Sequence)
         or not stages
@@ -91,7 +91,7 @@ def check_stages(name: str, stages: Sequence[int], num_stages: int) -> tuple[int
 
 
 def check_ratio(name: str, value: float, dim: int) -> None:
-    """Raises ValueError, which says ``name``, unless ``value * dim`` is at least one channel."""
+    """Raises ValueError about ``name`` unless ``value * dim`` is at least one channel."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value * dim < 1e9:
         raise ValueError(
             f'{name} must be a positive number that leaves channels of {dim}, not {value!r}'

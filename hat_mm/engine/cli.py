@@ -214,6 +214,8 @@ def _set_loader_defaults(cfg: Any) -> None:
 
 
 def _set_amp(cfg: Any) -> None:
+    if importlib.import_module('mmengine.device').get_device() == 'cpu':
+        raise UserError('--amp needs a GPU: mmengine has no mixed precision training on the CPU')
     kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise UserError(

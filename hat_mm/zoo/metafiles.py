@@ -8,6 +8,7 @@ import yaml
 from mmengine.config import Config
 
 from hat_mm.weights.addresses import check_address
+from hat_mm.weights.fileio import replacing
 
 from .publish import check_published
 from .runs import Run
@@ -126,7 +127,8 @@ def add_entry(
     entry['Metadata'] = old | run.metadata | {'SHA256': digest}
     entry['Results'] = _merged(entry.get('Results'), run.results, replaced)
     entry['Weights'] = f'{url.rstrip("/")}/{weights.name}'
-    metafile.write_text(text(data, header), encoding='utf-8')
+    with replacing(metafile) as part:
+        part.write_text(text(data, header), encoding='utf-8')
     return entry, (*run.notes, *_differences(run.settings, path))
 
 

@@ -257,7 +257,11 @@ def test_missing_checkpoint(run, tool, tmp_path):
     assert RecordingRunner.built == []
 
 
-def test_amp(run):
+def test_amp(run, monkeypatch):
+    monkeypatch.setattr('mmengine.device.get_device', lambda: 'cpu')
+    with pytest.raises(cli.UserError, match='--amp needs a GPU'):
+        run(cli.train, '--amp')
+    monkeypatch.setattr('mmengine.device.get_device', lambda: 'cuda')
     wrapper = run(cli.train, '--amp').cfg.optim_wrapper
     assert (wrapper.type, wrapper.loss_scale) == ('AmpOptimWrapper', 'dynamic')
     with pytest.raises(cli.UserError, match="but the config has 'Other'"):

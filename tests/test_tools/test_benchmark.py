@@ -79,18 +79,18 @@ class Here:
         self.allocator = 'tuned' if tuned else 'default'
 
     def run(self, function, *arguments):
-        return measuring._call(function, *arguments)
+        return measuring.call(function, *arguments)
 
     __enter__ = measuring.Worker.__enter__
 
     def __exit__(self, *error):
-        measuring._timers.clear()
+        measuring.timers.clear()
 
 
 @pytest.fixture
 def one_process(monkeypatch):
     monkeypatch.setattr(measuring, 'Worker', Here)
-    monkeypatch.setattr(measuring, '_timers', {})
+    monkeypatch.setattr(measuring, 'timers', {})
 
 
 @pytest.mark.usefixtures('one_process')

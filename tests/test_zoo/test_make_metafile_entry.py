@@ -323,6 +323,19 @@ def test_what_is_refused(add, metafile, words, told):
     assert metafile.read_text() == before
 
 
+def test_a_full_disk_leaves_the_metafile_as_it_was(add, metafile, monkeypatch):
+    before = metafile.read_text()
+
+    def write_half(path, text, **_):
+        path.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(Path, 'write_text', write_half)
+    status, _, err = add('--collection', 'FasterViT', '--name', 'new')
+    assert status == 1 and 'No space left on device' in err
+    assert metafile.read_text() == before
+
+
 @pytest.mark.parametrize(
     ('text', 'told'),
     [

@@ -374,7 +374,7 @@ class Environment:
         jobs = str(build_jobs())
         flags = f'{os.environ.get("CPPFLAGS", "")} -g0'
         self.pip(
-            f'{pin} with its operators ({jobs} files at a time, 15 to 30 minutes of one core)',
+            f'{pin} with its operators ({jobs} files at a time, minutes)',
             *('wheel', '-v', *common, '-w', build / 'wheel', source),
             MMCV_WITH_OPS='1',
             MAX_JOBS=jobs,
@@ -392,7 +392,7 @@ class Environment:
         would end with an error.
         """
         compiler = self.compiler.split()
-        version = subprocess.check_output([*compiler, '--version'], text=True)
+        version = subprocess.run([*compiler, '--version'], stdout=subprocess.PIPE, text=True).stdout
         if 'Free Software Foundation' not in version:
             return ''
         header = build / 'torch.h'

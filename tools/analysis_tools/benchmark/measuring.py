@@ -79,7 +79,7 @@ class Worker(AbstractContextManager):
             UserError: It failed, or the process was killed.
         """
         try:
-            return self._pool.submit(_call, function, *arguments).result()
+            return self._pool.submit(call, function, *arguments).result()
         except BrokenProcessPool as error:
             raise UserError('the process was killed: out of memory?') from error
 
@@ -96,7 +96,8 @@ def _begin(device: str, tuned: bool) -> str | None:
     return tune() if tuned else 'default'
 
 
-def _call(function: Callable, *arguments: Any) -> Any:
+def call(function: Callable, *arguments: Any) -> Any:
+    """Calls a function; raises UserError, which any process can receive, if it fails."""
     try:
         return function(*arguments)
     except UserError:
@@ -108,7 +109,7 @@ def _call(function: Callable, *arguments: Any) -> Any:
 
 # --- time -----------------------------------------------------------------------------------------
 
-_timers: dict[str, Timer] = {}  # of this process
+timers: dict[str, Timer] = {}  # of this process
 
 
 def turn(name: str, prepare: Callable[..., Work], argument: Any) -> float:
@@ -116,11 +117,11 @@ def turn(name: str, prepare: Callable[..., Work], argument: Any) -> float:
 
     A run before them does not count, because it takes longer after a pause or another process.
     """
-    if name not in _timers:
+    if name not in timers:
         names = {'work': prepare(argument)}
         threads = torch.get_num_threads()
-        _timers[name] = Timer('work.run()', 'work.reset()', globals=names, num_threads=threads)
-    return _timers[name].blocked_autorange(min_run_time=0.2).median
+        timers[name] = Timer('work.run()', 'work.reset()', globals=names, num_threads=threads)
+    return timers[name].blocked_autorange(min_run_time=0.2).median
 
 
 def seconds_of(jobs: Mapping[str, Job], rounds: int, device: str, tuned: bool) -> Measured:

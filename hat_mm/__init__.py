@@ -15,6 +15,7 @@ __version__ = '0.2.0'
 _PUBLIC = {
     'DropoutPooling': 'hat_mm.necks',
     'FasterViT': 'hat_mm.backbones',
+    'FasterViTDINO': 'hat_mm.detectors',
     'HATNet': 'hat_mm.backbones',
     'HATPlugin': 'hat_mm.plugins',
     'HMHSAPlugin': 'hat_mm.plugins',
@@ -33,6 +34,7 @@ _PUBLIC = {
 __all__ = [
     'DropoutPooling',
     'FasterViT',
+    'FasterViTDINO',
     'HATNet',
     'HATPlugin',
     'HMHSAPlugin',

@@ -22,7 +22,7 @@ MODELS = Registry(
     'model',
     parent=_MODELS,
     scope='hat_mm',
-    locations=['hat_mm.backbones', 'hat_mm.necks', 'hat_mm.plugins'],
+    locations=['hat_mm.backbones', 'hat_mm.detectors', 'hat_mm.necks', 'hat_mm.plugins'],
 )
 HOOKS = Registry('hook', parent=_HOOKS, scope='hat_mm', locations=['hat_mm.engine.hooks'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(

@@ -135,7 +135,10 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the stage's feature map."""
-        x = self.downsample(x)
+        return self.run_blocks(self.downsample(x))
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the same shape."""
         for block in self.blocks:
             x = checkpoint_block(block, x) if self.with_cp else block(x)
         return x
@@ -150,7 +153,7 @@ class HierarchicalBackbone(Deployable, BaseModule):
       channels and blocks of each stage;
     - ``name_map``: the tensor names of its official checkpoints;
     - ``published_norm``: the config of its norms;
-    - ``published_out_norm``: the type of the norm that an official file has for the last map;
+    - ``published_out_norm``: the type of the norms of maps in official files;
     - ``from_scratch``: the initialization.
 
     ``stages[i]`` starts with its downsampler (the first has none) and holds its blocks in
@@ -394,13 +397,15 @@ class HierarchicalBackbone(Deployable, BaseModule):
         """Maps what is loaded to this backbone's names, and logs what it fills."""
         self.refuse_loading()
         built = len(self.stages)
-        unused = rf'norm\d\..*|stages\.[{built}-9]\..*'
-        last = getattr(self, f'norm{len(self.depths) - 1}', None)
-        if self.name_map.last_norm and isinstance(last, self.published_out_norm):
-            # Official files hold the norm of the last map, and here it fits.
-            unused = rf'norm[0-{len(self.depths) - 2}]\..*|stages\.[{built}-9]\..*'
+        norms = (f'norm{i}' for i in self.out_indices)
         state, report = adapt(
-            state, self.state_dict(), self.name_map, self.arch, unused, strict=_STRICT.get()
+            state,
+            self.state_dict(),
+            self.name_map,
+            self.arch,
+            norms=[n for n in norms if isinstance(getattr(self, n), self.published_out_norm)],
+            unused=rf'stages\.[{built}-9]\..*',
+            strict=_STRICT.get(),
         )
         print_log(
             f'{type(self).__name__} {self.arch}: {report}',

@@ -58,6 +58,9 @@ class FasterViTArch:
         layer_scale: Initial value of the per-channel factors of residual branches; None for none.
         propagate: Adds the carriers to their tokens at the end of a stage.
         drop_path_rate: Drop-path rate of the last block in training.
+        pad_every_stage: Pads the maps of stages 0 and 1 to whole windows, too.
+        positions_by_tokens: Measures absolute positions inside windows in halves of the number of
+            tokens of a window, not of its size.
     """
 
     embed_dims: int = 64
@@ -70,6 +73,8 @@ class FasterViTArch:
     layer_scale: float | None = None
     propagate: bool = False
     drop_path_rate: float = 0.2
+    pad_every_stage: bool = False
+    positions_by_tokens: bool = False
 
     def __post_init__(self) -> None:
         carriers = self.carriers
@@ -119,6 +124,7 @@ _4 = FasterViTArch(
     drop_path_rate=0.3,
 )
 _4_21K = replace(_4, carriers=False, propagate=False, drop_path_rate=0.42)
+_4_21K_224 = replace(_4_21K, window_size=(7, 7, 14, 7))
 
 FASTERVIT_ARCHS = MappingProxyType(
     {
@@ -129,7 +135,9 @@ FASTERVIT_ARCHS = MappingProxyType(
         '4': _4,
         '5': replace(_4, embed_dims=320),
         '6': replace(_4, embed_dims=320, depths=(3, 3, 16, 8), drop_path_rate=0.5),
-        '4-21k-224': replace(_4_21K, window_size=(7, 7, 14, 7)),
+        '4-21k-224': _4_21K_224,
+        # The authors' trained detector differs in two points: docs/dino.md.
+        '4-21k-224-dino': replace(_4_21K_224, pad_every_stage=True, positions_by_tokens=True),
         '4-21k-384': replace(_4_21K, window_size=(7, 7, 24, 12)),
         '4-21k-512': replace(_4_21K, window_size=(7, 7, 32, 16)),
         '4-21k-768': replace(_4_21K, window_size=(7, 7, 48, 24)),
@@ -211,6 +219,7 @@ class HATBlock(Deployable):
         layer_scale: Initial value of the per-channel factors of the branches; None for none.
         propagate: Adds each carrier to the tokens of its cell at the end of the block.
         mlp_ratio: Hidden width of the MLPs as a multiple of C.
+        positions_by_tokens: As in :class:`FasterViTArch`.
     """
 
     def __init__(
@@ -224,6 +233,7 @@ class HATBlock(Deployable):
         layer_scale: float | None = None,
         propagate: bool = False,
         mlp_ratio: float = 4,
+        positions_by_tokens: bool = False,
     ) -> None:
         super().__init__()
         self.window_size = window_size
@@ -233,7 +243,13 @@ class HATBlock(Deployable):
             drop_path_rate=drop_path_rate, layer_scale=layer_scale, mlp_ratio=mlp_ratio
         )
         self.carrier_attn = TransformerLayer(dim, num_heads, **options) if carrier_size else None
-        self.window_attn = TransformerLayer(dim, num_heads, num_prefix=carrier_size**2, **options)
+        self.window_attn = TransformerLayer(
+            dim,
+            num_heads,
+            num_prefix=carrier_size**2,
+            positions_by_tokens=positions_by_tokens,
+            **options,
+        )
 
     def _fold(self) -> None:
         w, layer = self.window_size, self.window_attn
@@ -288,6 +304,38 @@ class HATBlock(Deployable):
         return carriers[:, (cell[:, None] * c + cell).flatten()]
 
 
+class PaddedStage(Stage):
+    """A downsampler and convolution blocks on a map that is padded to whole windows.
+
+    Zeros at the bottom and right, as in :class:`HATStage`; the blocks themselves have no windows.
+
+    Args:
+        downsample: Module before the blocks.
+        blocks: The blocks.
+        window_size: Window size w.
+        with_cp: Recomputes the blocks' activations in the backward pass, which saves memory.
+    """
+
+    def __init__(
+        self,
+        downsample: nn.Module,
+        blocks: Sequence[nn.Module],
+        *,
+        window_size: int,
+        with_cp: bool = False,
+    ) -> None:
+        super().__init__(downsample, blocks, with_cp=with_cp)
+        self.window_size = window_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the stage's feature map."""
+        x = self.downsample(x)
+        height, width = x.shape[-2:]
+        num_windows = count_windows((height, width), self.window_size)
+        x = self.run_blocks(pad_to_windows(x, num_windows, self.window_size))
+        return tracing.crop(x.permute(0, 2, 3, 1), height, width).permute(0, 3, 1, 2)
+
+
 class HATStage(nn.Module):
     """A downsampler and transformer blocks on windows, with or without carrier tokens.
 
@@ -304,6 +352,7 @@ class HATStage(nn.Module):
         layer_scale: Initial value of the per-channel factors; None for none.
         propagate: Adds the carriers to their tokens at the end of the stage.
         mlp_ratio: Hidden width of the MLPs as a multiple of C.
+        positions_by_tokens: As in :class:`FasterViTArch`.
         with_cp: Recomputes the blocks' activations in the backward pass, which saves memory.
     """
 
@@ -319,6 +368,7 @@ class HATStage(nn.Module):
         layer_scale: float | None = None,
         propagate: bool = False,
         mlp_ratio: float = 4,
+        positions_by_tokens: bool = False,
         with_cp: bool = False,
     ) -> None:
         super().__init__()
@@ -337,6 +387,7 @@ class HATStage(nn.Module):
                 layer_scale=layer_scale,
                 propagate=propagate and carrier_size > 0 and i == last,
                 mlp_ratio=mlp_ratio,
+                positions_by_tokens=positions_by_tokens,
             )
             for i, rate in enumerate(drop_path_rates)
         )
@@ -388,7 +439,8 @@ class FasterViT(HierarchicalBackbone):
 
     Args:
         arch: Variant: ``'0'`` to ``'6'`` (or the int), ``'4-21k-224'``, ``'4-21k-384'``,
-            ``'4-21k-512'``, ``'4-21k-768'``, or a dict of fields of :class:`FasterViTArch`.
+            ``'4-21k-512'``, ``'4-21k-768'``, ``'4-21k-224-dino'`` (that of the authors' detector),
+            or a dict of fields of :class:`FasterViTArch`.
         in_channels: Channels of the images.
         window_size: Window size in tokens, one int or one for each stage; None for the arch's.
         drop_path_rate: Drop-path rate of the last block, in [0, 1); None for the arch's.
@@ -463,11 +515,16 @@ class FasterViT(HierarchicalBackbone):
                     drop_path_rates=rates[i],
                     layer_scale=spec.layer_scale,
                     propagate=spec.propagate,
+                    positions_by_tokens=spec.positions_by_tokens,
                     with_cp=self.with_cp,
                 )
             else:
                 blocks = [ConvBlock(dim, rate, norm_layer) for rate in rates[i]]
-                stage = Stage(downsample, blocks, with_cp=self.with_cp)
+                if spec.pad_every_stage:
+                    w = spec.window_size[i]
+                    stage = PaddedStage(downsample, blocks, window_size=w, with_cp=self.with_cp)
+                else:
+                    stage = Stage(downsample, blocks, with_cp=self.with_cp)
             self.stages.append(stage)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

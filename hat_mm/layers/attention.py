@@ -94,6 +94,7 @@ class TransformerLayer(Deployable):
             training.
         layer_scale: Initial value of the per-channel factors of both branches; None for none.
         mlp_ratio: Hidden width of the MLP as a multiple of C.
+        positions_by_tokens: See :class:`~hat_mm.layers.position.AbsolutePositionEmbedding`.
     """
 
     gamma1: Tensor | None
@@ -109,9 +110,10 @@ class TransformerLayer(Deployable):
         drop_path_rate: float = 0.0,
         layer_scale: float | None = None,
         mlp_ratio: float = 4,
+        positions_by_tokens: bool = False,
     ) -> None:
         super().__init__()
-        self.pos_embed: nn.Module = AbsolutePositionEmbedding(dim)
+        self.pos_embed: nn.Module = AbsolutePositionEmbedding(dim, positions_by_tokens)
         self.norm1 = nn.LayerNorm(dim)
         self.attn = SelfAttention(dim, num_heads, RelativePositionBias(num_heads, num_prefix))
         self.norm2 = nn.LayerNorm(dim)

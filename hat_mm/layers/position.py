@@ -63,15 +63,23 @@ class AbsolutePositionEmbedding(PositionMlp):
 
     Args:
         dim: Channels C.
+        by_tokens: Centres and scales the coordinates of both axes by half the number of tokens,
+            a * b // 2, not by half the size of the axis.
 
     Shape:
         Called with the grid size ``(a, b)``, returns (a * b, C), row-major, in float32 or, if that
         is more precise, the model's dtype.
     """
 
+    def __init__(self, dim: int, by_tokens: bool = False) -> None:
+        super().__init__(dim)
+        self.by_tokens = by_tokens
+
     def forward(self, grid_size: tuple[int, int]) -> Tensor:
         """Computes the vectors for a grid size."""
-        rows, cols = (_to_unit(self.range(0, n) - n // 2) for n in grid_size)
+        a, b = grid_size
+        half_a, half_b = (a * b // 2, a * b // 2) if self.by_tokens else (a // 2, b // 2)
+        rows, cols = _to_unit(self.range(0, a) - half_a), _to_unit(self.range(0, b) - half_b)
         return self.of_grid(rows, cols).flatten(0, 1)
 
 

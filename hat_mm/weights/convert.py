@@ -11,12 +11,13 @@ from torch import Tensor
 
 import hat_mm
 
+from . import dino
 from .loading import LoadReport, compare, unwrap
-from .names import NAME_MAPS, UNUSED, NameMap
+from .names import FASTERVIT_NAMES, NAME_MAPS, UNUSED, NameMap
 from .official import OfficialFile
 
 # Keys under which official training checkpoints keep the averaged weights.
-EMA_KEYS = ('state_dict_ema', 'model_ema')
+EMA_KEYS = ('state_dict_ema', 'model_ema', 'ema_model')
 _HEAD = 'head.fc.'
 
 
@@ -69,6 +70,11 @@ def from_official(
             tensors do not fill any arch exactly.
     """
     state = _averaged(checkpoint) if ema else unwrap(checkpoint)
+    origin = source.provenance | {'weights': 'average' if ema else 'last'}
+    if dino.is_authors_dino(state):
+        if with_head:
+            raise ValueError(f'{source.name} holds a detector, no classifier: leave --head out')
+        return _from_authors_dino(state, source, origin)
     name_map = _official_map(state, source.name)
     native, left = name_map.to_native(state), name_map.left_over(state)
     archs, report = _fit(native, name_map, source, spare='(?!)')
@@ -78,25 +84,75 @@ def from_official(
         head = {_HEAD + k.removeprefix(name_map.head): v for k, v in head.items()}
         said += f'; {_check_head(head, name_map, archs[0], source)}'
         native = {f'backbone.{name}': value for name, value in native.items()} | head
-    origin = source.provenance | {'weights': 'average' if ema else 'last'}
     return {'state_dict': native, 'meta': _meta(name_map, archs, origin, said), UNUSED: left}
+
+
+def _from_authors_dino(
+    state: Mapping[str, Any], source: Source, origin: dict[str, Any]
+) -> dict[str, Any]:
+    """Makes a checkpoint of mmdet's DINO from one of the authors'."""
+    renamed, whole = dino.to_mmdet(state)
+    backbone = _part(renamed, 'backbone.')
+    if not FASTERVIT_NAMES.matches(backbone):
+        raise ValueError(
+            f"{source.name} is a file of the authors' DINO, but its backbone is no FasterViT: it "
+            f'holds {_names(backbone) or "nothing"}'
+        )
+    native, left = FASTERVIT_NAMES.to_native(backbone), FASTERVIT_NAMES.left_over(backbone)
+    archs, report = _fit(native, FASTERVIT_NAMES, source, spare='(?!)', in_dino=True)
+    outside = {k: v for k, v in renamed.items() if not k.startswith('backbone.')}
+    said = f'backbone: {report}; outside: all {len(outside)} tensors renamed for DINO of mmdet'
+    if whole:
+        said += f', of {len(whole)} the rows of {len(outside[dino.OUR_LABELS])} classes'
+    return {
+        'state_dict': outside | {f'backbone.{name}': value for name, value in native.items()},
+        'meta': _meta(FASTERVIT_NAMES, archs, origin, said),
+        UNUSED: whole | {f'backbone.0.{name}': value for name, value in left.items()},
+    }
+
+
+def _to_authors_dino(
+    state: Mapping[str, Any], kept: Mapping[str, Tensor], source: Source
+) -> tuple[dict[str, Tensor], list[str], str]:
+    """Renames the tensors of mmdet's DINO; returns them with the archs and a report."""
+    native = _part(state, 'backbone.')
+    archs, _ = _fit(native, FASTERVIT_NAMES, source, spare='(?!)', in_dino=True)
+    norms = {name: v for name, v in native.items() if re.match(r'norm\d\.', name)}
+    rest = {name: v for name, v in native.items() if name not in norms}
+    backbone = FASTERVIT_NAMES.to_official(rest)[0] | norms
+    renamed = {k: v for k, v in state.items() if not k.startswith('backbone.')}
+    renamed |= {f'backbone.{name}': value for name, value in backbone.items()}
+    unused = {name: v for name, v in kept.items() if name.startswith('backbone.0.')}
+    official = dino.from_mmdet(renamed, kept) | unused
+    return official, archs, f"all {len(state)} tensors in names of the authors' DINO"
+
+
+def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The tensors whose names start with ``prefix``, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def to_official(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """Makes an official checkpoint from one of hat_mm: a backbone, a classifier or a detector.
 
+    A converted file of the authors' DINO becomes one again. Of other detectors the backbone alone
+    is taken.
+
     Returns:
-        A checkpoint with ``state_dict`` in official names, and ``meta`` (with a report).
+        A checkpoint with the tensors in official names, under ``state_dict`` or, as the authors'
+        DINO has it, under ``model``, and ``meta`` (with a report).
 
     Raises:
         ValueError: It holds no backbone of hat_mm, or its tensors fill no arch exactly.
     """
     whole = unwrap(checkpoint)
-    within = {
-        name.removeprefix('backbone.'): value
-        for name, value in whole.items()
-        if name.startswith('backbone.')
-    }
+    if dino.is_mmdet_dino(whole) and dino.LABELS in (checkpoint.get(UNUSED) or ()):
+        dropped = rf'{dino.WITH_CLASS_ROWS}|backbone\.0\.({FASTERVIT_NAMES.dropped})'
+        kept = _kept(checkpoint, dropped, source)
+        state, archs, said = _to_authors_dino(whole, kept, source)
+        origin = _made_from(checkpoint, source)
+        return {'model': state, 'meta': _meta(FASTERVIT_NAMES, archs, origin, said)}
+    within = _part(whole, 'backbone.')
     native = within or dict(whole)
     name_map = next((m for m in NAME_MAPS if m.matches_native(native)), None)
     if name_map is None:
@@ -113,7 +169,7 @@ def to_official(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]
     state, lacking = name_map.to_official(native)
     renamed = len(state)
     head = {k: v for k, v in whole.items() if within and k.startswith(_HEAD)}
-    kept = _kept(checkpoint, name_map, source)
+    kept = _kept(checkpoint, name_map.dropped, source)
     said = [f'{renamed} tensors in official names', f'{len(kept)} kept from the official file']
     if head:
         said.append(_check_head(head, name_map, archs[0], source))
@@ -127,10 +183,15 @@ def to_official(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]
         said.append('no norm of the last map')
     if f'{name_map.head}weight' not in state:
         said.append('no classifier')
+    meta = _meta(name_map, archs, _made_from(checkpoint, source), '; '.join(said))
+    return {'state_dict': state, 'meta': meta}
+
+
+def _made_from(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """The origin of a file made from ``checkpoint``, with that of the checkpoint itself."""
     before = checkpoint.get('meta')
     made_from = before.get('source') if isinstance(before, Mapping) else None
-    origin = source.provenance | ({'made_from': made_from} if made_from else {})
-    return {'state_dict': state, 'meta': _meta(name_map, archs, origin, '; '.join(said))}
+    return source.provenance | ({'made_from': made_from} if made_from else {})
 
 
 def _meta(
@@ -146,10 +207,13 @@ def _meta(
     }
 
 
-def _kept(checkpoint: Mapping[str, Any], name_map: NameMap, source: Source) -> dict[str, Tensor]:
-    """The tensors of the official file that a converted file keeps under ``unused``."""
+def _kept(checkpoint: Mapping[str, Any], dropped: str, source: Source) -> dict[str, Tensor]:
+    """The tensors of the official file that a converted file keeps under ``unused``.
+
+    Their names fully match ``dropped``.
+    """
     kept = checkpoint.get(UNUSED) or {}
-    strange = [name for name in kept if not re.fullmatch(name_map.dropped, str(name))]
+    strange = [name for name in kept if not re.fullmatch(dropped, str(name))]
     if strange:
         raise ValueError(
             f'{source.name}: under {UNUSED!r} it holds other things than what official files have '
@@ -208,11 +272,17 @@ def _official_map(state: Mapping[str, Any], name: str) -> NameMap:
 
 
 def _fit(
-    native: Mapping[str, Any], name_map: NameMap, source: Source, spare: str
+    native: Mapping[str, Any],
+    name_map: NameMap,
+    source: Source,
+    *,
+    spare: str,
+    in_dino: bool = False,
 ) -> tuple[list[str], LoadReport]:
     """Returns the archs that the tensors fill exactly, and the load report of the first.
 
-    Names that fully match ``spare`` may be absent.
+    Names that fully match ``spare`` may be absent. The archs are those of the authors' DINO or the
+    others, which have the same tensors.
     """
     family, official = getattr(hat_mm, name_map.family), source.official
     if official is not None and official.family != name_map.family:
@@ -221,9 +291,12 @@ def _fit(
             f'{name_map.family}'
         )
     reports = {}
-    for arch in family.archs:
+    maps = [i for i in range(4) if f'norm{i}.weight' in native] if in_dino else [3]
+    for arch, spec in family.archs.items():
+        if getattr(spec, 'pad_every_stage', False) != in_dino:
+            continue
         with torch.device('meta'):
-            backbone = family(arch, out_indices=(3,))
+            backbone = family(arch, out_indices=maps or [3])
         reports[arch] = compare(backbone.state_dict(), native, spare)
     fitting = [arch for arch, report in reports.items() if report.complete]
     if official is not None and fitting and official.arch not in fitting:
@@ -236,6 +309,6 @@ def _fit(
         return archs, reports[fitting[0]]
     nearest = min(reports, key=lambda arch: reports[arch].faults)
     raise ValueError(
-        f'{source.name} fits no arch of {name_map.family} ({", ".join(family.archs)}); nearest is '
+        f'{source.name} fits no arch of {name_map.family} ({", ".join(reports)}); nearest is '
         f'{nearest}: {reports[nearest]}'
     )

@@ -159,7 +159,8 @@ def write(path: str | Path, checkpoint: Mapping[str, Any], force: bool = False) 
 
     Args:
         path: Ends with one of :data:`SUFFIXES`, which decides the format.
-        checkpoint: ``state_dict``, and optionally ``meta`` and ``unused``.
+        checkpoint: ``state_dict`` or, for the authors' DINO, ``model``, and optionally ``meta`` and
+            ``unused``.
         force: Overwrites an existing file.
 
     Raises:
@@ -178,7 +179,7 @@ def write(path: str | Path, checkpoint: Mapping[str, Any], force: bool = False) 
 
 
 def _write_torch(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    state = checkpoint['state_dict']
+    state = checkpoint.get('state_dict')
     checkpoint = apply_to(dict(checkpoint), torch.is_tensor, _owned)
     if hasattr(state, '_metadata'):  # versions of modules, by which some modules rename old tensors
         checkpoint['state_dict']._metadata = state._metadata
@@ -194,7 +195,7 @@ def _owned(tensor: Tensor) -> Tensor:
 
 def _write_safetensors(path: Path, checkpoint: Mapping[str, Any]) -> None:
     library = compat.require('safetensors.torch')
-    tensors = dict(checkpoint['state_dict'])
+    tensors = dict(checkpoint.get('state_dict') or checkpoint['model'])
     tensors |= {UNUSED_PREFIX + k: v for k, v in checkpoint.get(UNUSED, {}).items()}
     for name, value in tensors.items():
         if not isinstance(value, Tensor):

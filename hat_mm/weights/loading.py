@@ -160,8 +160,9 @@ def adapt(
     own: Mapping[str, Tensor],
     name_map: NameMap,
     arch: str,
-    unused: str,
     *,
+    norms: Collection[str],
+    unused: str,
     strict: bool = True,
 ) -> tuple[dict[str, Any], LoadReport]:
     """Maps what a user loads into a backbone to the backbone's names.
@@ -174,8 +175,11 @@ def adapt(
         own: The backbone's ``state_dict()``.
         name_map: Official names of the backbone's family.
         arch: The backbone's arch, for messages.
-        unused: Pattern of native names (full match) that need not be in both: output norms, which
-            each task trains for itself, and stages that this backbone does not build.
+        norms: The backbone's output norms that are of the published type. Official files fill
+            those that they have, and must have that of the last map if the family's do. Each task
+            trains the others for itself.
+        unused: Pattern of native names (full match) that need not be in both: stages that this
+            backbone does not build.
         strict: Whether names of an unknown network, or no names at all, are an error.
 
     Returns:
@@ -189,8 +193,10 @@ def adapt(
     state = {rename_old(name): value for name, value in unwrap(state).items()}
     is_official, depths = name_map.matches(state), name_map.depths(state)
     no_use: tuple[str, ...] = ()
+    native = name_map.to_native(state) if is_official else {}
+    expected = [n for n in norms if f'{n}.weight' in native or (n == 'norm3' and name_map.last_norm)]
+    unused = rf'(?!({"|".join(expected)})\.)norm\d\..*|{unused}'
     if is_official:
-        native = name_map.to_native(state)
         no_use = _matching(name_map.dropped, state) + _matching(unused, native)
         state = {name: value for name, value in native.items() if name not in no_use}
     else:

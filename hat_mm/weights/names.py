@@ -18,7 +18,7 @@ UNUSED_PREFIX = f'{UNUSED}:'
 Rule = tuple[str, str | Callable[[re.Match], str]]
 
 
-def _identical(one: Any, other: Any) -> bool:
+def identical(one: Any, other: Any) -> bool:
     """Whether two tensors are equal, dtypes included."""
     return (
         is_dense(one) and is_dense(other) and one.dtype == other.dtype and torch.equal(one, other)
@@ -123,7 +123,7 @@ class NameMap:
         }
         for name, value in state.items():
             twin = _substitute(self.twins, name)
-            if twin != name and twin in left and _identical(left[twin], value):
+            if twin != name and twin in left and identical(left[twin], value):
                 del left[twin]
         return left
 

@@ -1,0 +1,197 @@
+"""Names of tensors in the authors' DINO with FasterViT, and the ones of mmdet's DINO.
+
+The backbone's tensors keep their official names, which the backbone maps itself. All functions here
+are pure functions of names and tensors.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .names import identical
+
+# The authors' class layers have a row for each category id of COCO from 0 to 90; mmdet's have one
+# for each of the 80 ids that COCO uses.
+_NUM_IDS = 91
+_IDS = [i for i in range(1, _NUM_IDS) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+LABELS, OUR_LABELS = 'label_enc.weight', 'dn_query_generator.label_embedding.weight'
+_LAST_CLASS_BIAS = 'transformer.enc_out_class_embed.bias'
+WITH_CLASS_ROWS = r'class_embed\..*|transformer\.enc_out_class_embed\..*|label_enc\.weight'
+# The heads of the decoder's layers, which have a second name each.
+_HEADS = r'(class|bbox)_embed\..*'
+_SECOND = 'transformer.decoder.'
+
+_LAYER = ('weight', 'bias')
+_SELF_ATTENTION = ('in_proj_weight', 'in_proj_bias', 'out_proj.weight', 'out_proj.bias')
+_DEFORMABLE_ATTENTION = tuple(
+    f'{layer}.{part}'
+    for layer in ('sampling_offsets', 'attention_weights', 'value_proj', 'output_proj')
+    for part in _LAYER
+)
+
+
+def is_authors_dino(names: Collection[str]) -> bool:
+    """Tells whether names are those of a file of the authors' DINO, with any backbone."""
+    return 'transformer.level_embed' in names and LABELS in names
+
+
+def is_mmdet_dino(names: Collection[str]) -> bool:
+    """Tells whether names are those of mmdet's DINO."""
+    return 'level_embed' in names and OUR_LABELS in names
+
+
+def to_mmdet(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Renames the tensors of the authors' DINO.
+
+    Returns:
+        The state dict of mmdet's DINO, the backbone's part in official names; and the tensors that
+        mmdet's DINO takes some rows of, whole and under the authors' names.
+
+    Raises:
+        ValueError: A tensor is missing or not known, or one tensor has two values.
+    """
+    levels = [name for name in state if re.fullmatch(r'input_proj\.\d+\.0\.weight', name)]
+    # The levels that are made of maps have 1x1 convolutions, the others 3x3.
+    num_maps = sum(getattr(state[name], 'shape', (1,))[-1] == 1 for name in levels)
+    names = dict(
+        _names(
+            num_maps=num_maps,
+            num_levels=len(levels),
+            num_encoder_layers=_count(r'transformer\.encoder\.layers\.(\d+)\.', state),
+            num_decoder_layers=_count(r'transformer\.decoder\.layers\.(\d+)\.', state),
+        )
+    )
+    second = {_SECOND + name for name in names if re.fullmatch(_HEADS, name)}
+    _check_complete(state, {*names, *second}, 'backbone.0.', "the authors' DINO")
+    rows = _class_rows(state)
+    renamed, whole = {}, {}
+    for name, value in state.items():
+        if name in second:
+            if not identical(state[name.removeprefix(_SECOND)], value):
+                raise ValueError(
+                    f'{name} differs from {name.removeprefix(_SECOND)}, but both are one tensor of '
+                    "the authors' DINO"
+                )
+            continue
+        if re.fullmatch(WITH_CLASS_ROWS, name) and len(rows) < len(value):
+            whole[name], value = value, value[rows]
+        renamed[names.get(name) or f'backbone.{name.removeprefix("backbone.0.")}'] = value
+    return renamed, whole
+
+
+def from_mmdet(state: Mapping[str, Any], whole: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Renames the tensors of mmdet's DINO: the inverse of :func:`to_mmdet`.
+
+    Args:
+        state: The state dict of mmdet's DINO, the backbone's part in official names.
+        whole: The second result of :func:`to_mmdet`; ``state`` replaces the rows that it has.
+
+    Raises:
+        ValueError: A tensor is missing or not known, or has other rows than :func:`to_mmdet` takes.
+    """
+    num_maps = _count(r'neck\.convs\.(\d+)\.', state)
+    names = _names(
+        num_maps=num_maps,
+        num_levels=num_maps + _count(r'neck\.extra_convs\.(\d+)\.', state),
+        num_encoder_layers=_count(r'encoder\.layers\.(\d+)\.', state),
+        num_decoder_layers=_count(r'decoder\.layers\.(\d+)\.', state),
+    )
+    theirs = {ours: name for name, ours in names}
+    _check_complete(state, theirs, 'backbone.', "mmdet's DINO")
+    rows = _class_rows(whole)
+    official = {}
+    for ours, value in state.items():
+        name = theirs.get(ours) or f'backbone.0.{ours.removeprefix("backbone.")}'
+        if name in whole:
+            if len(value) != len(rows):
+                raise ValueError(f'{ours} has {len(value)} rows, not {len(rows)}: other classes')
+            taken, value = value, whole[name].clone()
+            value[rows] = taken
+        official[name] = value
+        if re.fullmatch(_HEADS, name):
+            official[_SECOND + name] = value
+    return official
+
+
+def _names(
+    *, num_maps: int, num_levels: int, num_encoder_layers: int, num_decoder_layers: int
+) -> Iterator[tuple[str, str]]:
+    """The authors' name and mmdet's of each tensor outside the backbone, in the authors' order."""
+
+    def pairs(theirs: str, ours: str, parts: Sequence[str] = _LAYER) -> Iterator[tuple[str, str]]:
+        return ((f'{theirs}.{part}', f'{ours}.{part}') for part in parts)
+
+    for i in range(num_levels):
+        ours = f'neck.convs.{i}' if i < num_maps else f'neck.extra_convs.{i - num_maps}'
+        yield from pairs(f'input_proj.{i}.0', f'{ours}.conv')
+        yield from pairs(f'input_proj.{i}.1', f'{ours}.gn')
+    yield 'transformer.level_embed', 'level_embed'
+
+    for i in range(num_encoder_layers):
+        theirs, ours = f'transformer.encoder.layers.{i}', f'encoder.layers.{i}'
+        yield from pairs(f'{theirs}.self_attn', f'{ours}.self_attn', _DEFORMABLE_ATTENTION)
+        yield from pairs(f'{theirs}.norm1', f'{ours}.norms.0')
+        yield from pairs(f'{theirs}.linear1', f'{ours}.ffn.layers.0.0')
+        yield from pairs(f'{theirs}.linear2', f'{ours}.ffn.layers.1')
+        yield from pairs(f'{theirs}.norm2', f'{ours}.norms.1')
+
+    # The selection of queries is mmdet's branch after those of the decoder's layers.
+    last = num_decoder_layers
+    yield from pairs('transformer.enc_output', 'memory_trans_fc')
+    yield from pairs('transformer.enc_output_norm', 'memory_trans_norm')
+    yield from pairs('transformer.enc_out_class_embed', f'bbox_head.cls_branches.{last}')
+    for j in range(3):
+        theirs, ours = f'transformer.enc_out_bbox_embed.layers.{j}', f'reg_branches.{last}.{2 * j}'
+        yield from pairs(theirs, f'bbox_head.{ours}')
+    yield 'transformer.tgt_embed.weight', 'query_embedding.weight'
+    yield LABELS, OUR_LABELS
+
+    for i in range(num_decoder_layers):
+        theirs, ours = f'transformer.decoder.layers.{i}', f'decoder.layers.{i}'
+        yield from pairs(f'{theirs}.self_attn', f'{ours}.self_attn.attn', _SELF_ATTENTION)
+        yield from pairs(f'{theirs}.norm2', f'{ours}.norms.0')
+        yield from pairs(f'{theirs}.cross_attn', f'{ours}.cross_attn', _DEFORMABLE_ATTENTION)
+        yield from pairs(f'{theirs}.norm1', f'{ours}.norms.1')
+        yield from pairs(f'{theirs}.linear1', f'{ours}.ffn.layers.0.0')
+        yield from pairs(f'{theirs}.linear2', f'{ours}.ffn.layers.1')
+        yield from pairs(f'{theirs}.norm3', f'{ours}.norms.2')
+        yield from pairs(f'class_embed.{i}', f'bbox_head.cls_branches.{i}')
+        for j in range(3):
+            yield from pairs(f'bbox_embed.{i}.layers.{j}', f'bbox_head.reg_branches.{i}.{2 * j}')
+    yield from pairs('transformer.decoder.norm', 'decoder.norm')
+    for j in range(2):
+        layer = f'decoder.ref_point_head.layers.{j}'
+        yield from pairs(f'transformer.{layer}', layer)
+
+
+def _count(pattern: str, names: Iterable[str]) -> int:
+    found = (re.match(pattern, name) for name in names)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def _class_rows(state: Mapping[str, Any]) -> list[int]:
+    """The rows of the authors' class layers and label embeddings that mmdet's DINO has.
+
+    The label embeddings have a row more than the class layers.
+    """
+    num_classes = len(state[_LAST_CLASS_BIAS]) if _LAST_CLASS_BIAS in state else 0
+    num_classes = num_classes or len(state[LABELS]) - 1
+    return _IDS if num_classes == _NUM_IDS else [*range(num_classes)]
+
+
+def _check_complete(
+    state: Collection[str], names: Collection[str], backbone: str, what: str
+) -> None:
+    """Raises ValueError unless ``state`` has ``names`` and none beside them but the backbone's."""
+    missing = sorted(name for name in names if name not in state)
+    unknown = [n for n in state if n not in names and not n.startswith(backbone)]
+    if missing or unknown:
+        counts = {'missing': missing, 'not known': unknown}
+        said = [
+            f'{len(found)} {how} ({", ".join(found[:4])}{", …" * (len(found) > 4)})'
+            for how, found in counts.items()
+            if found
+        ]
+        raise ValueError(f'the tensors are not those of {what}: {"; ".join(said)}')

@@ -134,6 +134,7 @@ PROMISES: dict[str, dict[str, Promise]] = {
         **dict.fromkeys(HAT_NET, PVT_1X._replace(metric='bbox')),
     },
     'dino-4scale_*_8xb2-12e_coco': dict.fromkeys(ALL, DINO),
+    'dino-4scale_*_authors_coco': {IN21K[0]: DINO._replace(pretrained=False)},
     'dino-5scale_*_8xb2-12e_coco': dict.fromkeys(ALL, DINO),
     '*_upernet_8xb2-160k_ade20k-512x512': {
         **dict.fromkeys(NOT_768, UPERNET),
@@ -161,6 +162,7 @@ PROMISES: dict[str, dict[str, Promise]] = {
     '*_64xb16_in1k-512px': {IN21K[2]: FINE_TUNING._replace(gpus=64)},
     '*_128xb8_in1k-768px': {IN21K[3]: FINE_TUNING._replace(gpus=128)},
 }
+AUTHORS_DINO = 'dino-4scale_fastervit-4-21k-224_authors_coco'
 BY_STEM = {
     pattern.replace('*', backbone): (pattern, backbone, promise)
     for pattern, promises in PROMISES.items()
@@ -252,6 +254,7 @@ def test_a_leaf_only_joins(path):
         'fastervit-3_32xb128_in1k': ['optim_wrapper', '(warm_up, decay)', 'param_scheduler'],
         **{f'fastervit-{i}_32xb128_in1k': ['optim_wrapper'] for i in (4, 5, 6)},
         **{f'hat-net-{size}_8xb128_in1k': ['optim_wrapper'] for size in ('medium', 'large')},
+        AUTHORS_DINO: ['load_from'],
     }
     assert targets[2:] == extra.get(path.stem, [])
 
@@ -311,7 +314,9 @@ def test_metafile_describes_every_leaf(family):
         assert ROOT / model['Config'] == path
         assert model['In Collection'] == COLLECTIONS.get(BY_STEM[path.stem][1], COLLECTIONS[family])
         facts, promise = model['Metadata'], promise_of(path)
-        if 'Weights' not in model:  # otherwise those of the training count
+        if AUTHORS_DINO == model['Name']:
+            assert facts['Training Data'] == ['ImageNet-21k', 'ImageNet-1k', 'COCO']
+        elif 'Weights' not in model:  # otherwise those of the training count
             assert facts['Batch Size'] == promise.images
             assert facts['Iterations' if promise.toolbox == 'mmseg' else 'Epochs'] == promise.length
             assert facts['Training Data'] == {'mmdet': 'COCO', 'mmseg': 'ADE20K'}.get(
@@ -355,6 +360,7 @@ def test_builds(path):
         assert type(backbone) is BACKBONES[family]
     if family not in ('toy', 'resnet_hat'):
         _, arch = backbone_of(path)
+        arch += '-dino' * (path.stem == AUTHORS_DINO)
         assert cfg.model.backbone.arch == arch
         spec = BACKBONES[family].archs[arch]
         assert backbone.spec.drop_path_rate == (promise_of(path).drop_path or spec.drop_path_rate)

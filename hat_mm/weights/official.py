@@ -16,11 +16,12 @@ class OfficialFile:
         arch: ``arch`` of the class that the file fits.
         url: Where the authors publish it; ends with the file's name.
         licence: Its licence.
-        input_size: Side of the images in pixels.
+        input_size: Side of the images in pixels; of a detector's, the shorter side.
         crop: Fraction of the resized image's side that is cropped for a test; None if it is not
             published.
         squash: Whether images are resized to a square, whatever their proportions.
         trained_on: Datasets, in order of training.
+        detector: Name of the detector's config that the whole file fills; None for a classifier.
         sha256: Checksum of the file; None if it is not known.
         mean: Mean of each channel, RGB, 0 to 255.
         std: Standard deviation of each channel.
@@ -34,6 +35,7 @@ class OfficialFile:
     crop: float | None
     squash: bool = False
     trained_on: tuple[str, ...] = ('ImageNet-1k',)
+    detector: str | None = None
     sha256: str | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -82,6 +84,16 @@ OFFICIAL_FILES = (
     _fastervit_21k(512, window=32, crop=1.0),
     _fastervit_21k(768, window=48, crop=0.93),
     *(_hat_net(arch) for arch in ('tiny', 'small', 'medium', 'large')),
+    OfficialFile(
+        'fastervit-4-21k-224',
+        '4-21k-224-dino',
+        f'{_FASTERVIT_URL}DINO_4scale_faster_vit_4_21k_224_ms_coco.pth',
+        _NON_COMMERCIAL,
+        input_size=800,
+        crop=None,
+        trained_on=(*_BOTH, 'COCO'),
+        detector='dino-4scale_fastervit-4-21k-224_authors_coco',
+    ),
 )
 # Prefixes of the URLs of all of them.
 OFFICIAL_PREFIXES = (_FASTERVIT_URL, _HAT_NET_URL)

@@ -39,6 +39,8 @@ def _plain_fastervit(state, backbone):
         spec.window_size,
         spec.carrier_size if spec.carriers else 0,
         spec.propagate,
+        spec.pad_every_stage,
+        spec.positions_by_tokens,
     )
 
 

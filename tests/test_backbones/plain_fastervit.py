@@ -19,12 +19,25 @@ class PlainFasterViT:
         depths, num_heads, window_size: One number for each stage.
         carrier_size: Side of the carriers of a window, 0 for none.
         propagate: Whether carriers are added to their tokens at the end of stage 2.
+        pad_all: Whether stages 0 and 1 pad their maps, too.
+        by_tokens: Whether absolute positions in windows count by the tokens of a window.
     """
 
-    def __init__(self, state, depths, num_heads, window_size, carrier_size, propagate):
+    def __init__(
+        self,
+        state,
+        depths,
+        num_heads,
+        window_size,
+        carrier_size,
+        propagate,
+        pad_all=False,
+        by_tokens=False,
+    ):
         self.state = state
         self.depths, self.heads, self.windows = depths, num_heads, window_size
         self.c, self.propagate = carrier_size, propagate
+        self.pad_all, self.by_tokens = pad_all, by_tokens
 
     def __call__(self, x):
         s = self.state
@@ -62,9 +75,13 @@ class PlainFasterViT:
 
     def _stage(self, x, stage):
         if stage < 2:
+            height, width = x.shape[2:]
+            if self.pad_all:
+                w = self.windows[stage]
+                x = F.pad(x, (0, -width % w, 0, -height % w))
             for k in range(self.depths[stage]):
                 x = self._conv_block(x, f'levels.{stage}.blocks.{k}')
-            return x
+            return x[:, :, :height, :width]
         return self._attention_stage(x[0], stage)[None]
 
     def _conv_block(self, x, name):
@@ -117,7 +134,8 @@ class PlainFasterViT:
 
     def _block(self, windows, carriers, name, stage, nh, nw, w, last):
         c = self.c
-        embedding = self._absolute(w, w, f'{name}.pos_embed')
+        size = w * w if self.by_tokens else w
+        embedding = self._absolute(w, w, f'{name}.pos_embed', size)
         windows = {at: tokens + embedding for at, tokens in windows.items()}
         if carriers is None:
             windows = {
@@ -178,11 +196,12 @@ class PlainFasterViT:
         x = x @ weight.T + s[f'{name}.cpb_mlp.0.bias']
         return F.relu(x) @ s[f'{name}.cpb_mlp.2.weight'].T
 
-    def _absolute(self, a, b, name):
+    def _absolute(self, a, b, name, size=None):
         def coordinate(i, side):
             return (i - side // 2) / (side // 2) if side > 1 else 0.0
 
-        pairs = [(coordinate(i, a), coordinate(j, b)) for i in range(a) for j in range(b)]
+        rows, cols = ([coordinate(i, size or n) for i in range(n)] for n in (a, b))
+        pairs = [(i, j) for i in rows for j in cols]
         return self._mlp(pairs, name)
 
     def _relative(self, a, b, name):

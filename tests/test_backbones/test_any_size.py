@@ -19,6 +19,14 @@ VARIANTS = {
         dict(window_size=5, carrier_size=3, propagate=True, layer_scale=0.5),
     ),
     'no-carriers': ('FasterViT', dict(carriers=False, layer_scale=0.5)),
+    'dino': (
+        'FasterViT',
+        dict(
+            carriers=False, layer_scale=0.5, window_size=(5, 3, 4, 2),
+            pad_every_stage=True, positions_by_tokens=True,
+        ),
+    ),
+    'dino-with-carriers': ('FasterViT', dict(pad_every_stage=True, positions_by_tokens=True)),
     'hat-net': ('HATNet', {}),
     'hat-net-published-grids': ('HATNet', dict(grids=(8, 7, 7, 1), ds_ratios=(8, 4, 2, 1))),
     'hat-net-mixed': (
@@ -33,7 +41,7 @@ VARIANTS = {
     'swin-hat-mixed': ('SwinHAT', dict(hat_stages=(1,), window_size=(3, 4, 2, 1), mlp_ratio=2)),
     'swin': ('SwinHAT', dict(hat_stages=(), depths=(2, 2, 2, 2))),
     'hat-net-all-global': ('HATNet', dict(grids=(1, 1, 1, 1), ds_ratios=(1, 1, 1, 1))),
-}
+}  # fmt: skip
 
 
 def pair(name, fields):

@@ -18,11 +18,16 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize('family', ['FasterViT', 'HATNet'])
-def test_one_graph_serves_many_sizes(family):
+DINO = dict(carriers=False, pad_every_stage=True, positions_by_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ('family', 'fields'), [('FasterViT', {}), ('FasterViT', DINO), ('HATNet', {})]
+)
+def test_one_graph_serves_many_sizes(family, fields):
     torch._dynamo.reset()
     family = FAMILIES[family]
-    backbone = family.backbone(family.tiny(**family.wide)).eval()
+    backbone = family.backbone(family.tiny(**family.wide, **fields)).eval()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(backbone, dynamic=True, backend=counter)
     with torch.no_grad():
@@ -35,11 +40,13 @@ def test_one_graph_serves_many_sizes(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('batch', [1, 2])
-@pytest.mark.parametrize('family', FAMILIES)
-def test_one_compile_serves_many_sizes(family, batch):
+@pytest.mark.parametrize(
+    ('family', 'fields'), [*((family, {}) for family in FAMILIES), ('FasterViT', DINO)]
+)
+def test_one_compile_serves_many_sizes(family, fields, batch):
     torch._dynamo.reset()
     family = FAMILIES[family]
-    backbone = family.backbone(family.tiny(**family.wide)).eval()
+    backbone = family.backbone(family.tiny(**family.wide, **fields)).eval()
     counter = torch._dynamo.testing.CompileCounterWithBackend('inductor')
     compiled = torch.compile(backbone, dynamic=True, backend=counter)
     with torch.no_grad():

@@ -26,6 +26,16 @@ CONFIGS = {
         type='hat_mm.FasterViT',
         arch=tiny(drop_path_rate=0.0, carriers=False, layer_scale=1e-5, window_size=(7, 7, 6, 3)),
     ),
+    'fastervit-dino': dict(
+        type='hat_mm.FasterViT',
+        arch=tiny(
+            drop_path_rate=0.0,
+            carriers=False,
+            window_size=(7, 7, 6, 3),
+            pad_every_stage=True,
+            positions_by_tokens=True,
+        ),
+    ),
     'hat-net': dict(type='hat_mm.HATNet', arch=FAMILIES['HATNet'].tiny(drop_path_rate=0.0)),
     'hat-net-batch-norm': dict(
         type='hat_mm.HATNet',

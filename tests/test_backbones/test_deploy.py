@@ -12,12 +12,14 @@ from hat_mm.layers import Deployable, DropPath, RelativePositionBias
 from test_backbones.archs import FAMILIES
 
 SIZES = [(64, 64), (97, 33), (40, 211), (1, 1)]
+DINO = dict(carriers=False, pad_every_stage=True, positions_by_tokens=True)
 VARIANTS = {
     'fastervit': ('FasterViT', {}, {}),
     'scaled': ('FasterViT', dict(layer_scale=0.3), {}),
     'propagate': ('FasterViT', dict(propagate=True, layer_scale=0.3, carriers=(2, 3)), {}),
     'propagate-unscaled': ('FasterViT', dict(propagate=True), {}),
     'no-carriers': ('FasterViT', dict(carriers=False, layer_scale=0.3), {}),
+    'dino': ('FasterViT', DINO, {}),
     'group-norm': ('FasterViT', {}, dict(norm_cfg=dict(type='GN', num_groups=1))),
     'hat-net': ('HATNet', {}, {}),
     'hat-net-bn': ('HATNet', {}, dict(norm_cfg=dict(type='BN'))),

@@ -36,11 +36,16 @@ def entries() -> dict[str, dict]:
 
 
 def name_of(file) -> str:
+    if file.detector is not None:
+        return file.detector
     side = '' if file.input_size == 224 else f'-{file.input_size}px'
     return f'{file.backbone}_3rdparty_in1k{side}'
 
 
-of_files = pytest.mark.parametrize('file', OFFICIAL_FILES, ids=lambda file: file.backbone)
+CLASSIFIERS = [file for file in OFFICIAL_FILES if file.detector is None]
+[DETECTOR] = [file for file in OFFICIAL_FILES if file.detector is not None]
+of_classifiers = pytest.mark.parametrize('file', CLASSIFIERS, ids=lambda file: file.backbone)
+of_files = pytest.mark.parametrize('file', OFFICIAL_FILES, ids=lambda file: file.name)
 
 
 # --- form -----------------------------------------------------------------------------------------
@@ -74,7 +79,7 @@ def test_modelindex_would_complain(tmp_path, capsys):
 
 def test_every_config_has_an_entry_and_every_entry_a_config():
     leaves = {path.stem: path for family in FAMILIES for path in (CONFIGS / family).glob('*.py')}
-    assert len(leaves) == 148
+    assert len(leaves) == 149
     assert set(leaves) <= set(entries())
     for name, entry in entries().items():
         path = ROOT / entry['Config']
@@ -109,16 +114,18 @@ def test_every_official_file_has_an_entry(file):
     trained_on = facts['Training Data']
     assert tuple([trained_on] if isinstance(trained_on, str) else trained_on) == file.trained_on
     [result] = entry['Results']
-    assert (result['Task'], result['Dataset']) == ('Image Classification', 'ImageNet-1k')
+    task = 'Image Classification' if file.detector is None else 'Object Detection'
+    assert (result['Task'], result['Dataset']) == (task, file.trained_on[-1])
 
 
 def test_there_are_no_other_weights_of_the_authors():
     urls = {file.url for file in OFFICIAL_FILES}
-    found = [entry['Weights'] for name, entry in entries().items() if '_3rdparty_' in name]
+    authors = ('_3rdparty_', '_authors_')
+    found = [e['Weights'] for name, e in entries().items() if any(a in name for a in authors)]
     assert sorted(found) == sorted(urls)
 
 
-@of_files
+@of_classifiers
 def test_backbones_load_the_official_file_of_their_arch(file):
     backbone = runpy.run_path(str(CONFIGS / f'_base_/backbones/{file.backbone}.py'))['backbone']
     assert backbone['init_cfg'] == {'type': 'Pretrained', 'checkpoint': file.url}
@@ -126,7 +133,21 @@ def test_backbones_load_the_official_file_of_their_arch(file):
     assert backbone['arch'] == file.arch
 
 
-@of_files
+def test_the_detector_starts_from_its_file_and_tests_as_its_authors():
+    cfg = Config.fromfile(ROOT / entries()[DETECTOR.detector]['Config'])
+    assert cfg.load_from == DETECTOR.url
+    assert cfg.model.backbone.arch == DETECTOR.arch
+    assert cfg.model.backbone.init_cfg is None
+    preprocessor = cfg.model.data_preprocessor
+    assert (*preprocessor.mean, *preprocessor.std) == (*DETECTOR.mean, *DETECTOR.std)
+    assert preprocessor.bgr_to_rgb
+    [resize] = [s for s in cfg.test_dataloader.dataset.pipeline if s.type == 'Resize']
+    assert (resize.scale, resize.keep_ratio) == ((1333, DETECTOR.input_size), True)
+    assert cfg.model.test_cfg == dict(max_per_img=300)
+    assert (cfg.model.num_queries, cfg.model.bbox_head.num_classes) == (900, 80)
+
+
+@of_classifiers
 def test_test_images_are_as_the_file_wants_them(file):
     cfg = Config.fromfile(ROOT / entries()[name_of(file)]['Config'])
     assert tuple(cfg.data_preprocessor.mean) == file.mean
@@ -151,14 +172,24 @@ def test_the_page_about_weights_agrees():
     assert rows == [
         [
             f'[{file.name}]({file.url})',
-            f'`{file.backbone}`',
+            f'`{file.detector or file.backbone}`',
             ', then '.join(file.trained_on),
             str(file.input_size),
             ('not published' if file.crop is None else str(file.crop)) + ', squashed' * file.squash,
             file.licence,
             file.sha256 or 'not known',
         ]
-        for file in OFFICIAL_FILES
+        for file in CLASSIFIERS
+    ] + [
+        [
+            f'[{DETECTOR.name}]({DETECTOR.url})',
+            f'`{DETECTOR.detector}`',
+            ', then '.join(DETECTOR.trained_on),
+            '800, the other at most 1333',
+            'none',
+            DETECTOR.licence,
+            DETECTOR.sha256 or 'not known',
+        ]
     ]
 
 
@@ -195,7 +226,7 @@ fastervit-2 47.2 48.4
 fastervit-3 48.7 49.7
 fastervit-4 49.1 50.3
 """),
-    'dino-4scale_{}_8xb2-12e_coco': ('box AP', 'fastervit-4-21k-224 55.16'),
+    'dino-4scale_{}_authors_coco': ('box AP', 'fastervit-4-21k-224 55.16'),
     'retinanet_{}_fpn_1x_coco': (BOX, """
 hat-net-tiny 42.5 63.3 45.8
 hat-net-small 44.8 65.8 48.1
@@ -232,7 +263,7 @@ def parsed(table: str, metrics: str) -> dict[str, dict[str, float]]:
 def test_the_authors_figures_and_no_others():
     expected = {}
     for backbone, figures in parsed(IMAGENET, 'Top 1 Accuracy, Top 5 Accuracy').items():
-        [file] = [file for file in OFFICIAL_FILES if file.backbone == backbone]
+        [file] = [file for file in CLASSIFIERS if file.backbone == backbone]
         expected[name_of(file)] = figures
     for name, (metrics, table) in OTHERS.items():
         expected |= {name.format(b): figures for b, figures in parsed(table, metrics).items()}
@@ -250,7 +281,7 @@ def test_the_authors_figures_and_no_others():
     assert found == expected
 
 
-@of_files
+@of_classifiers
 def test_parameters_and_flops_are_those_measured(file):
     facts = entries()[name_of(file)]['Metadata']
     with torch.device('meta'):

@@ -29,6 +29,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 TABLE = yaml.safe_load(Path(__file__).with_name('grid.yml').read_text(encoding='utf-8'))
 TASKS: dict[str, dict[str, Any]] = TABLE['tasks']
 IMAGENET = 'ImageNet-1K'
+CLASSIFIERS = [file for file in OFFICIAL_FILES if file.detector is None]
 FOLDERS: dict[str, str] = {
     backbone: folder
     for folder, collections in TABLE['families'].items()
@@ -131,24 +132,22 @@ def _with_results(task: str, old: dict[str, Any]) -> list[dict[str, Any]]:
 
 def leaf_entry(leaf: Leaf, old: dict[str, Any]) -> dict[str, Any]:
     """The entry of a leaf, with what is known about a training with it."""
-    facts = leaf.settings if old.get('Weights') else leaf.metadata | leaf.settings
+    [file] = [file for file in OFFICIAL_FILES if file.detector == leaf.name] or [None]
+    facts = leaf.settings if old.get('Weights') and not file else leaf.metadata | leaf.settings
+    official = _facts_of(file) if file else {}
     return old | {
         'Name': leaf.name,
         'In Collection': COLLECTIONS[leaf.backbone],
         'Config': f'configs/{leaf.path}',
-        'Metadata': (old.get('Metadata') or {}) | facts,
+        'Metadata': (old.get('Metadata') or {}) | facts | official.pop('Metadata', {}),
         'Results': _with_results(leaf.task, old),
+        **official,
     }
 
 
 def official_entry(file: OfficialFile, old: dict[str, Any]) -> dict[str, Any]:
-    """The entry of an official file, with the figures that were counted and measured with it."""
-    facts: dict[str, Any] = {
-        'Training Data': file.trained_on[0] if len(file.trained_on) == 1 else [*file.trained_on],
-        'Licence': file.licence,
-    }
-    if file.sha256:
-        facts['SHA256'] = file.sha256
+    """The entry of a classifier's file, with the figures that were counted and measured with it."""
+    facts = _facts_of(file)
     [config] = [
         config
         for config, leaf in LEAF_OF_CONFIG.items()
@@ -158,8 +157,22 @@ def official_entry(file: OfficialFile, old: dict[str, Any]) -> dict[str, Any]:
         'Name': official_name(file),
         'In Collection': COLLECTIONS[file.backbone],
         'Config': config,
-        'Metadata': (old.get('Metadata') or {}) | facts,
+        'Metadata': (old.get('Metadata') or {}) | facts.pop('Metadata'),
         'Results': _with_results(IMAGENET, old),
+        **facts,
+    }
+
+
+def _facts_of(file: OfficialFile) -> dict[str, Any]:
+    """What the entry of an official file says about it."""
+    facts: dict[str, Any] = {
+        'Training Data': file.trained_on[0] if len(file.trained_on) == 1 else [*file.trained_on],
+        'Licence': file.licence,
+    }
+    if file.sha256:
+        facts['SHA256'] = file.sha256
+    return {
+        'Metadata': facts,
         'Weights': file.url,
         'Converted From': {'Weights': file.url},
     }
@@ -185,7 +198,7 @@ def metafile(folder: str) -> dict[str, Any]:
     ]
     entries += [
         official_entry(file, old.pop(official_name(file), {}))
-        for file in OFFICIAL_FILES
+        for file in CLASSIFIERS
         if FOLDERS[file.backbone] == folder
     ]
     return data | {'Models': [*entries, *old.values()]}
@@ -208,8 +221,11 @@ def _link(text: str, target: str | None) -> str:
 
 def grid() -> str:
     """The grid of backbones and tasks, each cell a link to its config."""
-    cells = {(leaf.backbone, leaf.task): _link('config', leaf.path) for leaf in LEAVES}
-    rows = [[name, *(cells.get((name, task), '') for task in TASKS)] for name in FOLDERS]
+    cells: dict[tuple[str, str], list[str]] = {}
+    for leaf in LEAVES:
+        text = "authors' detector" if '_authors_' in leaf.name else 'config'
+        cells.setdefault((leaf.backbone, leaf.task), []).append(_link(text, leaf.path))
+    rows = [[name, *(', '.join(cells.get((name, task), ())) for task in TASKS)] for name in FOLDERS]
     left_out = ''.join(f'- {reason}\n' for reason in TABLE['left_out'])
     return f'{_table(["backbone", *TASKS], rows)}\nLeft out:\n\n{left_out}'
 
@@ -222,7 +238,7 @@ def settings(folder: str) -> str:
             short = leaf.backbone.removeprefix(f'{folder.replace("_", "-")}-')
             rows.setdefault((leaf.task, *leaf.settings.values()), []).append(short)
     head = '| task | backbones | published by the authors | assumed, and where from |\n'
-    lines = [[task, ', '.join(names), *texts] for (task, *texts), names in rows.items()]
+    lines = [[task, ', '.join(dict.fromkeys(names)), *texts] for (task, *texts), names in rows.items()]
     return f'{head}|---|---|---|---|\n{_rows(lines)}'
 
 
@@ -298,7 +314,7 @@ def models_table(folder: str, models: list[dict[str, Any]]) -> str:
     """
     rows: dict[str, list[str]] = {}
     parameters = {model['Name']: model.get('Metadata', {}).get('Parameters') for model in models}
-    files = [file for file in OFFICIAL_FILES if FOLDERS[file.backbone] == folder]
+    files = [file for file in CLASSIFIERS if FOLDERS[file.backbone] == folder]
     head = ['arch', 'channels', 'parameters, M'] if files else ['backbone', 'its parameters, M']
     for file in files:
         base = runpy.run_path(str(CONFIGS / f'_base_/backbones/{file.backbone}.py'))

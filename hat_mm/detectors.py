@@ -35,7 +35,8 @@ def _rename(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) 
         return
     renamed, _ = to_mmdet(state)
     # The backbone compares its part itself. Other shapes are an error or a warning of the loader.
-    report = compare(model.state_dict(), renamed, spare=r'backbone\..*')
+    own: Any = model.state_dict()
+    report = compare(own, renamed, spare=r'backbone\..*')
     if report.missing or report.unexpected:
         raise ValueError(f"a file of the authors' DINO does not fit this one: {report}")
     for name in names:

@@ -57,10 +57,22 @@ class Golden:
         rng = np.random.default_rng(self.meta['input_seed'])
         return torch.from_numpy(rng.standard_normal(self.meta['input_shape']).astype(np.float32))
 
-    def error(self, output: str, ours: Tensor) -> float:
-        """Relative error of ``ours`` against the sampled values of an output."""
-        assert tuple(self._data[f'{output}/shape']) == tuple(ours.shape)
+    def error(self, output: str, ours: Tensor, columns: list[int] | None = None) -> float:
+        """Relative error of ``ours`` against the sampled values of an output.
+
+        If ``ours`` has only some columns (of the last axis), these are given.
+        """
+        shape = self._data[f'{output}/shape'].tolist()
         value = torch.from_numpy(self._data[f'{output}/value']).double()
         index = torch.from_numpy(self._data[f'{output}/index'].astype(np.int64))
+        if columns is not None:
+            place = torch.full((shape[-1],), -1).index_put(
+                (torch.tensor(columns),), torch.arange(len(columns))
+            )
+            row, column = index // shape[-1], place[index % shape[-1]]
+            shape[-1] = len(columns)
+            index = (row * shape[-1] + column)[column >= 0]
+            value = value[column >= 0]
+        assert shape == [*ours.shape]
         sample = ours.detach().flatten()[index].double()
         return float((value - sample).norm() / value.norm())

@@ -24,6 +24,7 @@ from mmengine.registry import DefaultScope
 
 import hat_mm
 from hat_mm.engine.build import build_model
+from hat_mm.weights.official import official_file
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
@@ -314,7 +315,7 @@ def test_metafile_describes_every_leaf(family):
         assert ROOT / model['Config'] == path
         assert model['In Collection'] == COLLECTIONS.get(BY_STEM[path.stem][1], COLLECTIONS[family])
         facts, promise = model['Metadata'], promise_of(path)
-        if AUTHORS_DINO == model['Name']:
+        if model['Name'] == AUTHORS_DINO:
             assert facts['Training Data'] == ['ImageNet-21k', 'ImageNet-1k', 'COCO']
         elif 'Weights' not in model:  # otherwise those of the training count
             assert facts['Batch Size'] == promise.images
@@ -542,7 +543,15 @@ ORIGINALS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     'retinanet_*': ('mmdet/retinanet/retinanet_r50_fpn_1x_coco', {'model.neck.start_level': 0}),
-    'dino-4scale_*': ('mmdet/dino/dino-4scale_r50_8xb2-12e_coco', {}),
+    'dino-4scale_*12e_coco': ('mmdet/dino/dino-4scale_r50_8xb2-12e_coco', {}),
+    AUTHORS_DINO: (
+        'mmdet/dino/dino-4scale_r50_8xb2-12e_coco',
+        {
+            'load_from': official_file('DINO_4scale_faster_vit_4_21k_224_ms_coco.pth').url,
+            'model.type': 'hat_mm.FasterViTDINO',
+            'model.neck.bias': True,
+        },
+    ),
     'dino-5scale_*': ('mmdet/dino/dino-5scale_swin-l_8xb2-12e_coco', {}),
     '*_upernet_*512x512': (
         'mmseg/swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512',

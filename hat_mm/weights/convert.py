@@ -112,9 +112,11 @@ def _from_authors_dino(
 
 
 def _to_authors_dino(
-    state: Mapping[str, Any], kept: Mapping[str, Tensor], source: Source
-) -> tuple[dict[str, Tensor], list[str], str]:
-    """Renames the tensors of mmdet's DINO; returns them with the archs and a report."""
+    state: Mapping[str, Any], checkpoint: Mapping[str, Any], source: Source
+) -> dict[str, Any]:
+    """Makes a checkpoint of the authors' DINO from one of mmdet's, ``checkpoint`` with ``state``."""
+    dropped = rf'{dino.WITH_CLASS_ROWS}|backbone\.0\.({FASTERVIT_NAMES.dropped})'
+    kept = _kept(checkpoint, dropped, source)
     native = _part(state, 'backbone.')
     archs, _ = _fit(native, FASTERVIT_NAMES, source, spare='(?!)', in_dino=True)
     norms = {name: v for name, v in native.items() if re.match(r'norm\d\.', name)}
@@ -123,8 +125,11 @@ def _to_authors_dino(
     renamed = {k: v for k, v in state.items() if not k.startswith('backbone.')}
     renamed |= {f'backbone.{name}': value for name, value in backbone.items()}
     unused = {name: v for name, v in kept.items() if name.startswith('backbone.0.')}
-    official = dino.from_mmdet(renamed, kept) | unused
-    return official, archs, f"all {len(state)} tensors in names of the authors' DINO"
+    said = f"all {len(state)} tensors in names of the authors' DINO"
+    return {
+        'model': dino.from_mmdet(renamed, kept) | unused,
+        'meta': _meta(FASTERVIT_NAMES, archs, _made_from(checkpoint, source), said),
+    }
 
 
 def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -147,11 +152,7 @@ def to_official(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]
     """
     whole = unwrap(checkpoint)
     if dino.is_mmdet_dino(whole) and dino.LABELS in (checkpoint.get(UNUSED) or ()):
-        dropped = rf'{dino.WITH_CLASS_ROWS}|backbone\.0\.({FASTERVIT_NAMES.dropped})'
-        kept = _kept(checkpoint, dropped, source)
-        state, archs, said = _to_authors_dino(whole, kept, source)
-        origin = _made_from(checkpoint, source)
-        return {'model': state, 'meta': _meta(FASTERVIT_NAMES, archs, origin, said)}
+        return _to_authors_dino(whole, checkpoint, source)
     within = _part(whole, 'backbone.')
     native = within or dict(whole)
     name_map = next((m for m in NAME_MAPS if m.matches_native(native)), None)

@@ -181,8 +181,9 @@ def write(path: str | Path, checkpoint: Mapping[str, Any], force: bool = False) 
 def _write_torch(path: Path, checkpoint: Mapping[str, Any]) -> None:
     state = checkpoint.get('state_dict')
     checkpoint = apply_to(dict(checkpoint), torch.is_tensor, _owned)
-    if hasattr(state, '_metadata'):  # versions of modules, by which some modules rename old tensors
-        checkpoint['state_dict']._metadata = state._metadata
+    # Versions of modules, by which some modules rename old tensors.
+    if (versions := getattr(state, '_metadata', None)) is not None:
+        checkpoint['state_dict']._metadata = versions
     with open(path, 'wb') as file:  # given a path, torch would write its name into the file
         torch.save(checkpoint, file)
 

@@ -238,7 +238,9 @@ def settings(folder: str) -> str:
             short = leaf.backbone.removeprefix(f'{folder.replace("_", "-")}-')
             rows.setdefault((leaf.task, *leaf.settings.values()), []).append(short)
     head = '| task | backbones | published by the authors | assumed, and where from |\n'
-    lines = [[task, ', '.join(dict.fromkeys(names)), *texts] for (task, *texts), names in rows.items()]
+    lines = [
+        [task, ', '.join(dict.fromkeys(names)), *texts] for (task, *texts), names in rows.items()
+    ]
     return f'{head}|---|---|---|---|\n{_rows(lines)}'
 
 

@@ -29,8 +29,7 @@ def FasterViTDINO(**settings: Any) -> nn.Module:
 def _rename(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Renames the tensors of a file of the authors' DINO, in place."""
     names = [name for name in state_dict if name.startswith(prefix)]
-    state: Mapping[str, Any] = {name.removeprefix(prefix): state_dict[name] for name in names}
-    state = unwrap(state)
+    state = unwrap({name.removeprefix(prefix): state_dict[name] for name in names})
     if not is_authors_dino(state):
         return
     renamed, _ = to_mmdet(state)

@@ -86,7 +86,7 @@ def test_equals_the_authors_detector():
     assert golden.error('pred_logits', logits[-1], columns=COCO_IDS) <= 1e-5
 
 
-# --- a short one with the authors' names -----------------------------------------------------------
+# --- a short one with the authors' names ----------------------------------------------------------
 
 
 def short_config():

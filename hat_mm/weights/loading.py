@@ -194,9 +194,8 @@ def adapt(
     is_official, depths = name_map.matches(state), name_map.depths(state)
     no_use: tuple[str, ...] = ()
     native = name_map.to_native(state) if is_official else {}
-    expected = [
-        n for n in norms if f'{n}.weight' in native or (n == 'norm3' and name_map.last_norm)
-    ]
+    last = {'norm3'} if name_map.last_norm else set()
+    expected = [norm for norm in norms if f'{norm}.weight' in native or norm in last]
     unused = rf'(?!({"|".join(expected)})\.)norm\d\..*|{unused}'
     if is_official:
         no_use = _matching(name_map.dropped, state) + _matching(unused, native)

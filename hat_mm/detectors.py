@@ -1,6 +1,5 @@
 """mmdet's DINO for the files of the authors' detector."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -32,10 +31,9 @@ def _rename(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) 
     state = unwrap({name.removeprefix(prefix): state_dict[name] for name in names})
     if not is_authors_dino(state):
         return
-    renamed, _ = to_mmdet(state)
+    renamed = to_mmdet(state)[0]
     # The backbone compares its part itself. Other shapes are an error or a warning of the loader.
-    own: Any = model.state_dict()
-    report = compare(own, renamed, spare=r'backbone\..*')
+    report = compare(dict(model.state_dict()), renamed, spare=r'backbone\..*')
     if report.missing or report.unexpected:
         raise ValueError(f"a file of the authors' DINO does not fit this one: {report}")
     for name in names:

@@ -114,7 +114,7 @@ def _from_authors_dino(
 def _to_authors_dino(
     state: Mapping[str, Any], checkpoint: Mapping[str, Any], source: Source
 ) -> dict[str, Any]:
-    """Makes a checkpoint of the authors' DINO from ``checkpoint``, one of mmdet's with ``state``."""
+    """Makes a checkpoint of the authors' DINO from one of mmdet's, which holds ``state``."""
     dropped = rf'{dino.WITH_CLASS_ROWS}|backbone\.0\.({FASTERVIT_NAMES.dropped})'
     kept = _kept(checkpoint, dropped, source)
     native = _part(state, 'backbone.')

@@ -24,6 +24,7 @@ ALLOWED = {
     'backbones': BACKBONES,
     'plugins.py': ('torch', 'hat_mm.layers', 'hat_mm.backbones', 'hat_mm.registry'),
     'necks.py': ('torch', 'hat_mm.layers', 'hat_mm.registry'),
+    'detectors.py': ('torch', 'hat_mm.registry', 'hat_mm.weights'),
     'engine': (*HIGHEST, 'hat_mm.compat', 'hat_mm.registry', 'hat_mm.engine'),
     'zoo': (*HIGHEST, 'yaml', 'modelindex', 'hat_mm.compat', 'hat_mm.registry', 'hat_mm.zoo'),
 }

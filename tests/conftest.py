@@ -59,9 +59,9 @@ def _fresh_globals() -> None:
 
 @pytest.fixture(autouse=True, scope='session')
 def _quick_external_bases() -> Iterator[None]:
-    """Read each model index once: mmengine reads all of a toolbox's for every external base."""
+    """Read each metafile once: mmengine reads all of a toolbox's for every external base."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, '_get_cfg_metainfo', functools.cache(utils._get_cfg_metainfo))
+        patch.setattr(utils, 'load', functools.cache(utils.load))
         yield
 
 

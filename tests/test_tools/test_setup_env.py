@@ -255,12 +255,13 @@ def test_what_a_killed_pip_left_and_a_wheel_that_does_not_work_are_replaced(fini
 def test_a_damaged_environment_is_made_anew_with_the_cached_wheel(finished):
     finished.file('mmengine.py').write_text('raise ImportError("half a file")')
     finished.file('mmcv/_ext.so').unlink()
+    before = finished.compilations()
     status, output = finished.run()
     assert status == 0, output
     assert 'does not work (ImportError: half a file), making it anew' in output
     assert 'onedl-mmcv-2.1.0 from the cache' in output
     assert finished.ready()
-    assert finished.compilations() == 2
+    assert finished.compilations() == before
 
 
 def runs(pid):

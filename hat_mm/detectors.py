@@ -1,5 +1,6 @@
 """mmdet's DINO for the files of the authors' detector."""
 
+import re
 from typing import Any
 
 from torch import nn
@@ -7,6 +8,9 @@ from torch import nn
 from hat_mm.registry import MODELS
 from hat_mm.weights.dino import is_authors_dino, to_mmdet
 from hat_mm.weights.loading import compare, unwrap
+
+# What depends on the classes, or on the number of queries.
+_OF_A_DATA_SET = r'bbox_head\.cls_branches\.|dn_query_generator\.|query_embedding\.'
 
 
 @MODELS.register_module()
@@ -32,9 +36,25 @@ def _rename(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) 
     if not is_authors_dino(state):
         return
     renamed = to_mmdet(state)[0]
-    # The backbone compares its part itself. Other shapes are an error or a warning of the loader.
-    report = compare(dict(model.state_dict()), renamed, spare=r'backbone\..*')
-    if report.missing or report.unexpected:
+    backbone: Any = model.backbone
+    spec = getattr(backbone, 'spec', None)
+    if not (
+        getattr(spec, 'pad_every_stage', False) and getattr(spec, 'positions_by_tokens', False)
+    ):
+        raise ValueError(
+            "the backbone of the authors' DINO is a FasterViT with pad_every_stage and "
+            f"positions_by_tokens, such as arch='4-21k-224-dino', not {type(backbone).__name__} "
+            f'{getattr(backbone, "arch", "")}'
+        )
+    # The backbone compares its part itself.
+    own, outside = (
+        {k: v for k, v in state.items() if not k.startswith('backbone.')}
+        for state in (model.state_dict(), renamed)
+    )
+    report = compare(own, outside, spare='(?!)')
+    # Other classes and queries are the loader's to warn of, as for any detector.
+    wrong = [name for name in report.mismatched if not re.match(_OF_A_DATA_SET, name)]
+    if report.missing or report.unexpected or wrong:
         raise ValueError(f"a file of the authors' DINO does not fit this one: {report}")
     for name in names:
         del state_dict[name]

@@ -25,6 +25,7 @@ import hat_mm
 from hat_mm.engine.build import build_model
 from hat_mm.engine.cli import run_tool
 from hat_mm.weights import fileio
+from hat_mm.weights.dino import from_mmdet, to_mmdet
 from hat_mm.weights.names import UNUSED
 
 NAME = 'dino-4scale_fastervit-4-21k-224_authors_coco'
@@ -194,8 +195,27 @@ FAULTS = {
         lambda s: without(s, 'transformer.decoder.bbox_embed.0.layers.1.bias'), '1 missing',
     ),
     'missing in the backbone': (
-        lambda s: without(s, 'backbone.0.norm2.bias'), 'missing .norm2.bias',
+        lambda s: without(s, 'backbone.0.norm2.bias'), r'missing .*norm2\.bias',
     ),
+    'level_embed missing': (lambda s: without(s, 'transformer.level_embed'), '1 missing'),
+    'label_enc missing': (lambda s: without(s, 'label_enc.weight'), '1 missing'),
+    'transformer missing': (
+        lambda s: {k: v for k, v in s.items() if not k.startswith('transformer.')}, 'missing',
+    ),
+    'backbone missing': (
+        lambda s: {k: v for k, v in s.items() if not k.startswith('backbone.')}, 'no backbone',
+    ),
+    'norm missing': (
+        lambda s: {k: v for k, v in s.items() if not k.startswith('backbone.0.norm2.')},
+        r'4 missing .*norm2',
+    ),
+    'no tensor': (lambda s: {**s, 'transformer.level_embed': 'abc'}, 'no tensor'),
+    'number': (lambda s: {**s, 'label_enc.weight': torch.tensor(1.0)}, 'single number'),
+    'other shape': (
+        lambda s: {**s, 'transformer.decoder.layers.1.linear1.weight': torch.ones(5, 5)},
+        'has shape',
+    ),
+    'few labels': (lambda s: {**s, 'label_enc.weight': torch.ones(85, 256)}, 'has 85 rows'),
     'not known': (lambda s: {**s, 'transformer.new': torch.ones(1)}, 'not known .transformer.new'),
     'two values': (
         lambda s: {**s, 'class_embed.1.bias': s['class_embed.1.bias'] + 1},
@@ -223,6 +243,25 @@ def test_a_wrong_file_is_an_error(official, fault):
         model.load_state_dict(change(official), assign=True)
 
 
+def test_other_shapes_are_an_error(official):
+    state = {**official, 'transformer.level_embed': torch.ones(4, 7)}
+    with pytest.raises(ValueError, match=r'mismatched \(level_embed\)'):
+        build_model(short_config()).load_state_dict(state)
+
+
+def test_the_arch_of_the_classifiers_is_an_error(official):
+    cfg = short_config()
+    cfg.model.backbone.arch.positions_by_tokens = False
+    with pytest.raises(ValueError, match="arch='4-21k-224-dino'"):
+        build_model(cfg).load_state_dict(official)
+
+
+def test_a_backbone_alone_does_not_take_it(training_file):
+    backbone = build_model(short_config()).backbone
+    with pytest.raises(ValueError, match=r'docs/dino\.md'):
+        load_checkpoint(backbone, str(training_file), map_location='cpu')
+
+
 def test_another_number_of_levels_is_an_error(official):
     cfg = short_config()
     cfg.model.neck.num_outs = 5
@@ -237,6 +276,29 @@ def test_other_classes_warn_as_mmengine_does(official, training_file, capsys):
     load_checkpoint(model, str(training_file), map_location='cpu')
     assert 'size mismatch for bbox_head.cls_branches.0.weight' in capsys.readouterr().out
     assert torch.equal(model.level_embed, official['transformer.level_embed'])
+
+
+def test_names_of_five_levels(official):
+    """Four maps and an extra level, as in the authors' 5-scale configs."""
+    state = {name.replace('input_proj.3.', 'input_proj.4.'): v for name, v in official.items()}
+    state |= {f'input_proj.3.{k}': v for k, v in {
+        '0.weight': torch.ones(256, 1568, 1, 1), '0.bias': torch.ones(256),
+        '1.weight': torch.ones(256), '1.bias': torch.ones(256),
+    }.items()}  # fmt: skip
+    with pytest.raises(ValueError, match=r'4 missing .*norm0\.bias'):
+        to_mmdet(state)
+    parts = ('weight', 'bias', 'running_mean', 'running_var')
+    state |= {f'backbone.0.norm0.{part}': torch.ones(196) for part in parts}
+    renamed, whole = to_mmdet(state)
+    cfg = short_config()
+    cfg.model.backbone.out_indices = (0, 1, 2, 3)
+    cfg.model.neck.in_channels = [196, 392, 784, 1568]
+    cfg.model.neck.num_outs = 5
+    own = build_model(cfg).state_dict()
+    outside = {name for name in own if not name.startswith('backbone.')}
+    assert {name for name in renamed if not name.startswith('backbone.')} == outside
+    assert renamed['neck.convs.3.conv.weight'].shape == own['neck.convs.3.conv.weight'].shape
+    assert set(from_mmdet(renamed, whole)) == set(state)
 
 
 # --- conversion -----------------------------------------------------------------------------------
@@ -283,6 +345,77 @@ def test_round_trip_is_exact(official, training_file, short_arch, suffix, tmp_pa
         assert torch.equal(after[name], value), name
 
 
+def with_classes(state, count):
+    """The state of a detector of another number of classes, with a label more than these."""
+    rows = {'class_embed': count, 'label_enc': count + 1}
+    return {
+        name: next((v[:n].clone() for part, n in rows.items() if part in name), v)
+        for name, v in state.items()
+    }
+
+
+def unshared(state):
+    return {k: v + 1 if 'class_embed.1.' in k else v for k, v in state.items()}
+
+
+def in_half(state):
+    return {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    ('change', 'classes'),
+    [
+        (lambda s: with_classes(s, 20), 20),
+        (lambda s: with_classes(s, 80), 80),
+        (unshared, 80),
+        (in_half, 80),
+        (lambda s: {f'module.{name}': value for name, value in s.items()}, 80),
+        (lambda s: {**s, 'backbone.0.head.weight': torch.ones(3, 1568)}, 80),
+    ],
+    ids=['20', '80', 'unshared', 'half', 'module', 'head'],
+)
+def test_round_trip_of_other_files(official, short_arch, change, classes, tmp_path):
+    file, native, back = (tmp_path / f'{name}.pth' for name in ('file', 'native', 'back'))
+    state = change(official)
+    torch.save({'model': state}, file)
+    assert convert(file, native) == 0
+    cfg = short_config()
+    cfg.model.bbox_head.num_classes = classes
+    build_model(cfg).load_state_dict(fileio.read(native)['state_dict'])
+    assert convert(native, back, '--to-official') == 0
+    after = fileio.read(back)['model']
+    state = {name.removeprefix('module.'): value for name, value in state.items()}
+    assert set(after) == set(state)
+    for name, value in state.items():
+        assert after[name].dtype == value.dtype
+        assert torch.equal(after[name], value), name
+
+
+def test_half_precision_goes_back_in_it(official, training_file, short_arch, tmp_path):
+    native, back = tmp_path / 'native.pth', tmp_path / 'back.pth'
+    assert convert(training_file, native) == 0
+    made = fileio.read(native)
+    made['state_dict'] = in_half(made['state_dict'])
+    torch.save(made, native)
+    assert convert(native, back, '--to-official') == 0
+    after = fileio.read(back)['model']
+    assert torch.equal(after['class_embed.0.bias'], official['class_embed.0.bias'].half())
+
+
+@pytest.mark.parametrize('damage', ['gone', 'short', 'none'])
+def test_damaged_rows_are_an_error(training_file, short_arch, damage, tmp_path, capsys):
+    native, back = tmp_path / 'native.pth', tmp_path / 'back.pth'
+    assert convert(training_file, native) == 0
+    made = fileio.read(native)
+    kept = made[UNUSED].pop('class_embed.1.weight')
+    if damage != 'gone':
+        made[UNUSED]['class_embed.1.weight'] = kept[:85] if damage == 'short' else None
+    torch.save(made, native)
+    assert convert(native, back, '--to-official') != 0
+    assert 'class_embed.1.weight: what was kept' in capsys.readouterr().err
+    assert not back.exists()
+
+
 def test_average(official, training_file, short_arch, tmp_path):
     target = tmp_path / 'average.pth'
     assert convert(training_file, target, '--ema') == 0
@@ -315,7 +448,9 @@ def test_without_the_other_rows_the_backbone_alone_goes_back(
     del made[UNUSED]
     torch.save(made, native)
     assert convert(native, back, '--to-official') == 0
-    assert 'left out that the published network lacks (norm1.weight, …)' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'left out that the published network lacks (norm1.weight, …)' in said
+    assert 'outside the backbone left out' in said
     assert not any('transformer' in name for name in fileio.read(back)['state_dict'])
 
 

@@ -91,7 +91,10 @@ def _from_authors_dino(
     state: Mapping[str, Any], source: Source, origin: dict[str, Any]
 ) -> dict[str, Any]:
     """Makes a checkpoint of mmdet's DINO from one of the authors'."""
-    renamed, whole = dino.to_mmdet(state)
+    try:
+        renamed, whole = dino.to_mmdet(state)
+    except ValueError as error:
+        raise ValueError(f'{source.name}: {error}') from error
     backbone = _part(renamed, 'backbone.')
     if not FASTERVIT_NAMES.matches(backbone):
         raise ValueError(
@@ -126,8 +129,12 @@ def _to_authors_dino(
     renamed |= {f'backbone.{name}': value for name, value in backbone.items()}
     unused = {name: v for name, v in kept.items() if name.startswith('backbone.0.')}
     said = f"all {len(state)} tensors in names of the authors' DINO"
+    try:
+        official = dino.from_mmdet(renamed, kept) | unused
+    except ValueError as error:
+        raise ValueError(f'{source.name}: {error}') from error
     return {
-        'model': dino.from_mmdet(renamed, kept) | unused,
+        'model': official,
         'meta': _meta(FASTERVIT_NAMES, archs, _made_from(checkpoint, source), said),
     }
 
@@ -184,6 +191,8 @@ def to_official(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]
         said.append('no norm of the last map')
     if f'{name_map.head}weight' not in state:
         said.append('no classifier')
+    if within and (outside := len(whole) - len(within) - len(head)):
+        said.append(f'{outside} outside the backbone left out')
     meta = _meta(name_map, archs, _made_from(checkpoint, source), '; '.join(said))
     return {'state_dict': state, 'meta': meta}
 
@@ -282,8 +291,8 @@ def _fit(
 ) -> tuple[list[str], LoadReport]:
     """Returns the archs that the tensors fill exactly, and the load report of the first.
 
-    Names that fully match ``spare`` may be absent. The archs are those of the authors' DINO or the
-    others, which have the same tensors.
+    Names that fully match ``spare`` may be absent. With ``in_dino`` only archs of the authors' DINO
+    count, otherwise only the others, because the tensors do not tell them apart.
     """
     family, official = getattr(hat_mm, name_map.family), source.official
     if official is not None and official.family != name_map.family:
@@ -297,7 +306,7 @@ def _fit(
         if getattr(spec, 'pad_every_stage', False) != in_dino:
             continue
         with torch.device('meta'):
-            backbone = family(arch, out_indices=maps or [3])
+            backbone = family(arch, out_indices=maps)
         reports[arch] = compare(backbone.state_dict(), native, spare)
     fitting = [arch for arch, report in reports.items() if report.complete]
     if official is not None and fitting and official.arch not in fitting:

@@ -10,20 +10,23 @@ from typing import Any
 
 from torch import Tensor
 
-from .names import identical
+from .names import FASTERVIT_NAMES, identical, is_dense
 
 # The authors' class layers have a row for each category id of COCO from 0 to 90; mmdet's have one
 # for each of the 80 ids that COCO uses.
 _NUM_IDS = 91
 _IDS = [i for i in range(1, _NUM_IDS) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 LABELS, OUR_LABELS = 'label_enc.weight', 'dn_query_generator.label_embedding.weight'
-_LAST_CLASS_BIAS = 'transformer.enc_out_class_embed.bias'
+_CLASS_LAYER = 'transformer.enc_out_class_embed.bias'
 WITH_CLASS_ROWS = r'class_embed\..*|transformer\.enc_out_class_embed\..*|label_enc\.weight'
 # The heads of the decoder's layers, which have a second name each.
 _HEADS = r'(class|bbox)_embed\..*'
 _SECOND = 'transformer.decoder.'
 
+_BACKBONE = 'backbone.0.'
+
 _LAYER = ('weight', 'bias')
+_NORM = ('weight', 'bias', 'running_mean', 'running_var')
 _SELF_ATTENTION = ('in_proj_weight', 'in_proj_bias', 'out_proj.weight', 'out_proj.bias')
 _DEFORMABLE_ATTENTION = tuple(
     f'{layer}.{part}'
@@ -33,8 +36,10 @@ _DEFORMABLE_ATTENTION = tuple(
 
 
 def is_authors_dino(names: Collection[str]) -> bool:
-    """Tells whether names are those of a file of the authors' DINO, with any backbone."""
-    return 'transformer.level_embed' in names and LABELS in names
+    """Tells whether names are those of the authors' DINO, with any backbone and complete or not."""
+    starts = ('transformer.', 'input_proj.', _BACKBONE)
+    transformer, levels, backbone = (any(n.startswith(start) for n in names) for start in starts)
+    return backbone or (transformer and levels)
 
 
 def is_mmdet_dino(names: Collection[str]) -> bool:
@@ -50,11 +55,15 @@ def to_mmdet(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor
         mmdet's DINO takes some rows of, whole and under the authors' names.
 
     Raises:
-        ValueError: A tensor is missing or not known, or one tensor has two values.
+        ValueError: A tensor is missing, not known or of another shape than its like, or one tensor
+            has two values.
     """
+    for name, value in state.items():
+        if not is_dense(value) or (value.ndim == 0 and not name.endswith('num_batches_tracked')):
+            raise ValueError(f'{name} is no tensor, or a single number')
     levels = [name for name in state if re.fullmatch(r'input_proj\.\d+\.0\.weight', name)]
     # The levels that are made of maps have 1x1 convolutions, the others 3x3.
-    num_maps = sum(getattr(state[name], 'shape', (1,))[-1] == 1 for name in levels)
+    num_maps = sum(state[name].shape[-1] == 1 for name in levels)
     names = dict(
         _names(
             num_maps=num_maps,
@@ -64,8 +73,15 @@ def to_mmdet(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor
         )
     )
     second = {_SECOND + name for name in names if re.fullmatch(_HEADS, name)}
-    _check_complete(state, {*names, *second}, 'backbone.0.', "the authors' DINO")
-    rows = _class_rows(state)
+    wanted = {*names, *second, *_norms(state, num_maps)}
+    _check_complete(state, wanted, _BACKBONE, "the authors' DINO")
+    _check_shapes({name: state[name] for name in names})
+    rows = _class_rows(len(state[_CLASS_LAYER]))
+    if len(state[LABELS]) <= len(state[_CLASS_LAYER]):
+        raise ValueError(
+            f'{LABELS} has {len(state[LABELS])} rows, which must be more than the '
+            f'{len(state[_CLASS_LAYER])} classes'
+        )
     renamed, whole = {}, {}
     for name, value in state.items():
         if name in second:
@@ -77,7 +93,7 @@ def to_mmdet(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor
             continue
         if re.fullmatch(WITH_CLASS_ROWS, name) and len(rows) < len(value):
             whole[name], value = value, value[rows]
-        renamed[names.get(name) or f'backbone.{name.removeprefix("backbone.0.")}'] = value
+        renamed[names.get(name) or f'backbone.{name.removeprefix(_BACKBONE)}'] = value
     return renamed, whole
 
 
@@ -89,7 +105,7 @@ def from_mmdet(state: Mapping[str, Any], whole: Mapping[str, Tensor]) -> dict[st
         whole: The second result of :func:`to_mmdet`; ``state`` replaces the rows that it has.
 
     Raises:
-        ValueError: A tensor is missing or not known, or has other rows than :func:`to_mmdet` takes.
+        ValueError: A tensor is missing or not known, or ``whole`` does not go with ``state``.
     """
     num_maps = _count(r'neck\.convs\.(\d+)\.', state)
     names = _names(
@@ -100,15 +116,12 @@ def from_mmdet(state: Mapping[str, Any], whole: Mapping[str, Tensor]) -> dict[st
     )
     theirs = {ours: name for name, ours in names}
     _check_complete(state, theirs, 'backbone.', "mmdet's DINO")
-    rows = _class_rows(whole)
+    rows = _class_rows(len(whole[_CLASS_LAYER])) if _CLASS_LAYER in whole else None
     official = {}
     for ours, value in state.items():
-        name = theirs.get(ours) or f'backbone.0.{ours.removeprefix("backbone.")}'
-        if name in whole:
-            if len(value) != len(rows):
-                raise ValueError(f'{ours} has {len(value)} rows, not {len(rows)}: other classes')
-            taken, value = value, whole[name].clone()
-            value[rows] = taken
+        name = theirs.get(ours) or f'{_BACKBONE}{ours.removeprefix("backbone.")}'
+        if name in whole or (rows and re.fullmatch(WITH_CLASS_ROWS, name)):
+            value = _with_rows(whole.get(name), value, rows or [*range(len(value))], name)
         official[name] = value
         if re.fullmatch(_HEADS, name):
             official[_SECOND + name] = value
@@ -167,24 +180,40 @@ def _names(
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
-    found = (re.match(pattern, name) for name in names)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    """The number of different numbers that ``pattern`` finds."""
+    return len({found[1] for name in names if (found := re.match(pattern, name))})
 
 
-def _class_rows(state: Mapping[str, Any]) -> list[int]:
-    """The rows of the authors' class layers and label embeddings that mmdet's DINO has.
+def _norms(state: Iterable[str], num_maps: int) -> list[str]:
+    """The tensors of the norms of the maps; other backbones name theirs otherwise."""
+    within = (name.removeprefix(_BACKBONE) for name in state if name.startswith(_BACKBONE))
+    if not FASTERVIT_NAMES.matches(within):
+        return []
+    return [f'{_BACKBONE}norm{i}.{part}' for i in range(4 - num_maps, 4) for part in _NORM]
 
-    The label embeddings have a row more than the class layers.
-    """
-    num_classes = len(state[_LAST_CLASS_BIAS]) if _LAST_CLASS_BIAS in state else 0
-    num_classes = num_classes or len(state[LABELS]) - 1
+
+def _class_rows(num_classes: int) -> list[int]:
+    """The rows of the authors' class layers and label embeddings that mmdet's DINO has."""
     return _IDS if num_classes == _NUM_IDS else [*range(num_classes)]
+
+
+def _with_rows(whole: Any, value: Any, rows: list[int], name: str) -> Tensor:
+    """Returns ``whole`` with ``value`` as its ``rows``."""
+    if not (is_dense(whole) and is_dense(value)) or (
+        value.shape != (len(rows), *whole.shape[1:]) or rows[-1] >= len(whole)
+    ):
+        raise ValueError(f'{name}: what was kept of the official file does not go with the rest')
+    whole = whole.to(value.dtype, copy=True)
+    whole[rows] = value
+    return whole
 
 
 def _check_complete(
     state: Collection[str], names: Collection[str], backbone: str, what: str
 ) -> None:
     """Raises ValueError unless ``state`` has ``names`` and none beside them but the backbone's."""
+    if not any(name.startswith(backbone) for name in state):
+        raise ValueError(f'the tensors are not those of {what}: there is no backbone')
     missing = sorted(name for name in names if name not in state)
     unknown = [n for n in state if n not in names and not n.startswith(backbone)]
     if missing or unknown:
@@ -195,3 +224,17 @@ def _check_complete(
             if found
         ]
         raise ValueError(f'the tensors are not those of {what}: {"; ".join(said)}')
+
+
+def _check_shapes(state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless tensors that differ in the number of a layer have one shape."""
+    first: dict[str, str] = {}
+    for name, value in state.items():
+        kind = re.sub(r'(layers|_embed)\.\d+\.(?!weight|bias)', r'\1.*.', name)
+        kind = re.sub(r'(class_embed)\.\d+\.', r'\1.', kind)
+        kind = kind.replace('transformer.enc_out_class_embed', 'class_embed')
+        like = first.setdefault(kind, name)
+        if value.shape != state[like].shape:
+            raise ValueError(
+                f'{name} has shape {tuple(value.shape)}, but {like} {tuple(state[like].shape)}'
+            )

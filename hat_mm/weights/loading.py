@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .dino import is_authors_dino
 from .names import NAME_MAPS, SWIN_NAMES, UNUSED_PREFIX, NameMap, is_dense, rename_old
 
 _COUNTER = 'num_batches_tracked'
@@ -265,6 +266,8 @@ def _refuse_foreign(
             " It looks like a whole detector's or segmentor's: take the backbone out of it with "
             "init_cfg=dict(type='Pretrained', checkpoint=FILE, prefix='backbone.')."
         )
+    if is_authors_dino(state):
+        hint = " It is a file of the authors' DINO: docs/dino.md shows how to convert it first."
     raise ValueError(
         f'this is no {name_map.family} checkpoint: it holds names such as {names}; expected the '
         f'names of an official file or of this backbone ({next(iter(own))!r}, …).{hint}'

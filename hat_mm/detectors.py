@@ -48,12 +48,16 @@ def _rename(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) 
         )
     # The backbone compares its part itself.
     own, outside = (
-        {k: v for k, v in state.items() if not k.startswith('backbone.')}
-        for state in (model.state_dict(), renamed)
+        {k: v for k, v in tensors.items() if not k.startswith('backbone.')}
+        for tensors in (model.state_dict(), renamed)
     )
     report = compare(own, outside, spare='(?!)')
     # Other classes and queries are the loader's to warn of, as for any detector.
-    wrong = [name for name in report.mismatched if not re.match(_OF_A_DATA_SET, name)]
+    wrong = [
+        name
+        for name in report.mismatched
+        if not re.match(_OF_A_DATA_SET, name) or own[name].shape[1:] != outside[name].shape[1:]
+    ]
     if report.missing or report.unexpected or wrong:
         raise ValueError(f"a file of the authors' DINO does not fit this one: {report}")
     for name in names:

@@ -99,7 +99,7 @@ def _from_authors_dino(
     if not FASTERVIT_NAMES.matches(backbone):
         raise ValueError(
             f"{source.name} is a file of the authors' DINO, but its backbone is no FasterViT: it "
-            f'holds {_names(backbone) or "nothing"}'
+            f'holds {_names(backbone)}'
         )
     native, left = FASTERVIT_NAMES.to_native(backbone), FASTERVIT_NAMES.left_over(backbone)
     archs, report = _fit(native, FASTERVIT_NAMES, source, spare='(?!)', in_dino=True)
@@ -158,7 +158,7 @@ def to_official(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]
         ValueError: It holds no backbone of hat_mm, or its tensors fill no arch exactly.
     """
     whole = unwrap(checkpoint)
-    if dino.is_mmdet_dino(whole) and dino.LABELS in (checkpoint.get(UNUSED) or ()):
+    if dino.is_mmdet_dino(whole) and dino.LABELS in str(checkpoint.get(UNUSED)):
         return _to_authors_dino(whole, checkpoint, source)
     within = _part(whole, 'backbone.')
     native = within or dict(whole)
@@ -223,6 +223,8 @@ def _kept(checkpoint: Mapping[str, Any], dropped: str, source: Source) -> dict[s
     Their names fully match ``dropped``.
     """
     kept = checkpoint.get(UNUSED) or {}
+    if not isinstance(kept, Mapping):
+        raise ValueError(f'{source.name}: {UNUSED!r} in it is no state dict')
     strange = [name for name in kept if not re.fullmatch(dropped, str(name))]
     if strange:
         raise ValueError(
@@ -306,7 +308,7 @@ def _fit(
         if getattr(spec, 'pad_every_stage', False) != in_dino:
             continue
         with torch.device('meta'):
-            backbone = family(arch, out_indices=maps)
+            backbone = family(arch, out_indices=maps or [3])
         reports[arch] = compare(backbone.state_dict(), native, spare)
     fitting = [arch for arch, report in reports.items() if report.complete]
     if official is not None and fitting and official.arch not in fitting:

@@ -17,7 +17,7 @@ from .names import FASTERVIT_NAMES, identical, is_dense
 _NUM_IDS = 91
 _IDS = [i for i in range(1, _NUM_IDS) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 LABELS, OUR_LABELS = 'label_enc.weight', 'dn_query_generator.label_embedding.weight'
-_CLASS_LAYER = 'transformer.enc_out_class_embed.bias'
+_CLASS_BIAS = 'transformer.enc_out_class_embed.bias'
 WITH_CLASS_ROWS = r'class_embed\..*|transformer\.enc_out_class_embed\..*|label_enc\.weight'
 # The heads of the decoder's layers, which have a second name each.
 _HEADS = r'(class|bbox)_embed\..*'
@@ -55,12 +55,10 @@ def to_mmdet(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor
         mmdet's DINO takes some rows of, whole and under the authors' names.
 
     Raises:
-        ValueError: A tensor is missing, not known or of another shape than its like, or one tensor
-            has two values.
+        ValueError: A tensor is missing, not known or of a wrong kind or shape, or one tensor has
+            two values.
     """
-    for name, value in state.items():
-        if not is_dense(value) or (value.ndim == 0 and not name.endswith('num_batches_tracked')):
-            raise ValueError(f'{name} is no tensor, or a single number')
+    _check_tensors(state)
     levels = [name for name in state if re.fullmatch(r'input_proj\.\d+\.0\.weight', name)]
     # The levels that are made of maps have 1x1 convolutions, the others 3x3.
     num_maps = sum(state[name].shape[-1] == 1 for name in levels)
@@ -75,13 +73,14 @@ def to_mmdet(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor
     second = {_SECOND + name for name in names if re.fullmatch(_HEADS, name)}
     wanted = {*names, *second, *_norms(state, num_maps)}
     _check_complete(state, wanted, _BACKBONE, "the authors' DINO")
-    _check_shapes({name: state[name] for name in names})
-    rows = _class_rows(len(state[_CLASS_LAYER]))
-    if len(state[LABELS]) <= len(state[_CLASS_LAYER]):
+    _check_shapes({name: state[name] for name in names}, len(levels))
+    num_classes = len(state[_CLASS_BIAS])
+    if not 0 < num_classes < len(state[LABELS]):
         raise ValueError(
-            f'{LABELS} has {len(state[LABELS])} rows, which must be more than the '
-            f'{len(state[_CLASS_LAYER])} classes'
+            f'{LABELS} has {len(state[LABELS])} rows, which must be more than the {num_classes} '
+            'classes'
         )
+    rows = _class_rows(num_classes)
     renamed, whole = {}, {}
     for name, value in state.items():
         if name in second:
@@ -116,7 +115,8 @@ def from_mmdet(state: Mapping[str, Any], whole: Mapping[str, Tensor]) -> dict[st
     )
     theirs = {ours: name for name, ours in names}
     _check_complete(state, theirs, 'backbone.', "mmdet's DINO")
-    rows = _class_rows(len(whole[_CLASS_LAYER])) if _CLASS_LAYER in whole else None
+    _check_tensors({**state, **whole})
+    rows = _class_rows(len(whole[_CLASS_BIAS])) if _CLASS_BIAS in whole else None
     official = {}
     for ours, value in state.items():
         name = theirs.get(ours) or f'{_BACKBONE}{ours.removeprefix("backbone.")}'
@@ -125,6 +125,10 @@ def from_mmdet(state: Mapping[str, Any], whole: Mapping[str, Tensor]) -> dict[st
         official[name] = value
         if re.fullmatch(_HEADS, name):
             official[_SECOND + name] = value
+    again, _ = to_mmdet(official)
+    lost = [n for n in state if n not in again or not identical(again[n], state[n])]
+    if lost:
+        raise ValueError(f'{lost[0]}: what was kept of the official file does not go with it')
     return official
 
 
@@ -199,9 +203,7 @@ def _class_rows(num_classes: int) -> list[int]:
 
 def _with_rows(whole: Any, value: Any, rows: list[int], name: str) -> Tensor:
     """Returns ``whole`` with ``value`` as its ``rows``."""
-    if not (is_dense(whole) and is_dense(value)) or (
-        value.shape != (len(rows), *whole.shape[1:]) or rows[-1] >= len(whole)
-    ):
+    if whole is None or (value.shape != (len(rows), *whole.shape[1:]) or rows[-1] >= len(whole)):
         raise ValueError(f'{name}: what was kept of the official file does not go with the rest')
     whole = whole.to(value.dtype, copy=True)
     whole[rows] = value
@@ -211,7 +213,7 @@ def _with_rows(whole: Any, value: Any, rows: list[int], name: str) -> Tensor:
 def _check_complete(
     state: Collection[str], names: Collection[str], backbone: str, what: str
 ) -> None:
-    """Raises ValueError unless ``state`` has ``names`` and none beside them but the backbone's."""
+    """Raises ValueError unless ``state`` has ``names``, and beside them only the backbone's."""
     if not any(name.startswith(backbone) for name in state):
         raise ValueError(f'the tensors are not those of {what}: there is no backbone')
     missing = sorted(name for name in names if name not in state)
@@ -226,15 +228,52 @@ def _check_complete(
         raise ValueError(f'the tensors are not those of {what}: {"; ".join(said)}')
 
 
-def _check_shapes(state: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless tensors that differ in the number of a layer have one shape."""
-    first: dict[str, str] = {}
+def _check_tensors(state: Mapping[str, Any]) -> None:
+    """Raises ValueError unless all values are dense tensors of floating point, except counters."""
     for name, value in state.items():
-        kind = re.sub(r'(layers|_embed)\.\d+\.(?!weight|bias)', r'\1.*.', name)
-        kind = re.sub(r'(class_embed)\.\d+\.', r'\1.', kind)
-        kind = kind.replace('transformer.enc_out_class_embed', 'class_embed')
-        like = first.setdefault(kind, name)
-        if value.shape != state[like].shape:
+        if name.endswith('num_batches_tracked'):
+            continue
+        if not (is_dense(value) and value.is_floating_point() and value.ndim):
+            raise ValueError(f'{name} is no dense tensor of floating-point numbers')
+
+
+# Ends of the authors' names, in order, and the shapes: d is the width, n the number of classes, l
+# that of levels; 0 stands for any size.
+_SHAPES: tuple[tuple[str, tuple[str | int, ...]], ...] = (
+    (r'input_proj\.\d+\.0\.weight', ('d', 0, 0, 0)),
+    (r'class_embed(\.\d+)?\.weight', ('n', 'd')),
+    (r'class_embed(\.\d+)?\.bias', ('n',)),
+    (r'level_embed', ('l', 'd')),
+    (r'(tgt_embed|label_enc|sampling_offsets|attention_weights|linear1)\.weight', (0, 'd')),
+    (r'(sampling_offsets|attention_weights|linear1)\.bias', (0,)),
+    (r'linear2\.weight', ('d', 0)),
+    (r'in_proj_weight', ('3d', 'd')),
+    (r'in_proj_bias', ('3d',)),
+    (r'ref_point_head\.layers\.0\.weight', ('d', '2d')),
+    (r'bbox_embed(\.\d+)?\.layers\.2\.weight', (4, 'd')),
+    (r'bbox_embed(\.\d+)?\.layers\.2\.bias', (4,)),
+    (r'(norm\d?|input_proj\.\d+\.1)\.weight', ('d',)),
+    (r'\.weight', ('d', 'd')),
+    (r'\.bias', ('d',)),
+)
+
+
+def _check_shapes(state: Mapping[str, Tensor], num_levels: int) -> None:
+    """Raises ValueError unless the shapes of the tensors outside the backbone go together."""
+    d, n = state['transformer.level_embed'].shape[-1], len(state[_CLASS_BIAS])
+    sizes = {'d': d, '2d': 2 * d, '3d': 3 * d, 'n': n, 'l': num_levels}
+    like: dict[str, str] = {}
+    for name, value in state.items():
+        ends = (shape for pattern, shape in _SHAPES if re.search(f'{pattern}$', name))
+        wanted = [sizes[size] if isinstance(size, str) else size for size in next(ends)]
+        # Where any size is right, it is the same in all layers.
+        layer = re.sub(r'coder\.layers\.\d+', 'coder.layers.*', name)
+        first = like.setdefault(layer, name)
+        if (
+            len(wanted) != value.ndim
+            or any(size not in (0, found) for size, found in zip(wanted, value.shape, strict=True))
+            or value.shape != state[first].shape
+        ):
             raise ValueError(
-                f'{name} has shape {tuple(value.shape)}, but {like} {tuple(state[like].shape)}'
+                f'{name} has shape {tuple(value.shape)}, which does not go with the others'
             )

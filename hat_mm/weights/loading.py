@@ -267,7 +267,9 @@ def _refuse_foreign(
             "init_cfg=dict(type='Pretrained', checkpoint=FILE, prefix='backbone.')."
         )
     if is_authors_dino(state):
-        hint = " It is a file of the authors' DINO: docs/dino.md shows how to convert it first."
+        hint = (
+            " It looks like a file of the authors' DINO: convert it first, as docs/dino.md shows."
+        )
     raise ValueError(
         f'this is no {name_map.family} checkpoint: it holds names such as {names}; expected the '
         f'names of an official file or of this backbone ({next(iter(own))!r}, …).{hint}'

@@ -1,7 +1,8 @@
 """Golden numbers of the published models: weights by rule, inputs by seed, sampled outputs.
 
-``tests/data/golden`` holds outputs of the authors' released code (FasterViT package 1.0.0, HAT-Net)
-on the CPU in float32, with weights filled by the rule below in place of trained ones.
+``tests/data/golden`` holds outputs of the authors' released code (FasterViT package 1.0.0, HAT-Net,
+DINO with FasterViT) on the CPU, with weights filled by the rule below in place of trained ones; in
+float32, those of DINO in float64.
 """
 
 import json

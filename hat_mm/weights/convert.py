@@ -158,7 +158,8 @@ def to_official(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]
         ValueError: It holds no backbone of hat_mm, or its tensors fill no arch exactly.
     """
     whole = unwrap(checkpoint)
-    if dino.is_mmdet_dino(whole) and dino.LABELS in str(checkpoint.get(UNUSED)):
+    unused = checkpoint.get(UNUSED)
+    if dino.is_mmdet_dino(whole) and isinstance(unused, Mapping) and dino.LABELS in unused:
         return _to_authors_dino(whole, checkpoint, source)
     within = _part(whole, 'backbone.')
     native = within or dict(whole)

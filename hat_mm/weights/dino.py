@@ -1,6 +1,6 @@
-"""Names of tensors in the authors' DINO with FasterViT, and the ones of mmdet's DINO.
+"""Renames the tensors of the authors' DINO with FasterViT to those of mmdet's DINO, and back.
 
-The backbone's tensors keep their official names, which the backbone maps itself. All functions here
+The backbone's tensors keep their official names, which the backbone itself maps. All functions here
 are pure functions of names and tensors.
 """
 
@@ -51,8 +51,8 @@ def to_mmdet(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor
     """Renames the tensors of the authors' DINO.
 
     Returns:
-        The state dict of mmdet's DINO, the backbone's part in official names; and the tensors that
-        mmdet's DINO takes some rows of, whole and under the authors' names.
+        The state dict of mmdet's DINO, its backbone in official names. And, under the authors'
+        names, the whole of each tensor of which mmdet's DINO has only some rows.
 
     Raises:
         ValueError: A tensor is missing, not known or of a wrong kind or shape, or one tensor has

@@ -10,9 +10,12 @@ URLs and paths in ``init_cfg``, ``load_from`` and ``load_checkpoint``.
 import re
 
 from mmengine.registry import HOOKS as _HOOKS
+from mmengine.registry import LOOPS as _LOOPS
 from mmengine.registry import MODELS as _MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as _OPTIM_WRAPPER_CONSTRUCTORS
-from mmengine.registry import Registry
+from mmengine.registry import RUNNERS as _RUNNERS
+from mmengine.registry import TRANSFORMS as _TRANSFORMS
+from mmengine.registry import Registry, build_runner_from_cfg
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from hat_mm.weights.download import load_from_hat_mm
@@ -25,6 +28,17 @@ MODELS = Registry(
     locations=['hat_mm.backbones', 'hat_mm.detectors', 'hat_mm.necks', 'hat_mm.plugins'],
 )
 HOOKS = Registry('hook', parent=_HOOKS, scope='hat_mm', locations=['hat_mm.engine.hooks'])
+LOOPS = Registry('loop', parent=_LOOPS, scope='hat_mm', locations=['hat_mm.engine.resume'])
+RUNNERS = Registry(
+    'runner',
+    build_runner_from_cfg,
+    parent=_RUNNERS,
+    scope='hat_mm',
+    locations=['hat_mm.engine.resume'],
+)
+TRANSFORMS = Registry(
+    'transform', parent=_TRANSFORMS, scope='hat_mm', locations=['hat_mm.engine.transforms']
+)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optim_wrapper_constructor',
     parent=_OPTIM_WRAPPER_CONSTRUCTORS,

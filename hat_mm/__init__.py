@@ -14,6 +14,9 @@ __version__ = '0.2.0'
 # Public name -> module that defines it.
 _PUBLIC = {
     'DropoutPooling': 'hat_mm.necks',
+    'ExactEpochBasedTrainLoop': 'hat_mm.engine.resume',
+    'ExactIterBasedTrainLoop': 'hat_mm.engine.resume',
+    'ExactResumeRunner': 'hat_mm.engine.resume',
     'FasterViT': 'hat_mm.backbones',
     'FasterViTDINO': 'hat_mm.detectors',
     'HATNet': 'hat_mm.backbones',
@@ -21,7 +24,9 @@ _PUBLIC = {
     'HMHSAPlugin': 'hat_mm.plugins',
     'LayerDecayOptimWrapperConstructor': 'hat_mm.engine.optim',
     'LayerNorm2d': 'hat_mm.layers',
+    'LoadImageOrSkip': 'hat_mm.engine.transforms',
     'MapNorm': 'hat_mm.layers',
+    'NonFiniteLossHook': 'hat_mm.engine.hooks',
     'SwinHAT': 'hat_mm.backbones',
     'SwitchToDeployHook': 'hat_mm.engine.hooks',
     'get_model': 'hat_mm.zoo.models',
@@ -33,6 +38,9 @@ _PUBLIC = {
 
 __all__ = [
     'DropoutPooling',
+    'ExactEpochBasedTrainLoop',
+    'ExactIterBasedTrainLoop',
+    'ExactResumeRunner',
     'FasterViT',
     'FasterViTDINO',
     'HATNet',
@@ -40,7 +48,9 @@ __all__ = [
     'HMHSAPlugin',
     'LayerDecayOptimWrapperConstructor',
     'LayerNorm2d',
+    'LoadImageOrSkip',
     'MapNorm',
+    'NonFiniteLossHook',
     'SwinHAT',
     'SwitchToDeployHook',
     '__version__',

@@ -24,7 +24,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -282,6 +282,79 @@ def _read_configs_of_checkpoints_as_data(module: Any, acted: Callable[[str], Non
         return fromstring(cfg_str, file_format)
 
     module.Config.fromstring = staticmethod(checked)
+
+
+@_repairs('partial-checkpoints', 'mmengine.runner.checkpoint')
+def _write_checkpoints_whole(module: Any, acted: Callable[[str], None]) -> None:
+    """Makes mmengine write local checkpoints whole or not at all.
+
+    It writes to the final name, so a full disk or a kill leaves a damaged file there.
+    """
+    get_file_backend = module.get_file_backend
+    local = importlib.import_module('mmengine.fileio').LocalBackend
+
+    class WholeFiles(local):  # type: ignore[misc, valid-type]
+        def put(self, obj: bytes, filepath: Any) -> None:
+            acted('checkpoints are written to a file .NAME.part, which is then renamed')
+            path = os.path.realpath(filepath)
+            # Always the same name: the next attempt overwrites what a kill has left.
+            part = os.path.join(os.path.dirname(path), f'.{os.path.basename(path)}.part')
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(part, 'wb') as file:
+                    file.write(obj)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(part, path)
+            except OSError as error:
+                with suppress(OSError):
+                    os.unlink(part)
+                why = f'checkpoint not written ({error.strerror}), earlier ones are intact'
+                raise OSError(error.errno, why, str(filepath)) from error
+
+    @functools.wraps(get_file_backend)
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        backend = get_file_backend(*args, **kwargs)
+        return WholeFiles() if type(backend) is local else backend
+
+    module.get_file_backend = whole
+
+
+@_repairs('checkpoints-removed-early', 'mmengine.hooks.checkpoint_hook')
+def _remove_checkpoints_late(module: Any, acted: Callable[[str], None]) -> None:
+    """Makes ``CheckpointHook`` remove outdated checkpoints after it has written the new one.
+
+    With ``max_keep_ckpts=1`` a kill or a full disk in between leaves none.
+    """
+
+    def removing_last(save: Callable) -> Callable:
+        @functools.wraps(save)
+        def save_then_remove(self: Any, *args: Any, **kwargs: Any) -> None:
+            backend = self.file_backend
+            outdated: list[Any] = []
+
+            class Later:
+                """The backend, but for what it is asked to remove."""
+
+                remove = rmtree = staticmethod(outdated.append)
+
+                def __getattr__(self, name: str) -> Any:
+                    return getattr(backend, name)
+
+            self.file_backend = Later()
+            try:
+                save(self, *args, **kwargs)
+            finally:
+                self.file_backend = backend
+            for path in outdated:
+                acted('an outdated checkpoint is removed after the new one is written')
+                (backend.rmtree if backend.isdir(path) else backend.remove)(path)
+
+        return save_then_remove
+
+    hook = module.CheckpointHook
+    for name in ('_save_checkpoint_with_step', '_save_best_checkpoint'):
+        setattr(hook, name, removing_last(getattr(hook, name)))
 
 
 # --- torchvision ---------------------------------------------------------------------------------

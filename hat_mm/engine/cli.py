@@ -8,15 +8,18 @@ exceptions keep their traceback.
 
 import argparse
 import copy
+import errno
 import functools
 import importlib
 import os
 import pickle
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -347,6 +350,28 @@ def _run(run: Callable[[], Any], loader: Any) -> Any:
         ) from error
 
 
+def _fileio() -> ModuleType:
+    return importlib.import_module('hat_mm.weights.fileio')
+
+
+def _find_latest(cfg: Any) -> str:
+    """Sets ``load_from`` to the newest checkpoint of the work dir that is whole.
+
+    Returns:
+        What is wrong with a newer one, or nothing.
+
+    Raises:
+        UserError: The work dir has checkpoints, none of which is whole.
+    """
+    path, problem = _fileio().latest_whole(cfg.work_dir)
+    if path is None and problem:
+        raise UserError(
+            f'{problem}; no checkpoint in {cfg.work_dir!r} is whole: train without --resume'
+        )
+    cfg.load_from = None if path is None else str(path)
+    return problem
+
+
 def train(argv: Sequence[str] | None = None) -> None:
     """Trains as ``tools/train.py`` does.
 
@@ -377,15 +402,26 @@ def train(argv: Sequence[str] | None = None) -> None:
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    problem = ''
     if cfg.get('load_from') is not None:
         _check_checkpoint(cfg.load_from)
+    elif cfg.get('resume'):
+        problem = _find_latest(cfg)
     runner = compat.require('mmengine.registry').RUNNERS.build(cfg)
     # mmengine does not log these versions; tools/misc/make_metafile_entry.py reads the line.
     modules = [hat_mm, *map(importlib.import_module, sorted({'mmcv', cfg.default_scope}))]
     versions = ', '.join(f'{module.__name__} {module.__version__}' for module in modules)
     runner.logger.info(f'Software: {versions}')
     _check_learning_rate(cfg, runner)
-    _run(runner.train, cfg.get('train_dataloader'))
+    if problem:
+        runner.logger.warning(f'{problem}; resuming from {cfg.load_from}')
+    try:
+        _run(runner.train, cfg.get('train_dataloader'))
+    except pickle.UnpicklingError as error:
+        if not cfg.get('resume') or str(cfg.load_from) not in str(error):
+            raise
+        whole = next(_fileio().whole_checkpoints(Path(cfg.load_from).parent), None)
+        raise UserError(f'{error}; {whole or "no other"} beside it is whole') from error
 
 
 def test(argv: Sequence[str] | None = None) -> dict:
@@ -433,11 +469,34 @@ def test(argv: Sequence[str] | None = None) -> dict:
     return results
 
 
+# What torch says of another process that is gone.
+_GONE = {
+    r'DataLoader worker \(pid\(?s?\)? [\d, ]+\) (exited unexpectedly|is killed)': 'a process that '
+    'loads data has died, most often for lack of memory: train_dataloader.num_workers sets how '
+    'many there are',
+    r'gloo|NCCL|Connection (closed|reset) by peer|Broken pipe': 'another process of this training '
+    'has ended; its own message says why',
+}
+
+
 def explain(error: Exception) -> str | None:
     """Describes in one line an error that the user can fix; None for any other error."""
-    known = isinstance(error, UserError | compat.DependencyError | pickle.UnpicklingError)
-    names_its_file = isinstance(error, OSError) and error.filename is not None
-    return ' '.join(str(error).split()) if known or names_its_file else None
+    text = str(error).strip()
+    if text.startswith('Caught '):  # in a process that loads data; torch adds its traceback
+        text = text.splitlines()[-1].partition(': ')[2]
+    text = ' '.join(text.split())
+    if isinstance(error, UserError | compat.DependencyError | pickle.UnpicklingError):
+        return text
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        return text if full or error.filename or re.fullmatch(r"\[Errno .*'", text) else None
+    if isinstance(error, AssertionError) and text.startswith('failed to load image'):  # mmcv
+        return f'{text} (it is no image, or is damaged; hat_mm.LoadImageOrSkip leaves it out)'
+    if isinstance(error, RuntimeError):
+        for pattern, meaning in _GONE.items():
+            if re.search(pattern, text):
+                return f'{meaning} ({text}); --resume continues from the last checkpoint'
+    return None
 
 
 def run_tool(tool: Callable[[], Any], name: str) -> int:

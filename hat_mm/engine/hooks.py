@@ -1,12 +1,18 @@
 """Hooks of mmengine's runner."""
 
+import functools
 from typing import Any
 
+import torch
+from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from torch import Tensor
 
 from hat_mm.layers import switch_to_deploy
 from hat_mm.registry import HOOKS
+
+from .cli import UserError
 
 
 @HOOKS.register_module()
@@ -38,3 +44,66 @@ class UnaveragedWeightsHook(Hook):
         for key, value in checkpoint.get('ema_state_dict', {}).items():
             if key.startswith('module.'):
                 checkpoint['state_dict'][key.removeprefix('module.')] = value
+
+
+@HOOKS.register_module()
+class NonFiniteLossHook(Hook):
+    """Keeps a loss that is NaN or infinite in any process from changing the weights.
+
+    The check waits for the loss, so on a GPU each step costs one synchronization.
+
+    Args:
+        policy: ``'stop'`` the training with an error, or ``'skip'`` the step: the log names step
+            and losses, and counts.
+        max_consecutive: With ``'skip'``, how many steps in a row may be skipped. One more is an
+            error, because the weights themselves are then probably not finite.
+
+    Attributes:
+        skipped: How many steps were skipped.
+
+    Raises:
+        ValueError: The policy is neither of these.
+    """
+
+    def __init__(self, policy: str = 'stop', max_consecutive: int = 10) -> None:
+        if policy not in ('stop', 'skip'):
+            raise ValueError(f"policy must be 'stop' or 'skip', got {policy!r}")
+        self.policy = policy
+        self.max_consecutive = max_consecutive
+        self.skipped = 0
+        self._consecutive = 0
+        self._finite = True
+
+    def before_train(self, runner: Runner) -> None:
+        """Puts the check before the update of the weights."""
+        update = runner.optim_wrapper.update_params
+
+        @functools.wraps(update)
+        def update_if_finite(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            bad = (~torch.isfinite(loss.detach())).any().float()
+            all_reduce(bad, 'max')  # all processes have to do the same
+            self._finite = not bad
+            if self._finite:
+                update(loss, *args, **kwargs)
+
+        runner.optim_wrapper.update_params = update_if_finite
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Stops, or logs that the step was skipped.
+
+        Raises:
+            UserError: The loss is not finite, and the policy is to stop.
+        """
+        self._consecutive = 0 if self._finite else self._consecutive + 1
+        if self._finite:
+            return
+        values = {name: float(value) for name, value in outputs.items() if 'loss' in name}
+        bad = [f'{name} = {value}' for name, value in values.items() if value - value != 0]
+        where = f'iteration {runner.iter + 1} (epoch {runner.epoch + 1})'
+        text = f'{where}: {", ".join(bad) or "the loss in another process"} is not finite'
+        if self.policy == 'stop' or self._consecutive > self.max_consecutive:
+            raise UserError(f'{text}; this step did not change the weights')
+        self.skipped += 1
+        runner.logger.warning(f'{text}; step skipped, {self.skipped} so far')

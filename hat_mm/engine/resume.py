@@ -15,7 +15,7 @@ at the first iteration that is still to be done.
 import functools
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -79,8 +79,8 @@ class SeededBatches:
         """Yields the index and the seed of each sample in a batch."""
         rank = get_rank()
         set_seeds(self.seed, self.first)  # for samplers that draw from the global states
-        batches = enumerate(self._epochs() if self.endless else self.batches, self.first)
-        for iteration, batch in itertools.islice(batches, self.start - self.first, None):
+        numbered = enumerate(self._epochs() if self.endless else self.batches, self.first)
+        for iteration, batch in itertools.islice(numbered, self.start - self.first, None):
             yield [
                 (index, (self.seed, rank, iteration, place)) for place, index in enumerate(batch)
             ]
@@ -99,7 +99,7 @@ class SeededDataLoader(DataLoader):
         TypeError: It is not torch's data loader, or it loads no batches.
     """
 
-    batch_sampler: SeededBatches  # type: ignore[assignment]
+    batch_sampler: SeededBatches
 
     def __init__(self, loader: DataLoader, endless: bool) -> None:
         if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
@@ -115,9 +115,10 @@ class SeededDataLoader(DataLoader):
         )
         # The worker calls this with all keys of a batch. The dataset stays the user's object: hooks
         # may replace its pipeline.
-        loader.dataset.__getitems__ = functools.partial(_fetch, loader.dataset)  # type: ignore
+        fetch = functools.partial(_fetch, loader.dataset)
+        loader.dataset.__getitems__ = fetch  # type: ignore[attr-defined]
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Generator[Any]:  # type: ignore[override]
         """Yields batches."""
         # A generator, because mmengine asks for an iterator before it knows where to start, and
         # workers start to load at once.
@@ -239,8 +240,12 @@ class ExactIterBasedTrainLoop(_ExactLoop, IterBasedTrainLoop):
         """Trains from the current iteration to the end."""
         # mmengine drops a batch for each past iteration, onedl-mmengine unless it is told not to.
         self.fast_forward_on_resume = False
-        self.dataloader_iterator = _Batches(itertools.repeat(None, self.iter), self.dataloader)
-        return super().run()
+        batches = iter(self.dataloader)
+        self.dataloader_iterator = _Batches(itertools.repeat(None, self.iter), batches)
+        try:
+            return super().run()
+        finally:
+            batches.close()  # ends the workers; the garbage collector would take 5 s for each
 
 
 # --- the setting ----------------------------------------------------------------------------------

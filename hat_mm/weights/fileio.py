@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import secrets
 import tarfile
 import warnings
@@ -109,6 +110,40 @@ def _read_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
     return {key: value for key, value in checkpoint.items() if value or key == 'state_dict'}
 
 
+def whole_checkpoints(*folders: str | Path) -> Iterator[Path]:
+    """Yields the checkpoints of a training in these folders that can be read, newest first."""
+    found = {path for folder in folders for path in Path(folder).glob('*.pth')}
+    numbered = [path for path in found if re.fullmatch(r'(?!best_).*_\d+\.pth', path.name)]
+    for path in sorted(numbered, key=os.path.getmtime, reverse=True):
+        with contextlib.suppress(OSError, pickle.UnpicklingError):
+            read(path)
+            yield path
+
+
+def latest_whole(work_dir: str | Path) -> tuple[Path | None, str]:
+    """Finds the checkpoint from which an interrupted training can be resumed.
+
+    Args:
+        work_dir: Folder with the file ``last_checkpoint`` of mmengine.
+
+    Returns:
+        The checkpoint that ``last_checkpoint`` names; if it cannot be read, the newest one that
+        can, and what is wrong with the former. None if there is none.
+    """
+    pointer = Path(work_dir, 'last_checkpoint')
+    if not pointer.exists():
+        return None, ''
+    named = Path(pointer.read_text(encoding='utf-8', errors='replace').strip())
+    try:
+        if not named.name:
+            raise pickle.UnpicklingError(f'{pointer} is empty')
+        read(named)
+        return named, ''
+    except (OSError, pickle.UnpicklingError) as error:
+        problem = ' '.join(str(error).split())
+    return next(whole_checkpoints(work_dir, named.parent), None), problem
+
+
 def sha256(path: str | Path) -> str:
     """The checksum of a file, in hexadecimal digits."""
     with open(path, 'rb') as file:
@@ -138,6 +173,12 @@ def check_target(path: str | Path, force: bool) -> Path:
     return path
 
 
+def sync(path: Path) -> None:
+    """Waits until a file is on the disk, so that a power failure after its renaming is harmless."""
+    with open(path, 'rb') as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields the path of a temporary file, which replaces ``path`` if nothing fails.
@@ -149,6 +190,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     part = path.with_name(f'.{secrets.token_hex(4)}.{path.name}')
     try:
         yield part
+        sync(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -20,3 +20,6 @@ param_scheduler = [
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=3)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
+# A training that was interrupted, or killed, is resumed exactly.
+runner_type = 'hat_mm.ExactResumeRunner'
+custom_hooks = [dict(type='hat_mm.NonFiniteLossHook')]

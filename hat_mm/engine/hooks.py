@@ -1,6 +1,7 @@
 """Hooks of mmengine's runner."""
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -99,8 +100,12 @@ class NonFiniteLossHook(Hook):
         self._consecutive = 0 if self._finite else self._consecutive + 1
         if self._finite:
             return
-        values = {name: float(value) for name, value in outputs.items() if 'loss' in name}
-        bad = [f'{name} = {value}' for name, value in values.items() if value - value != 0]
+        losses = {
+            name: float(torch.as_tensor(value).detach())
+            for name, value in outputs.items()
+            if 'loss' in name
+        }
+        bad = [f'{name} = {value}' for name, value in losses.items() if not math.isfinite(value)]
         where = f'iteration {runner.iter + 1} (epoch {runner.epoch + 1})'
         text = f'{where}: {", ".join(bad) or "the loss in another process"} is not finite'
         if self.policy == 'stop' or self._consecutive > self.max_consecutive:

@@ -15,6 +15,7 @@ import re
 import secrets
 import tarfile
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,13 +111,26 @@ def _read_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
     return {key: value for key, value in checkpoint.items() if value or key == 'state_dict'}
 
 
+def check_whole(path: str | Path) -> None:
+    """Reads a checkpoint of a training, and compares its checksums, which torch does not.
+
+    Raises:
+        pickle.UnpicklingError, OSError: See :func:`read`.
+    """
+    read(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if part := archive.testzip():
+                raise pickle.UnpicklingError(f'{path} was not loaded: {part} in it is damaged')
+
+
 def whole_checkpoints(*folders: str | Path) -> Iterator[Path]:
     """Yields the checkpoints of a training in these folders that can be read, newest first."""
     found = {path for folder in folders for path in Path(folder).glob('*.pth')}
     numbered = [path for path in found if re.fullmatch(r'(?!best_).*_\d+\.pth', path.name)]
     for path in sorted(numbered, key=os.path.getmtime, reverse=True):
         with contextlib.suppress(OSError, pickle.UnpicklingError):
-            read(path)
+            check_whole(path)
             yield path
 
 
@@ -137,7 +151,7 @@ def latest_whole(work_dir: str | Path) -> tuple[Path | None, str]:
     try:
         if not named.name:
             raise pickle.UnpicklingError(f'{pointer} is empty')
-        read(named)
+        check_whole(named)
         return named, ''
     except (OSError, pickle.UnpicklingError) as error:
         problem = ' '.join(str(error).split())

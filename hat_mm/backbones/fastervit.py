@@ -424,10 +424,10 @@ class Downsample(nn.Module):
         """Maps (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
         # The norm returns maps and gradients in channels last. For a contiguous map both are made
         # contiguous again, because otherwise the backward pass of the convolutions around it is
-        # slower on a CPU. For the gradient the flat view does that.
+        # slower on a CPU.
         contiguous = x.is_contiguous()
         if contiguous:
-            x = x.flatten().view_as(x)
+            x = tracing.contiguous_gradient(x)
         return self.conv(tracing.contiguous_input(self.norm(x), wanted=contiguous))
 
 

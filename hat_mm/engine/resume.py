@@ -28,12 +28,20 @@ from torch.utils.data import DataLoader, Dataset
 from hat_mm.registry import LOOPS, RUNNERS
 
 
-def set_seeds(*numbers: int) -> None:
-    """Seeds Python, NumPy and torch with a hash of the numbers, which are not negative."""
+def set_seeds(*numbers: int) -> int:
+    """Seeds Python, NumPy and torch on the CPU.
+
+    Args:
+        *numbers: Say what the random numbers are for; not negative.
+
+    Returns:
+        The seed, a hash of the numbers.
+    """
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    return seed
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -170,7 +178,8 @@ class _ExactLoop(BaseLoop):
 
     def run_iter(self, *args: Any) -> None:
         """Does one iteration."""
-        set_seeds(self.dataloader.batch_sampler.seed, get_rank(), self.iter)
+        seed = set_seeds(self.dataloader.batch_sampler.seed, get_rank(), self.iter)
+        torch.manual_seed(seed)  # of accelerators, too
         super().run_iter(*args)
 
     def _is_due(self, done: int, end: int) -> bool:

@@ -52,6 +52,15 @@ def contiguous_input(x: Tensor, wanted: bool) -> Tensor:
     return x.contiguous() if wanted else x
 
 
+def contiguous_gradient(x: Tensor) -> Tensor:
+    """Returns a contiguous map, whose gradient is made contiguous as well.
+
+    Compilers choose layouts themselves. The flat view, which does it otherwise, is an error in
+    AOTAutograd's backward graph, because that expects another layout of a layer norm's gradient.
+    """
+    return x if torch.compiler.is_compiling() else x.flatten().view_as(x)
+
+
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Group norm with one group on a map (B, C, H, W).
 

@@ -1,5 +1,7 @@
 """torch.compile with dynamic sizes."""
 
+import random
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -62,3 +64,38 @@ def test_one_compile_serves_many_sizes(family, fields, batch):
             for ours, eager in zip(compiled(image), backbone(image), strict=True):
                 assert (ours - eager).norm() <= 1e-4 * eager.norm(), size
     assert counter.frame_count <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FAMILIES)
+def test_compiled_training_computes_the_same_and_soon_stops_compiling(name):
+    torch._dynamo.reset()
+    family = FAMILIES[name]
+    backbone = family.backbone(family.tiny(**family.wide, drop_path_rate=0.0)).train()
+    counter = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(backbone, dynamic=True, backend=counter)
+    dice = random.Random(0)
+    last = 0
+    for step in range(60):
+        # Batches of a detector: multiples of 32.
+        image = torch.randn(dice.randint(1, 3), 3, *(32 * dice.randint(2, 12) for _ in range(2)))
+        half = step % 2 == 1
+        before = counter.frame_count
+        found = gradients(compiled, image, half)
+        expected = gradients(backbone, image, half)
+        assert (found - expected).norm() <= (5e-2 if half else 1e-5) * expected.norm(), image.shape
+        if counter.frame_count > before:
+            last = step
+    print(f'{name}: {counter.frame_count} compilations in 60 steps, the last at step {last}')
+    # Of one image and of several, each in float32 and under autocast.
+    assert counter.frame_count <= 4
+    assert last < 20
+
+
+def gradients(backbone, image, half):
+    """All gradients of a step as one vector."""
+    backbone.zero_grad()
+    with torch.autocast('cpu', torch.bfloat16, enabled=half):
+        maps = backbone(image)
+    sum(x.float().square().mean() for x in maps).backward()
+    return torch.cat([p.grad.flatten() for p in backbone.parameters() if p.grad is not None])

@@ -124,7 +124,7 @@ def test_killed_and_unbroken_trainings_end_equal(start, tmp_path, workers):
         process = begin(folder, '--resume')
         # Some kills wait for what takes little time.
         wanted = {5: 'saving', 10: 'evaluation', 15: 'saving'}.get(hits.total())
-        end = time.monotonic() + moments.uniform(0.2, 0.8) * length
+        end = time.monotonic() + moments.uniform(0.15, 0.6) * length
         if hits.total() == KILLS:
             end = float('inf')
         while process.is_alive() and time.monotonic() < end and phase.read_text() != wanted:

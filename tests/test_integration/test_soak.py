@@ -1,0 +1,96 @@
+"""Long trainings on images of any size: memory stays level, losses finite."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config
+from mmengine.structures import InstanceData
+
+from hat_mm.engine.build import build_model
+
+CONFIG = 'configs/toy/mask-rcnn_fastervit-tiny_fpn_shapes.py'
+STEPS = 2000
+
+
+def draw_size(dice):
+    """From 1×1 to 1500×40, or turned; small sides as often as large ones."""
+    size = round(1500 ** dice.random()), round(40 ** dice.random())
+    return size if dice.random() < 0.5 else size[::-1]
+
+
+def draw_sample(dice, height, width):
+    """Annotations: up to two boxes with filled masks."""
+    boxes, masks = [], []
+    for _ in range(dice.randrange(3)):
+        top, left = dice.randrange(height), dice.randrange(width)
+        bottom, right = dice.randint(top + 1, height), dice.randint(left + 1, width)
+        boxes.append([left, top, right, bottom])
+        masks.append(np.zeros((height, width), np.uint8))
+        masks[-1][top:bottom, left:right] = 1
+    sample = DetDataSample(metainfo=dict(img_shape=(height, width)))
+    sample.gt_instances = InstanceData(
+        bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.tensor([dice.randrange(3) for _ in boxes], dtype=torch.int64),
+        masks=BitmapMasks(masks, height, width),
+    )
+    return sample
+
+
+def resident():
+    """Memory of this process, in MiB."""
+    with open('/proc/self/statm') as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+
+@pytest.mark.slow
+def test_memory_stays_level_and_losses_finite():
+    cfg = Config.fromfile(CONFIG)
+    # A batch norm cannot train on a single value, which is what is left of a tiny image.
+    norm = dict(type='GN', num_groups=8)
+    cfg.merge_from_dict(
+        {
+            'model.backbone.norm_eval': True,
+            'model.backbone.arch.drop_path_rate': 0.2,
+            'model.neck.norm_cfg': norm,
+            'model.roi_head.mask_head.norm_cfg': norm,
+        }
+    )
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    dice = random.Random(0)
+    extract_feat = model.extract_feat
+
+    def in_turns(images):
+        # mmcv's operators have no half precision on the CPU, so the heads stay in float32.
+        with torch.autocast('cpu', torch.bfloat16, enabled=step % 2 == 1):
+            maps = extract_feat(images)
+        assert all(torch.isfinite(x).all() for x in maps), sizes
+        return tuple(x.float() for x in maps)
+
+    model.extract_feat = in_turns
+    memory = []
+    for step in range(STEPS):
+        sizes = [draw_size(dice) for _ in range(dice.randint(1, 3))]
+        images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in sizes]
+        samples = [draw_sample(dice, *size) for size in sizes]
+        data = model.data_preprocessor(dict(inputs=images, data_samples=samples), training=True)
+        loss, _ = model.parse_losses(model(**data, mode='loss'))
+        assert torch.isfinite(loss), (step, sizes)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        assert torch.isfinite(norm), (step, sizes)
+        optimizer.step()
+        optimizer.zero_grad()
+        memory.append(resident())
+    half = np.array(memory[STEPS // 2 :])
+    slope = np.polyfit(np.arange(len(half)), half, 1)[0]
+    print(
+        f'\n{STEPS} steps: {memory[99]:.0f} MiB after 100 steps, {memory[-1]:.0f} at the end, '
+        f'peak {max(memory):.0f}; slope of the second half {slope * 1000:+.1f} MiB in 1000 steps'
+    )
+    assert slope * 1000 < 20

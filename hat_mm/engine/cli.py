@@ -469,13 +469,15 @@ def test(argv: Sequence[str] | None = None) -> dict:
     return results
 
 
-# What torch says of another process that is gone.
+# What torch says of another process that is gone, and what that means.
 _GONE = {
-    r'DataLoader worker \(pid\(?s?\)? [\d, ]+\) (exited unexpectedly|is killed)': 'a process that '
-    'loads data has died, most often for lack of memory: train_dataloader.num_workers sets how '
-    'many there are',
-    r'gloo|NCCL|Connection (closed|reset) by peer|Broken pipe': 'another process of this training '
-    'has ended; its own message says why',
+    r'DataLoader worker \(pid.*\) (exited unexpectedly|is killed)': (
+        'a process that loads data has died, most often for lack of memory: '
+        'train_dataloader.num_workers sets how many there are'
+    ),
+    r'(gloo|nccl).*(closed|reset|refused|exited|aborted|timed out)|closed by peer|reset by peer': (
+        'another process of this training has ended; its own message says why'
+    ),
 }
 
 
@@ -494,7 +496,7 @@ def explain(error: Exception) -> str | None:
         return f'{text} (it is no image, or is damaged; hat_mm.LoadImageOrSkip leaves it out)'
     if isinstance(error, RuntimeError):
         for pattern, meaning in _GONE.items():
-            if re.search(pattern, text):
+            if re.search(pattern, text, re.IGNORECASE):
                 return f'{meaning} ({text}); --resume continues from the last checkpoint'
     return None
 

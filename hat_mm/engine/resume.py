@@ -75,8 +75,8 @@ class SeededBatches:
     def __init__(self, batches: Any, endless: bool) -> None:
         self.batches = batches
         self.endless = endless
-        self.sampler = batches.sampler  # mmengine's hook calls its set_epoch
-        self.batch_size = batches.batch_size
+        self.sampler = getattr(batches, 'sampler', None)  # mmengine's hook calls its set_epoch
+        self.batch_size = getattr(batches, 'batch_size', None)
         self.seed = self.first = self.start = 0
 
     def __len__(self) -> int:

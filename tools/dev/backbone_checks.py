@@ -21,7 +21,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import golden
@@ -44,9 +43,9 @@ ARCHS = {
 }
 COMPILED = {'FasterViT': ['0', '4'], 'HATNet': ['tiny', 'large'], 'SwinHAT': []}
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
-# Relative errors. On a CPU, bf16 gives up to 0.013 in prediction, 0.019 in training, and 0.055 for
-# gradients of a tiny arch; TF32 in place of float32 gives about 1e-3.
-FLOAT32, BF16, BF16_TRAINING, BF16_GRADIENTS = 5e-5, 2e-2, 4e-2, 0.12
+# Relative errors. On a CPU, bf16 gives up to 0.013 in prediction, 0.019 in training, and 0.033 for
+# gradients; TF32 in place of float32 gives about 1e-3.
+FLOAT32, BF16, BF16_TRAINING, BF16_GRADIENTS = 5e-5, 2e-2, 4e-2, 0.1
 MIB = 2**20
 NO_COMPILER = 'torch.compile does not work here'
 
@@ -181,7 +180,7 @@ def growth(device: str, quick: bool) -> Iterator[Finding]:
     for family, archs in ARCHS.items():
         model = build(family, FAMILIES[family].tiny() if quick else archs[0], device)
         largest, used, reserved = 128 if quick else 384, [], []
-        for i in range(30 if quick else 60):
+        for i in range(18 if quick else 60):
             size = [largest if i == 0 else random.randrange(48, largest) for _ in range(2)]
             step(model, torch.randn(2, 3, *size, device=device), bf16=True)
             model.zero_grad()
@@ -195,25 +194,35 @@ def growth(device: str, quick: bool) -> Iterator[Finding]:
         yield f'{family}: bytes per step', slope(used), limit
         if reserved:
             grown = reserved[-1] / reserved[len(reserved) // 3] - 1
-            yield f'{family}: reserved memory, growth after a third of the steps', grown, 0.1
+            yield f'{family}: reserved memory, growth after a third of the steps', grown, 0.25
 
 
 def autocast(device: str, quick: bool, family: str) -> Iterator[Finding]:
-    for arch in [FAMILIES[family].tiny(), *([] if quick else ARCHS[family])]:
-        size = (224, 224) if isinstance(arch, str) else (100, 150)
-        yield from _training(device, family, arch, size, lambda model: model)
+    yield from _training(device, family, _few_blocks(family), (100, 150))
+    for arch in [] if quick else ARCHS[family]:
+        yield from _training(device, family, arch, (224, 224))
+
+
+def _few_blocks(family: str) -> dict[str, Any]:
+    """An arch with a block a stage, and so many channels that bf16 averages out."""
+    return FAMILIES[family].tiny(**{**FAMILIES[family].wide, 'depths': (1, 1, 1, 1)})
 
 
 def _training(
-    device: str, family: str, arch: str | dict, size: tuple[int, int], wrap: Callable
+    device: str,
+    family: str,
+    arch: str | dict,
+    size: tuple[int, int],
+    wrap: Callable = lambda model: model,
+    layouts: tuple[str, ...] = tuple(LAYOUTS),
 ) -> Iterator[Finding]:
     """Compares steps of a wrapped model in bf16 with the plain one in float32."""
     images = torch.randn(2, 3, *size, device=device)
     model = build(family, arch, device)
     maps, gradients = step(model, images)
-    for layout, memory_format in LAYOUTS.items():
-        model.to(memory_format=memory_format)
-        images = images.contiguous(memory_format=memory_format)
+    for layout in layouts:
+        model.to(memory_format=LAYOUTS[layout])
+        images = images.contiguous(memory_format=LAYOUTS[layout])
         ours, ours_gradients = step(model, images, bf16=True, forward=wrap(model))
         name = f'{family} {arch if isinstance(arch, str) else "with few blocks"}, {layout}'
         yield f'{name}: maps', error(ours, maps), BF16_TRAINING
@@ -221,25 +230,23 @@ def _training(
 
 
 def compiled(device: str, quick: bool, family: str) -> Iterator[Finding]:
-    wrap = partial(torch.compile, backend='aot_eager' if quick else 'inductor')
+    def wrap(function: Callable) -> Callable:
+        torch._dynamo.reset()  # nothing is to become dynamic because of what ran before
+        return torch.compile(function, backend='aot_eager' if quick else 'inductor')
+
     try:
         wrap(torch.sin)(torch.randn(8, device=device))
-    except Exception as failure:  # inductor has many, a missing C compiler for example
+    except Exception as failure:  # of any kind; a C compiler can be missing, for example
         raise Skip(f'{NO_COMPILER}: {line(failure)}') from failure
-    tiny = FAMILIES[family].tiny(depths=(1, 1, 1, 1), **({} if quick else _width(family)))
-    yield from _training(device, family, tiny, (64, 96), wrap)
+    layouts = ('channels_last',) if quick else tuple(LAYOUTS)
+    yield from _training(device, family, _few_blocks(family), (64, 96), wrap, layouts)
     for arch in [] if quick else COMPILED[family]:
-        torch._dynamo.reset()
         model = build(family, arch, device).eval()
         images = torch.randn(2, 3, 224, 224, device=device)
         with torch.inference_mode():
             maps = model(images)
             with torch.autocast(device, torch.bfloat16):
                 yield f'{family} {arch}: maps', error(wrap(model)(images), maps), BF16_TRAINING
-
-
-def _width(family: str) -> dict[str, Any]:
-    return {key: value for key, value in FAMILIES[family].wide.items() if key != 'depths'}
 
 
 def line(failure: BaseException) -> str:
@@ -256,7 +263,8 @@ class Check:
     arguments: tuple[str, ...] = ()
 
 
-CHECKS = [Check(f.__name__, f) for f in (parity, kernels, ddp, checkpointing, growth)]
+CHECKS = [Check('parity', parity, 0.3)]
+CHECKS += [Check(f.__name__, f) for f in (kernels, ddp, checkpointing, growth)]
 CHECKS += [Check(f'autocast {family}', autocast, 0.2, (family,)) for family in FAMILIES]
 CHECKS += [Check(f'compile {family}', compiled, 0.35, (family,)) for family in FAMILIES]
 QUICK = [check for check in CHECKS if check.name not in ('compile HATNet', 'compile SwinHAT')]

@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,10 @@ class Worker:
             result.status, result.reason = 'FAIL', 'the process died; out of memory?'
         result.seconds = time.monotonic() - start
         if result.status in ('FAIL', 'LATE'):  # an error of CUDA stays with its process
-            self.stop(patience=3 * (result.status == 'FAIL'))
+            self.stop(patience=result.status == 'FAIL')
         return result
 
-    def stop(self, patience: float = 3) -> None:
+    def stop(self, patience: float = 1) -> None:
         """Ends the process, which has so many seconds to do it by itself."""
         if self._process is not None:
             self._link.close()
@@ -135,7 +136,7 @@ def judge(result: Result) -> Result:
     elif result.status == 'LATE':
         # What takes long to compile on a slow machine is no fault.
         result.status = 'SKIP' if result.name.startswith('compile') else 'FAIL'
-        result.reason += f', after {len(result.findings)} figures'
+        result.reason += f'; figures so far: {len(result.findings)}'
     elif result.status == 'PASS' and not result.findings:
         result.status, result.reason = 'FAIL', 'it found nothing'
     elif result.status == 'PASS':
@@ -175,13 +176,15 @@ def run_checks(
 
     def run(check: Check) -> Result:
         worker = free.get()
-        seconds = min(check.share * budget, end - time.monotonic())
-        if seconds < 5:
-            result = Result(check.name, 'SKIP', 'no time is left for it')
-        else:
-            arguments = (device, quick, *check.arguments)
-            result = worker.run(check.name, check.function, *arguments, seconds=seconds)
-        free.put(worker)
+        try:
+            seconds = min(check.share * budget, end - time.monotonic())
+            if seconds < 5:
+                result = Result(check.name, 'SKIP', 'no time is left for it')
+            else:
+                arguments = (device, quick, *check.arguments)
+                result = worker.run(check.name, check.function, *arguments, seconds=seconds)
+        finally:
+            free.put(worker)
         with lock:
             done(judge(result))
         return result
@@ -264,37 +267,42 @@ def measure(
             Setting(text, size, batch, False, device)
             for (size, batch), text in itertools.product(shapes, candidates)
         ]
+        need, most = (50, 150) if 'compile' in flags else (10, 60)  # seconds for a group
         for first in range(0, len(settings), len(workers)):
             group = settings[first : first + len(workers)]
             left = end - time.monotonic() - 2 * len(group)
-            if left < (50 if 'compile' in flags else 10):
-                unreached += map(_name, group)
-                continue
-            with ThreadPoolExecutor(len(group)) as pool:
-                built = list(
-                    pool.map(
-                        lambda worker, s, left=left: worker.run(s.text, timed, s, 0, seconds=left),
-                        workers,
-                        group,
-                    )
-                )
-            for worker, setting, result in zip(workers, group, built, strict=False):
-                found = result.findings
-                if result.status == 'PASS':
-                    left = max(1.0, end - time.monotonic())
-                    result = worker.run(setting.text, timed, setting, ROUNDS, seconds=left)
-                if result.status == 'LATE':
+            found = _time(group, workers, min(left, most)) if left > need else []
+            for setting, result in itertools.zip_longest(group, found):
+                if result is None or result.status == 'LATE':
                     unreached.append(_name(setting))
-                    continue
-                row = dict(mode='forward', size=list(setting.size), batch=setting.batch)
-                row['candidate'] = setting.text
-                if result.status == 'PASS':
-                    row['seconds'] = [value for _, value, _ in result.findings]
-                    row |= {what: value for what, value, _ in found}
                 else:
-                    row['error'] = result.reason
-                rows.append(row)
+                    row = dict(mode='forward', size=list(setting.size), batch=setting.batch)
+                    rows.append(row | {'candidate': setting.text} | _cells(result))
     return rows, unreached
+
+
+def _time(group: list[Setting], workers: list[Worker], seconds: float) -> list[Result]:
+    """Builds candidates at the same time, then times one after the other."""
+    with ThreadPoolExecutor(len(group)) as pool:
+        build = partial(_run, rounds=0, seconds=seconds)
+        built = list(pool.map(build, workers, group))
+    for worker, setting, result in zip(workers, group, built, strict=False):
+        if result.status == 'PASS':
+            clocked = _run(worker, setting, rounds=ROUNDS, seconds=30)
+            result.status, result.reason = clocked.status, clocked.reason
+            result.findings += clocked.findings
+    return built
+
+
+def _run(worker: Worker, setting: Setting, rounds: int, seconds: float) -> Result:
+    return worker.run(setting.text, timed, setting, rounds, seconds=seconds)
+
+
+def _cells(result: Result) -> dict[str, Any]:
+    if result.status != 'PASS':
+        return {'error': result.reason}
+    cells = {what: value for what, value, _ in result.findings}
+    return cells | {'seconds': [value for what, value, _ in result.findings if what == 'seconds']}
 
 
 def _name(setting: Setting) -> str:
@@ -308,10 +316,15 @@ def _shape(size: Any, batch: int) -> str:
 # --- the report -----------------------------------------------------------------------------------
 
 
-def summary(results: dict[str, Any]) -> str:
-    """The checks and the images per second, as Markdown tables."""
+def summary(results: dict[str, Any], details: bool) -> str:
+    """The checks and the images per second, as Markdown tables; failures always have details."""
     lines = [
-        {'check': c['name'], 'status': c['status'], 's': f'{c["seconds"]:.0f}', '': c['reason']}
+        {
+            'check': c['name'],
+            'status': c['status'],
+            's': f'{c["seconds"]:.0f}',
+            '': c['reason'] if details or c['status'] != 'PASS' else '',
+        }
         for c in results['checks']
     ]
     speeds: dict[str, dict[str, str]] = {}
@@ -330,7 +343,7 @@ def summary(results: dict[str, Any]) -> str:
 def write(results: dict[str, Any], out: Path) -> None:
     """Writes gpu_check.json and gpu_check.md."""
     (out / 'gpu_check.json').write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
-    text = f'# GPU check\n\n{summary(results)}\n\n{report.markdown(results)}'
+    text = f'# GPU check\n\n{summary(results, details=True)}\n\n{report.markdown(results)}'
     (out / 'gpu_check.md').write_text(text, encoding='utf-8')
 
 
@@ -386,7 +399,9 @@ def main(argv: list[str] | None = None) -> int:
     done(
         Result('table', 'FAIL' if failed or not rows else 'PASS', reason, time.monotonic() - start)
     )
-    print(f'\n{summary(results)}\n\n{describe(results)}\n{args.out / "gpu_check.md"}')
+    print(
+        f'\n{summary(results, details=False)}\n\n{describe(results)}\n{args.out / "gpu_check.md"}'
+    )
     return int(any(check['status'] == 'FAIL' for check in results['checks']))
 
 

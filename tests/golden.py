@@ -16,6 +16,28 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent / 'data' / 'golden'
 
+# Golden file, its official names, our arguments.
+FASTERVIT = [
+    ('fastervit_0_224', 'fastervit_0', dict(arch='0')),
+    ('fastervit_0_anyres_256', 'fastervit_0', dict(arch='0')),
+    ('fastervit_0_anyres_448', 'fastervit_0', dict(arch='0')),
+    ('fastervit_0_anyres_512', 'fastervit_0', dict(arch='0')),
+    (
+        'fastervit_2_anyres_w7-7-12-6_576',
+        'fastervit_2',
+        dict(arch='2', window_size=(7, 7, 12, 6)),
+    ),
+    ('fastervit_3_224', 'fastervit_3', dict(arch='3')),
+    ('fastervit_4_224', 'fastervit_4', dict(arch='4')),
+    ('fastervit_4_21k_224', 'fastervit_4_21k', dict(arch='4-21k-224')),
+]
+HAT_NET = [
+    ('hat_net_tiny_224', 'tiny'),
+    ('hat_net_tiny_448x672', 'tiny'),
+    ('hat_net_small_224', 'small'),
+    ('hat_net_medium_224', 'medium'),
+]
+
 
 def official_shapes(name: str) -> dict[str, tuple[int, ...]]:
     """Official names and shapes of every learned tensor of an official checkpoint."""

@@ -3,31 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import Golden, official_state
+from golden import FASTERVIT, HAT_NET, Golden, official_state
 
 import hat_mm
-
-# Golden file, its official names, our arguments.
-FASTERVIT = [
-    ('fastervit_0_224', 'fastervit_0', dict(arch='0')),
-    ('fastervit_0_anyres_256', 'fastervit_0', dict(arch='0')),
-    ('fastervit_0_anyres_448', 'fastervit_0', dict(arch='0')),
-    ('fastervit_0_anyres_512', 'fastervit_0', dict(arch='0')),
-    (
-        'fastervit_2_anyres_w7-7-12-6_576',
-        'fastervit_2',
-        dict(arch='2', window_size=(7, 7, 12, 6)),
-    ),
-    ('fastervit_3_224', 'fastervit_3', dict(arch='3')),
-    ('fastervit_4_224', 'fastervit_4', dict(arch='4')),
-    ('fastervit_4_21k_224', 'fastervit_4_21k', dict(arch='4-21k-224')),
-]
-HAT_NET = [
-    ('hat_net_tiny_224', 'tiny'),
-    ('hat_net_tiny_448x672', 'tiny'),
-    ('hat_net_small_224', 'small'),
-    ('hat_net_medium_224', 'medium'),
-]
 
 
 @pytest.mark.parametrize(

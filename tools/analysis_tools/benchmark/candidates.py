@@ -247,8 +247,8 @@ def prepare(setting: Setting) -> Work:
     data: dict[str, Any] = {}
     if scope is None:
         generator = torch.Generator().manual_seed(0)  # building has used the global generator
-        inputs = torch.randn(setting.batch, candidate.channels, *size, generator=generator)
-        inputs = inputs.to(setting.device)
+        shape = (setting.batch, candidate.channels, *size)
+        inputs = torch.randn(shape, generator=generator, device='cpu').to(setting.device)
     else:
         masks = getattr(model, 'with_mask', False)
         data = random_batch(scope, size, setting.batch, masks)

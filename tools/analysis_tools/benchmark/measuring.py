@@ -151,7 +151,7 @@ def seconds_of(jobs: Mapping[str, Job], rounds: int, device: str, tuned: bool) -
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at the peak."""
     path = Path('/proc/self/status')
     found = re.search(rf'^{field}:\s*(\d+)', path.read_text() if path.exists() else '', re.M)
@@ -160,7 +160,7 @@ def _resident(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Returns memory that is free inside this process to the system, so that it does not count."""
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
     if trim is not None:  # the C library is glibc
@@ -201,14 +201,14 @@ def peak_memory(device: str, prepare: Callable[..., Work], argument: Any) -> int
         before = torch.cuda.memory_allocated()
         work.run()
         return torch.cuda.max_memory_allocated() - before
-    _return_free_memory()
-    before = _resident('VmRSS')
+    return_free_memory()
+    before = resident('VmRSS')
     Path('/proc/self/clear_refs').write_text('5')  # resets the peak
     result = work.forward()
     if work.training:
-        _return_free_memory()
+        return_free_memory()
         result.backward()
-    return _resident('VmHWM') - before
+    return resident('VmHWM') - before
 
 
 def peaks_of(jobs: Mapping[str, Job], processes: int, device: str, tuned: bool) -> Measured:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import yaml
 from candidates import Candidate, parse
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from hat_mm.engine.environment import describe
@@ -188,6 +187,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 # --- plots ----------------------------------------------------------------------------------------
+# matplotlib is imported late, because the GPU check makes tables without it.
 
 
 def plot_growth(results: dict[str, Any], path: Path) -> bool:
@@ -202,6 +202,8 @@ def plot_growth(results: dict[str, Any], path: Path) -> bool:
             panel[key] = [(x, y / scale) for x, y in sorted(points)]
     if not panels:
         return False
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6 * len(panels), 4.5), layout='constrained')
     all_axes = figure.subplots(1, len(panels), squeeze=False)
     for axes, (title, lines) in zip(all_axes[0], panels.items(), strict=True):
@@ -227,6 +229,8 @@ def plot_accuracy(results: dict[str, Any], path: Path) -> bool:
     panels = [key for key in titles if any(accuracy[key] is not None for _, accuracy in known)]
     if not panels:
         return False
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(3 + 5 * len(panels), 4.5), layout='constrained')
     all_axes = figure.subplots(1, len(panels), squeeze=False)
     height, width = done[0]['size']

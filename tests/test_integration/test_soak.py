@@ -73,6 +73,8 @@ def test_memory_stays_level_and_losses_finite():
         return tuple(x.float() for x in maps)
 
     model.extract_feat = in_turns
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     memory = []
     for step in range(STEPS):
         sizes = [draw_size(dice) for _ in range(dice.randint(1, 3))]
@@ -87,6 +89,9 @@ def test_memory_stays_level_and_losses_finite():
         optimizer.step()
         optimizer.zero_grad()
         memory.append(resident())
+        if step % 100 == 99:
+            print(f'{step + 1} steps, {memory[-1]:.0f} MiB', flush=True)
+    torch.set_num_threads(threads)
     half = np.array(memory[STEPS // 2 :])
     slope = np.polyfit(np.arange(len(half)), half, 1)[0]
     print(

@@ -16,6 +16,7 @@ With ``quick``, tiny archs and the first golden file will do.
 from __future__ import annotations
 
 import copy
+import os
 import random
 import tempfile
 from collections import Counter
@@ -137,6 +138,8 @@ def kernels(device: str, quick: bool) -> Iterator[Finding]:
 
 
 def ddp(device: str, quick: bool) -> Iterator[Finding]:
+    for library in ('NCCL', 'GLOO'):  # there may be no network
+        os.environ.setdefault(f'{library}_SOCKET_IFNAME', 'lo')
     with tempfile.TemporaryDirectory() as folder:
         backend = 'nccl' if device == 'cuda' else 'gloo'
         store = f'file://{folder}/store'

@@ -16,10 +16,14 @@ CONFIG = 'configs/toy/mask-rcnn_fastervit-tiny_fpn_shapes.py'
 STEPS = 2000
 
 
-def draw_size(dice):
-    """From 1×1 to 1500×40, or turned; small sides as often as large ones."""
-    size = round(1500 ** dice.random()), round(40 ** dice.random())
-    return size if dice.random() < 0.5 else size[::-1]
+def draw_sizes(dice):
+    """Up to three sizes from 1×1 to 1500×40, or turned; small sides as often as large ones."""
+    sizes = [
+        (round(1500 ** dice.random()), round(40 ** dice.random()))
+        for _ in range(dice.randint(1, 3))
+    ]
+    # All are turned or none, because a batch is padded to the largest sides.
+    return sizes if dice.random() < 0.5 else [size[::-1] for size in sizes]
 
 
 def draw_sample(dice, height, width):
@@ -77,7 +81,7 @@ def test_memory_stays_level_and_losses_finite():
     torch.set_num_threads(1)
     memory = []
     for step in range(STEPS):
-        sizes = [draw_size(dice) for _ in range(dice.randint(1, 3))]
+        sizes = draw_sizes(dice)
         images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in sizes]
         samples = [draw_sample(dice, *size) for size in sizes]
         data = model.data_preprocessor(dict(inputs=images, data_samples=samples), training=True)

@@ -346,7 +346,9 @@ def _remove_checkpoints_late(module: Any, acted: Callable[[str], None]) -> None:
                 save(self, *args, **kwargs)
             finally:
                 self.file_backend = backend
-            for path in outdated:
+            best = getattr(self, 'best_ckpt_path_dict', {}).values()
+            written = {self.last_ckpt, getattr(self, 'best_ckpt_path', None), *best}
+            for path in set(outdated) - written:  # the new one may have the name of the old one
                 acted('an outdated checkpoint is removed after the new one is written')
                 (backend.rmtree if backend.isdir(path) else backend.remove)(path)
 

@@ -5,6 +5,7 @@ import functools
 import importlib
 import io
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.model.wrappers import MMDistributedDataParallel
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
@@ -615,3 +616,32 @@ def test_versions_that_a_toolbox_refuses_are_named(monkeypatch, tmp_path):
 
 def test_version_is_exported():
     assert hat_mm.__version__
+
+
+@pytest.mark.parametrize('kind', ['EpochBasedTrainLoop', 'IterBasedTrainLoop'])
+def test_the_best_checkpoint_survives_a_better_one_of_the_same_name(kind, tmp_path):
+    from mmengine.hooks import CheckpointHook
+
+    by_epoch = kind == 'EpochBasedTrainLoop'
+    # By iterations the epoch is always 0, and so all best files have one name.
+    hook = CheckpointHook(save_best='score', rule='greater', by_epoch=True, max_keep_ckpts=1)
+    saved = []
+
+    class Runner:
+        message_hub = MessageHub.get_instance(f'best{by_epoch}')
+        work_dir = str(tmp_path)
+        logger = logging.getLogger('best')
+        epoch = iter = 0
+
+        def save_checkpoint(self, out_dir, filename, *args, **kwargs):
+            saved.append(filename)
+            Path(out_dir, filename).write_text(filename)
+
+    runner = Runner()
+    hook.before_train(runner)
+    for score in (1.0, 2.0):
+        runner.epoch += by_epoch
+        hook.after_val_epoch(runner, dict(score=score))
+    best = f'best_score_epoch_{2 * by_epoch}.pth'
+    assert [path.name for path in tmp_path.glob('best*')] == [best]
+    assert best in saved

@@ -25,7 +25,14 @@ ALLOWED = {
     'plugins.py': ('torch', 'hat_mm.layers', 'hat_mm.backbones', 'hat_mm.registry'),
     'necks.py': ('torch', 'hat_mm.layers', 'hat_mm.registry'),
     'detectors.py': ('torch', 'hat_mm.registry', 'hat_mm.weights'),
-    'engine': (*HIGHEST, 'mmcv.transforms', 'hat_mm.compat', 'hat_mm.registry', 'hat_mm.engine'),
+    'engine': (
+        *HIGHEST,
+        'mmcv.transforms',
+        'cv2',
+        'hat_mm.compat',
+        'hat_mm.registry',
+        'hat_mm.engine',
+    ),
     'zoo': (*HIGHEST, 'yaml', 'modelindex', 'hat_mm.compat', 'hat_mm.registry', 'hat_mm.zoo'),
 }
 # The file that works round what the toolboxes do, by importing them where it must.

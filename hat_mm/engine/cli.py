@@ -469,36 +469,39 @@ def test(argv: Sequence[str] | None = None) -> dict:
     return results
 
 
-# What torch says of another process that is gone, and what that means.
-_GONE = {
-    r'DataLoader worker \(pid.*\) (exited unexpectedly|is killed)': (
-        'a process that loads data has died, most often for lack of memory: '
-        'train_dataloader.num_workers sets how many there are'
-    ),
-    r'(gloo|nccl).*(closed|reset|refused|exited|aborted|timed out)|closed by peer|reset by peer': (
-        'another process of this training has ended; its own message says why'
-    ),
-}
-
-
 def explain(error: Exception) -> str | None:
     """Describes in one line an error that the user can fix; None for any other error."""
     text = str(error).strip()
-    if text.startswith('Caught '):  # in a process that loads data; torch adds its traceback
+    from_worker = text.startswith('Caught ')  # torch adds the traceback of the worker
+    if from_worker:
         text = text.splitlines()[-1].partition(': ')[2]
     text = ' '.join(text.split())
-    if isinstance(error, UserError | compat.DependencyError | pickle.UnpicklingError):
-        return text
+    if isinstance(error, AssertionError) and text.startswith('failed to load image'):  # mmcv
+        return f'{text} (it is no image, or is damaged; hat_mm.LoadImageOrSkip leaves it out)'
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
         return text if full or error.filename or re.fullmatch(r"\[Errno .*'", text) else None
-    if isinstance(error, AssertionError) and text.startswith('failed to load image'):  # mmcv
-        return f'{text} (it is no image, or is damaged; hat_mm.LoadImageOrSkip leaves it out)'
-    if isinstance(error, RuntimeError):
-        for pattern, meaning in _GONE.items():
-            if re.search(pattern, text, re.IGNORECASE):
-                return f'{meaning} ({text}); --resume continues from the last checkpoint'
-    return None
+    if from_worker:
+        return None
+    if isinstance(error, UserError | compat.DependencyError | pickle.UnpicklingError):
+        return text
+    return _explain_end_of_process(text) if isinstance(error, RuntimeError) else None
+
+
+def _explain_end_of_process(text: str) -> str | None:
+    """Explains what torch says when a process of the run is gone."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if re.match(r'DataLoader worker \(pid.*\) (exited|is killed)', text):
+        what = 'a process that loads data has died'
+        if re.search('exited unexpectedly|signal: Killed', text):
+            what += ', most often for lack of memory (fewer train_dataloader.num_workers take less)'
+    elif distributed and re.search(
+        r'gloo/transport/.*(closed|reset) by peer|ncclRemoteError|NCCL.*remote process exited', text
+    ):
+        what = 'another process of this training has ended; its own message says why'
+    else:
+        return None
+    return f'{what}: {text}; --resume continues from the last checkpoint'
 
 
 def run_tool(tool: Callable[[], Any], name: str) -> int:

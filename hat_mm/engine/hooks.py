@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
-from torch import Tensor
+from torch import Tensor, nn
 
 from hat_mm.layers import switch_to_deploy
 from hat_mm.registry import HOOKS
@@ -74,20 +75,43 @@ class NonFiniteLossHook(Hook):
         self.skipped = 0
         self._consecutive = 0
         self._finite = True
+        self._buffers: list[Tensor] = []
 
     def before_train(self, runner: Runner) -> None:
         """Puts the check before the update of the weights."""
-        update = runner.optim_wrapper.update_params
+        wrapper = runner.optim_wrapper
+        several = isinstance(wrapper, OptimWrapperDict)
+        for one in wrapper.values() if several else [wrapper]:
+            self._guard(one, runner.model)
+
+    def _guard(self, wrapper: OptimWrapper, model: nn.Module) -> None:
+        update = wrapper.update_params
 
         @functools.wraps(update)
         def update_if_finite(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             bad = (~torch.isfinite(loss.detach())).any().float()
             all_reduce(bad, 'max')  # all processes have to do the same
-            self._finite = not bad
-            if self._finite:
+            if not bad:
                 update(loss, *args, **kwargs)
+                return
+            self._finite = False
+            # The forward pass has changed the statistics of batch norms.
+            for buffer, before in zip(model.buffers(), self._buffers, strict=False):
+                buffer.copy_(before)
+            # The step counts where gradients are accumulated, as after a resume.
+            wrapper._inner_count += 1
+            gradients = [p.grad for group in wrapper.param_groups for p in group['params']]
+            if wrapper.should_update() and any(grad is not None for grad in gradients):
+                wrapper.step()
+                wrapper.zero_grad()
 
-        runner.optim_wrapper.update_params = update_if_finite
+        wrapper.update_params = update_if_finite
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Keeps what a skipped step has to leave as it was."""
+        self._finite = True
+        if self.policy == 'skip':
+            self._buffers = [buffer.clone() for buffer in runner.model.buffers()]
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None

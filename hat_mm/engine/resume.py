@@ -5,39 +5,56 @@ draws other augmentations and drops other paths, its epoch starts at the first b
 of earlier iterations is loaded again.
 
 Here every random number follows from the seed of the run and from where it is drawn, so there is
-no state to save. A sample is augmented by the seed (run, rank, iteration, place in the batch),
-whichever process loads it; the model computes by the seed (run, rank, iteration). The data start
-at the first iteration that is still to be done.
+no state to save. Samplers draw the indices of a batch by the seed (run, iteration). A sample is
+augmented by the seed (run, rank, iteration, place in the batch), whichever process loads it; the
+model computes by the seed (run, rank, iteration). The data start at the first iteration that is
+still to be done.
 
 ``runner_type = 'hat_mm.ExactResumeRunner'`` in a config turns all of this on.
 """
 
 import functools
+import inspect
 import itertools
 import random
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any
+from enum import IntEnum
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from mmengine.dist import broadcast_object_list, get_rank
 from mmengine.hooks import Hook
+from mmengine.registry import LOOPS as ALL_LOOPS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, Dataset
 
 from hat_mm.registry import LOOPS, RUNNERS
 
 
-def set_seeds(*numbers: int) -> int:
+class Purpose(IntEnum):
+    """What random numbers are for."""
+
+    ORDER = 1
+    SAMPLE = 2
+    MODEL = 3
+
+
+def set_seeds(seed: int, purpose: Purpose, *, rank: int = 0, iteration: int, place: int = 0) -> int:
     """Seeds Python, NumPy and torch on the CPU.
 
     Args:
-        *numbers: Say what the random numbers are for; not negative.
+        seed: Seed of the run.
+        purpose: What the random numbers are for.
+        rank: Number of the process.
+        iteration: Iteration of the training.
+        place: Place of a sample in its batch.
 
     Returns:
-        The seed, a hash of the numbers.
+        The seed, a hash of the arguments.
     """
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    entropy = (seed, purpose, rank, iteration, place)
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
@@ -46,15 +63,26 @@ def set_seeds(*numbers: int) -> int:
 
 # --- data -----------------------------------------------------------------------------------------
 
-Key = tuple[int, tuple[int, ...]]
-"""Index of a sample in the dataset, and the numbers that seed it."""
+
+class Key(NamedTuple):
+    """What a worker is asked for: a sample, and what seeds it."""
+
+    sample: int
+    seed: int
+    rank: int
+    iteration: int
+    place: int
 
 
-def _fetch(dataset: Dataset, keys: Iterable[Key]) -> list[Any]:
+def _fetch(dataset: Dataset, keys: Iterable[Key | int]) -> list[Any]:
     """Loads the samples of a batch, each with random states of its own."""
     samples = []
-    for index, numbers in keys:
-        set_seeds(*numbers)
+    for key in keys:
+        if not isinstance(key, Key):  # of another data loader of the same dataset
+            samples.append(dataset[key])
+            continue
+        index, seed, rank, iteration, place = key
+        set_seeds(seed, Purpose.SAMPLE, rank=rank, iteration=iteration, place=place)
         samples.append(dataset[index])
     return samples
 
@@ -69,13 +97,14 @@ class SeededBatches:
     Attributes:
         seed: Seed of the run, equal in all processes.
         first: Iteration of the first batch of ``batches``.
-        start: Iteration at which to start. Indices of earlier batches are drawn and dropped.
+        start: Iteration at which the next pass starts, which drops the indices of earlier batches.
+            Later passes start with the first batch.
     """
 
     def __init__(self, batches: Any, endless: bool) -> None:
         self.batches = batches
         self.endless = endless
-        self.sampler = getattr(batches, 'sampler', None)  # mmengine's hook calls its set_epoch
+        self.sampler: Any = getattr(batches, 'sampler', None)  # mmengine's hook calls its set_epoch
         self.batch_size = getattr(batches, 'batch_size', None)
         self.seed = self.first = self.start = 0
 
@@ -86,12 +115,19 @@ class SeededBatches:
     def __iter__(self) -> Iterator[list[Key]]:
         """Yields the index and the seed of each sample in a batch."""
         rank = get_rank()
-        set_seeds(self.seed, self.first)  # for samplers that draw from the global states
-        numbered = enumerate(self._epochs() if self.endless else self.batches, self.first)
-        for iteration, batch in itertools.islice(numbered, self.start - self.first, None):
-            yield [
-                (index, (self.seed, rank, iteration, place)) for place, index in enumerate(batch)
-            ]
+        start, self.start = self.start, self.first
+        batches = iter(self._epochs() if self.endless else self.batches)
+        for iteration in itertools.count(self.first):
+            # Some samplers draw from the global states.
+            set_seeds(self.seed, Purpose.ORDER, iteration=iteration)
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if iteration >= start:
+                yield [
+                    Key(index, self.seed, rank, iteration, place)
+                    for place, index in enumerate(batch)
+                ]
 
     def _epochs(self) -> Iterator[list[int]]:
         for epoch in itertools.count():
@@ -121,6 +157,10 @@ class SeededDataLoader(DataLoader):
             batch_sampler=SeededBatches(loader.batch_sampler, endless),
             **{name: getattr(loader, name) for name in same},
         )
+        # For hooks that read them; torch forbids to set them.
+        vars(self).update(
+            {name: getattr(loader, name) for name in ('batch_size', 'sampler', 'drop_last')}
+        )
         # The worker calls this with all keys of a batch. The dataset stays the user's object: hooks
         # may replace its pipeline.
         fetch = functools.partial(_fetch, loader.dataset)
@@ -136,8 +176,8 @@ class SeededDataLoader(DataLoader):
 # --- loops ----------------------------------------------------------------------------------------
 
 
-class _MissedValidation(Hook):
-    """Validates after a resume if the killed run should have done so and did not finish."""
+class _Progress(Hook):
+    """Saves how far the run is, and finishes a validation during which it was killed."""
 
     priority = 'LOWEST'  # after CheckpointHook, which keeps the best model, is ready
 
@@ -147,6 +187,9 @@ class _MissedValidation(Hook):
         if loop.iter and loop.validation_is_due() and done != loop.iter:
             runner.logger.info('The validation after the checkpoint comes first')
             runner.val_loop.run()
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        runner.message_hub.update_info('start_of_epoch', (runner.epoch, runner.train_loop.first))
 
     def before_val_epoch(self, runner: Runner) -> None:
         # CheckpointHook saves this if the model is the best so far.
@@ -162,6 +205,13 @@ class _ExactLoop(BaseLoop):
     def __init__(self, runner: Runner, dataloader: DataLoader | dict, **kwargs: Any) -> None:
         BaseLoop.__init__(self, runner, dataloader)  # builds the data loader
         super().__init__(runner, SeededDataLoader(self.dataloader, self.endless), **kwargs)
+        sampler = dataloader.get('sampler') if isinstance(dataloader, dict) else None
+        self._own_seed = isinstance(sampler, dict) and sampler.get('seed') is not None
+
+    @property
+    def first(self) -> int:
+        """Iteration of the first batch of this epoch."""
+        return self.dataloader.batch_sampler.first
 
     def run(self) -> torch.nn.Module:
         """Trains from the current iteration to the end."""
@@ -171,14 +221,15 @@ class _ExactLoop(BaseLoop):
         batches = self.dataloader.batch_sampler
         batches.seed = seeds[0]
         batches.start = self.iter
-        if hasattr(batches.sampler, 'seed'):
+        if hasattr(batches.sampler, 'seed') and not self._own_seed:
             batches.sampler.seed = seeds[0]
-        self.runner.register_hook(_MissedValidation())
+        self.runner.register_hook(_Progress())
         return super().run()
 
     def run_iter(self, *args: Any) -> None:
         """Does one iteration."""
-        seed = set_seeds(self.dataloader.batch_sampler.seed, get_rank(), self.iter)
+        run = self.dataloader.batch_sampler.seed
+        seed = set_seeds(run, Purpose.MODEL, rank=get_rank(), iteration=self.iter)
         torch.manual_seed(seed)  # of accelerators, too
         super().run_iter(*args)
 
@@ -205,19 +256,24 @@ class ExactEpochBasedTrainLoop(_ExactLoop, EpochBasedTrainLoop):
 
     def validation_is_due(self) -> bool:
         """Whether a validation follows what has been done."""
-        whole = self.iter == self.epoch * len(self.dataloader)
-        return whole and self._is_due(self.epoch, self.max_epochs)
+        epoch, _ = self._saved_start()
+        return epoch != self.epoch and self._is_due(self.epoch, self.max_epochs)
+
+    def _saved_start(self) -> tuple[int, int]:
+        """The last epoch that was begun, and its first iteration."""
+        return self.runner.message_hub.runtime_info.get('start_of_epoch', (-1, 0))
 
     def run_epoch(self) -> None:
         """Does one epoch, or what is left of it."""
         batches = self.dataloader.batch_sampler
-        batches.first = self.epoch * len(self.dataloader)
+        epoch, first = self._saved_start()
+        batches.first = first if epoch == self.epoch else self.iter
         batches.start = self.iter
         super().run_epoch()
 
     def run_iter(self, idx: int, data_batch: Any) -> None:
         """Does one iteration; hooks get its index in the whole epoch."""
-        super().run_iter(self.iter - self.epoch * len(self.dataloader), data_batch)
+        super().run_iter(self.iter - self.first, data_batch)
 
 
 class _Batches(itertools.chain):
@@ -260,8 +316,8 @@ class ExactIterBasedTrainLoop(_ExactLoop, IterBasedTrainLoop):
 # --- the setting ----------------------------------------------------------------------------------
 
 _EXACT = {
-    'EpochBasedTrainLoop': ExactEpochBasedTrainLoop,
-    'IterBasedTrainLoop': ExactIterBasedTrainLoop,
+    EpochBasedTrainLoop: ExactEpochBasedTrainLoop,
+    IterBasedTrainLoop: ExactIterBasedTrainLoop,
 }
 
 
@@ -282,15 +338,15 @@ class ExactResumeRunner(Runner):
         if not isinstance(loop, dict):
             return super().build_train_loop(loop)
         loop = dict(loop)
-        by_epoch = loop.pop('by_epoch', None)
-        kind = loop.get('type')
-        if by_epoch is not None and kind is None:
-            kind = 'EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop'
-        name = getattr(kind, '__name__', str(kind)).rpartition('.')[2]
-        if name not in _EXACT and not name.startswith('Exact'):
+        if 'type' not in loop:
+            by_epoch = loop.pop('by_epoch')
+            loop['type'] = EpochBasedTrainLoop if by_epoch else IterBasedTrainLoop
+        kind = loop['type']
+        kind = kind if inspect.isclass(kind) else ALL_LOOPS.get(kind)
+        kind = _EXACT.get(kind, kind)
+        if kind is None or not issubclass(kind, _ExactLoop):
             raise ValueError(
-                f'hat_mm.ExactResumeRunner has no exact form of the train loop {name!r}, only of '
-                f'{", ".join(_EXACT)}; use the default runner_type'
+                f'hat_mm.ExactResumeRunner has no exact form of the train loop {loop["type"]!r}, '
+                'only of EpochBasedTrainLoop and IterBasedTrainLoop; use the default runner_type'
             )
-        loop['type'] = _EXACT.get(name, kind)
-        return super().build_train_loop(loop)
+        return super().build_train_loop(loop | {'type': kind})

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import cv2
 import mmcv.transforms
 import torch
 from mmengine.logging import print_log
@@ -33,7 +34,8 @@ class LoadImageOrSkip(mmcv.transforms.LoadImageFromFile):
         """Adds ``img``, ``img_shape`` and ``ori_shape``, or returns None."""
         try:
             return super().transform(results)
-        except Exception as error:  # of the file system, of mmcv, or of a decoder
+        # Of the file system, mmcv, OpenCV, and pillow.
+        except (OSError, AssertionError, cv2.error, SyntaxError) as error:
             self.skipped += 1
             text = f'image {results["img_path"]!r} is left out ({error})'
             print_log(f'{text}; {int(self.skipped)} so far', 'current', logging.WARNING)

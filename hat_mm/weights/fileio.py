@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import secrets
 import tarfile
 import warnings
@@ -111,27 +110,29 @@ def _read_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
     return {key: value for key, value in checkpoint.items() if value or key == 'state_dict'}
 
 
-def check_whole(path: str | Path) -> None:
+def check_whole(path: str | Path) -> Any:
     """Reads a checkpoint of a training, and compares its checksums, which torch does not.
 
     Raises:
         pickle.UnpicklingError, OSError: See :func:`read`.
     """
-    read(path)
+    checkpoint = read(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if part := archive.testzip():
                 raise pickle.UnpicklingError(f'{path} was not loaded: {part} in it is damaged')
+    return checkpoint
 
 
 def whole_checkpoints(*folders: str | Path) -> Iterator[Path]:
-    """Yields the checkpoints of a training in these folders that can be read, newest first."""
-    found = {path for folder in folders for path in Path(folder).glob('*.pth')}
-    numbered = [path for path in found if re.fullmatch(r'(?!best_).*_\d+\.pth', path.name)]
-    for path in sorted(numbered, key=os.path.getmtime, reverse=True):
+    """Yields the checkpoints in these folders from which a training can go on, the latest first."""
+    iterations = {}
+    for path in {path for folder in folders for path in Path(folder).glob('*.pth')}:
         with contextlib.suppress(OSError, pickle.UnpicklingError):
-            check_whole(path)
-            yield path
+            checkpoint = check_whole(path)
+            if {'meta', 'message_hub', 'optimizer'} <= checkpoint.keys():
+                iterations[path] = checkpoint['meta'].get('iter', 0)
+    yield from sorted(iterations, key=lambda path: iterations[path], reverse=True)
 
 
 def latest_whole(work_dir: str | Path) -> tuple[Path | None, str]:

@@ -5,11 +5,13 @@ import math
 import os
 import socket
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.multiprocessing
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 from torch import nn
@@ -24,7 +26,7 @@ NAMES = itertools.count()
 @DATASETS.register_module(name='HooksNumbers')
 class Numbers(Dataset):
     def __len__(self):
-        return 8
+        return 16
 
     def __getitem__(self, index):
         return dict(inputs=torch.tensor([float(index)]))
@@ -37,13 +39,16 @@ class Net(BaseModel):
     def __init__(self, bad):
         super().__init__()
         self.layer = nn.Linear(1, 1)
+        self.norm = nn.BatchNorm1d(1, affine=False)
         self.bad = bad
         self.step = 0
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
-        loss = self.layer(torch.stack(inputs)).square().mean()
         self.step += 1
         bad = float(self.bad.get(f'step{self.step}', 0.0))
+        x = torch.stack(inputs)
+        self.norm(x + bad)
+        loss = self.layer(x).square().mean()
         return dict(loss_good=loss, loss_bad=loss.detach() * 0 + bad, acc=torch.tensor(math.nan))
 
 
@@ -52,7 +57,7 @@ def train(work_dir, bad, accumulative_counts=1, launcher='none', **hook):
         model=dict(type='HooksNet', bad=bad),
         work_dir=str(work_dir),
         train_dataloader=dict(
-            batch_size=1,
+            batch_size=2,
             dataset=dict(type='HooksNumbers'),
             sampler=dict(type='DefaultSampler', shuffle=False),
         ),
@@ -104,8 +109,13 @@ def test_a_bad_step_can_be_skipped(counts, tmp_path):
     weights, runner = train(tmp_path, {'step3': 'nan', 'step5': 'inf'}, counts, policy='skip')
     assert all(map(math.isfinite, weights))
     assert weights[:3] == whole[:3]
+    updates = [a != b for a, b in itertools.pairwise(weights)]
     if counts == 1:
-        assert weights[2] == weights[3] != weights[4] == weights[5] != weights[6]
+        assert updates == [True, True, False, True, False, True, True, True]
+    else:  # steps 3 and 5 count, with no gradient of their own
+        assert updates == [False, True] * 4
+    assert all(torch.isfinite(buffer).all() for buffer in runner.model.buffers())
+    assert runner.model.norm.num_batches_tracked == 6
     [hook] = [hook for hook in runner.hooks if isinstance(hook, NonFiniteLossHook)]
     assert hook.skipped == 2
     log = log_of(tmp_path)
@@ -119,6 +129,21 @@ def test_too_many_bad_steps_in_a_row_stop_the_training(tmp_path):
     with pytest.raises(cli.UserError, match=r'iteration 5 \(epoch 1\): loss = nan'):
         train(tmp_path, bad, policy='skip', max_consecutive=2)
     assert 'step skipped, 3 so far' in log_of(tmp_path)
+
+
+def test_several_optimizers_are_guarded(tmp_path):
+    net = Net({})
+    wrappers = [OptimWrapper(torch.optim.SGD(net.parameters(), 0.1)) for _ in range(2)]
+    runner = Mock(model=net, optim_wrapper=OptimWrapperDict(one=wrappers[0], two=wrappers[1]))
+    hook = NonFiniteLossHook()
+    hook.before_train(runner)
+    hook.before_train_iter(runner, 0)
+    before = net.layer.weight.clone()
+    for wrapper, factor in ((wrappers[0], math.nan), (wrappers[1], 1.0)):
+        wrapper.update_params((net.layer.weight * factor).sum())
+        assert torch.equal(net.layer.weight, before) == math.isnan(factor)
+    with pytest.raises(cli.UserError, match='is not finite'):
+        hook.after_train_iter(Mock(iter=0, epoch=0), 0, outputs=dict(loss=math.nan))
 
 
 def test_another_policy_is_an_error():

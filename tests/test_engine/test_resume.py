@@ -10,10 +10,10 @@ import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, LOOPS, METRICS, MODELS, RUNNERS
+from mmengine.registry import DATA_SAMPLERS, DATASETS, LOOPS, METRICS, MODELS, RUNNERS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hat_mm import ExactEpochBasedTrainLoop, ExactIterBasedTrainLoop, ExactResumeRunner
 
@@ -48,11 +48,13 @@ class Net(BaseModel):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         self.seen = []
+        self.noise = []
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
         x = torch.stack(inputs)
         if mode == 'loss':
             self.seen.append(x)
+            self.noise.append(random.random())
             return dict(loss=self.layers(x).square().mean())
         return [torch.ones(1)] * len(x)
 
@@ -159,8 +161,11 @@ def test_samples_and_weights_do_not_depend_on_the_workers(tmp_path, train_cfg, l
 
 
 def test_no_noise_is_drawn_twice(tmp_path):
-    seen = torch.cat(train(tmp_path, BY_EPOCH).model.seen)
+    model = train(tmp_path, BY_EPOCH).model
+    seen = torch.cat(model.seen)
     assert len(seen) == 30
+    drawn = {*seen[:, 1].tolist(), *torch.tensor(model.noise).tolist()}
+    assert len(drawn) == 30 + 12  # the model's own noise is different, too
     assert sorted(seen[:10, 0].tolist()) == list(range(10))
     assert seen[:10, 0].tolist() != seen[10:20, 0].tolist() != list(range(10))
     for column in seen[:, 1:].T:
@@ -303,3 +308,61 @@ def test_a_data_loader_without_batches_is_an_error(tmp_path):
     runner = build(tmp_path, BY_EPOCH)
     with pytest.raises(TypeError, match='needs a torch DataLoader with a batch size'):
         ExactEpochBasedTrainLoop(runner, DataLoader(Noise(), batch_size=None), max_epochs=1)
+
+
+@DATA_SAMPLERS.register_module(name='ResumeGlobal')
+class Global(Sampler):
+    """Draws each index from NumPy's global state; ``extra`` batches more or less than announced."""
+
+    def __init__(self, dataset, seed=None, extra=0):
+        self.extra = extra
+
+    def __len__(self):
+        return 12
+
+    def __iter__(self):
+        for _ in range(12 + 3 * self.extra):
+            yield int(np.random.randint(10))
+
+
+@pytest.mark.parametrize('train_cfg', [BY_EPOCH, BY_ITER])
+@pytest.mark.parametrize('extra', [-1, 0, 1])
+def test_samplers_may_use_global_states_and_be_wrong_about_their_length(tmp_path, train_cfg, extra):
+    by_epoch = train_cfg['by_epoch']
+    kept = dict(type='CheckpointHook', interval=2 if by_epoch else 8, by_epoch=by_epoch)
+    loader = dict(sampler=dict(type='ResumeGlobal', extra=extra))
+    whole = train(tmp_path, train_cfg, 0, kept, loader=loader).model.seen
+    done = 2 * (4 + extra) if by_epoch else 8
+    assert len(whole) == (3 * (4 + extra) if by_epoch else 12)
+    middle = tmp_path / ('epoch_2.pth' if by_epoch else 'iter_8.pth')
+    again = train(tmp_path, train_cfg, loader=loader, load_from=str(middle), resume=True)
+    assert len(again.model.seen) == len(whole) - done
+    assert all(map(torch.equal, again.model.seen, whole[done:]))
+
+
+class SecondPass(Hook):
+    """Reads the data again, as mmpretrain's PreciseBNHook does, also by a loader of its own."""
+
+    def __init__(self):
+        self.seen = []
+
+    def after_train_epoch(self, runner):
+        loader = runner.train_dataloader
+        assert loader.batch_size == 3
+        self.seen.append([batch['data_samples'] for batch in loader])
+        assert len(list(DataLoader(loader.dataset, batch_size=5))) == 2
+
+
+def test_hooks_may_read_the_data_again(tmp_path):
+    kept = dict(type='CheckpointHook', by_epoch=False, interval=6)
+    whole, again = SecondPass(), SecondPass()
+    train(tmp_path, BY_EPOCH, 0, kept, [whole])
+    middle = str(tmp_path / 'iter_6.pth')
+    train(tmp_path, BY_EPOCH, 0, kept, [again], load_from=middle, resume=True)
+    assert again.seen == whole.seen[1:]
+
+
+def test_a_sampler_keeps_a_seed_of_its_own(tmp_path):
+    loader = dict(sampler=dict(type='DefaultSampler', seed=77))
+    runner = train(tmp_path, BY_EPOCH, loader=loader)
+    assert runner.train_dataloader.batch_sampler.sampler.seed == 77

@@ -476,15 +476,17 @@ def explain(error: Exception) -> str | None:
     if from_worker:
         text = text.splitlines()[-1].partition(': ')[2]
     text = ' '.join(text.split())
+    known = isinstance(error, UserError | compat.DependencyError | pickle.UnpicklingError)
+    if known and not from_worker:
+        return text
     if isinstance(error, AssertionError) and text.startswith('failed to load image'):  # mmcv
         return f'{text} (it is no image, or is damaged; hat_mm.LoadImageOrSkip leaves it out)'
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        return text if full or error.filename or re.fullmatch(r"\[Errno .*'", text) else None
+        named = error.filename is not None or re.fullmatch(r"\[Errno .*'", text)
+        return text if full or named else None
     if from_worker:
         return None
-    if isinstance(error, UserError | compat.DependencyError | pickle.UnpicklingError):
-        return text
     return _explain_end_of_process(text) if isinstance(error, RuntimeError) else None
 
 

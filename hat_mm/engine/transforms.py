@@ -28,7 +28,7 @@ class LoadImageOrSkip(mmcv.transforms.LoadImageFromFile):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.skipped = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.skipped = torch.zeros((), dtype=torch.int64, device='cpu').share_memory_()
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Adds ``img``, ``img_shape`` and ``ori_shape``, or returns None."""

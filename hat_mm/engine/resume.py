@@ -65,7 +65,7 @@ def set_seeds(seed: int, purpose: Purpose, *, rank: int = 0, iteration: int, pla
 
 
 class Key(NamedTuple):
-    """What a worker is asked for: a sample, and what seeds it."""
+    """What a worker has to load: the index of a sample, and the numbers that seed it."""
 
     sample: int
     seed: int
@@ -157,7 +157,7 @@ class SeededDataLoader(DataLoader):
             batch_sampler=SeededBatches(loader.batch_sampler, endless),
             **{name: getattr(loader, name) for name in same},
         )
-        # For hooks that read them; torch forbids to set them.
+        # Hooks read them. torch forbids setting them as attributes.
         vars(self).update(
             {name: getattr(loader, name) for name in ('batch_size', 'sampler', 'drop_last')}
         )
@@ -177,7 +177,7 @@ class SeededDataLoader(DataLoader):
 
 
 class _Progress(Hook):
-    """Saves how far the run is, and finishes a validation during which it was killed."""
+    """Saves the progress of a run, and repeats a validation that a kill has interrupted."""
 
     priority = 'LOWEST'  # after CheckpointHook, which keeps the best model, is ready
 

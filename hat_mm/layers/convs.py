@@ -13,8 +13,10 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C', H', W')."""
-        # The gradient passes back through two reshapes, the second of which makes plain strides.
-        weight = self.weight.flatten().view_as(self.weight)
+        weight: Tensor = self.weight
+        if weight.requires_grad:
+            # The gradient passes back through two reshapes, the second of which makes plain strides.
+            weight = weight.flatten().view_as(weight)
         return self._conv_forward(x, weight, self.bias)
 
 

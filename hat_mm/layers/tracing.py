@@ -13,7 +13,7 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
     The strides of a slice depend on whether anything was cut off, and ``torch.compile`` would make
     a graph for each case.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         return x[:, :height, :width]
     for axis, size in ((1, height), (2, width)):
         x = x.index_select(axis, torch.arange(size, device=x.device))
@@ -67,10 +67,15 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     ``torch.compile`` decomposes PyTorch's norm by flattening the map, and the index expressions of
     a flattened map of symbolic size take it many minutes.
     """
-    if not torch.compiler.is_compiling():
-        # Not through nn.functional, which refuses a map of a single number.
-        return torch.group_norm(x, 1, weight, bias, eps)
-    y = x.float()
-    variance, mean = torch.var_mean(y, (1, 2, 3), correction=0, keepdim=True)
-    scale = weight[:, None, None] * torch.rsqrt(variance + eps)
-    return ((y - mean) * scale + bias[:, None, None]).type_as(x)
+    if torch.compiler.is_dynamo_compiling():
+        y = x.float()
+        variance, mean = torch.var_mean(y, (1, 2, 3), correction=0, keepdim=True)
+        scale = weight[:, None, None] * torch.rsqrt(variance + eps)
+        return ((y - mean) * scale + bias[:, None, None]).type_as(x)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        # Axis by axis, because onnxruntime adds up millions of numbers one after the other.
+        x = x - x.mean(3, True).mean(2, True).mean(1, True)
+        variance = x.square().mean(3, True).mean(2, True).mean(1, True)
+        return x * (weight.view(-1, 1, 1) * torch.rsqrt(variance + eps)) + bias.view(-1, 1, 1)
+    # Not through nn.functional, which refuses a map of a single number.
+    return torch.group_norm(x, 1, weight, bias, eps)

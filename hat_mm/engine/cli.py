@@ -106,6 +106,16 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument('config', help='config file of mmdet, mmseg or mmpretrain')
     parser.add_argument('--work-dir', help='folder for logs, checkpoints and metrics')
+    add_cfg_options(parser)
+    launchers = ['none', 'pytorch', 'slurm', 'mpi']
+    parser.add_argument('--launcher', choices=launchers, default='none', help='job launcher')
+    # torch.distributed.launch passes --local-rank since torch 2.0, --local_rank before.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    return parser
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Adds OpenMMLab's ``--cfg-options`` to a command line."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -115,11 +125,6 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
         help='override settings of the config; lists and tuples as KEY="[a,b]" or KEY=a,b, nested '
         'ones as KEY="[(a,b),(c,d)]", without white space',
     )
-    launchers = ['none', 'pytorch', 'slurm', 'mpi']
-    parser.add_argument('--launcher', choices=launchers, default='none', help='job launcher')
-    # torch.distributed.launch passes --local-rank since torch 2.0, --local_rank before.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    return parser
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -144,7 +149,7 @@ def train_parser() -> argparse.ArgumentParser:
 def test_parser() -> argparse.ArgumentParser:
     """The command line of ``tools/test.py``."""
     parser = _parser('test.py', 'Test (and evaluate) a model.')
-    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('checkpoint', help='checkpoint file or URL, or an exported .onnx or .xml')
     option = parser.add_argument
     flag = functools.partial(option, action='store_true')
     option('--out', help='pickle file for the predictions; mmseg: folder for the prediction maps')
@@ -161,24 +166,39 @@ def test_parser() -> argparse.ArgumentParser:
 # --- configs -------------------------------------------------------------------------------------
 
 
-def _load_config(args: argparse.Namespace) -> tuple[Any, Toolbox]:
-    """Reads the config with the command line's options; checks toolbox and work dir."""
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if not os.path.isfile(args.config):
-        raise UserError(f'config file {args.config!r} does not exist')
+def read_config(path: str, options: dict[str, Any] | None = None) -> Any:
+    """Reads a config and imports its toolbox.
+
+    Args:
+        path: The config file.
+        options: Settings that override the config's, by dotted name.
+
+    Raises:
+        UserError: The file is missing or broken, an option does not fit, or the config has no model
+            or scope.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f'config file {path!r} does not exist')
     try:
-        cfg = compat.require('mmengine').Config.fromfile(args.config)
+        cfg = compat.require('mmengine').Config.fromfile(path)
     except (OSError, SyntaxError) as error:  # in a base, too
-        raise UserError(f'config {args.config!r} cannot be read: {error}') from error
+        raise UserError(f'config {path!r} cannot be read: {error}') from error
     try:
-        cfg.merge_from_dict(args.cfg_options or {})
+        cfg.merge_from_dict(options or {})
     except (TypeError, LookupError) as error:
         raise UserError(f'--cfg-options do not fit the config: {error}', status=2) from error
     for key in ('model', 'default_scope'):
         if cfg.get(key) is None:
-            raise UserError(f'config {args.config!r} has no {key!r}')
+            raise UserError(f'config {path!r} has no {key!r}')
     compat.require(cfg.default_scope)
     importlib.import_module('hat_mm.registry')
+    return cfg
+
+
+def _load_config(args: argparse.Namespace) -> tuple[Any, Toolbox]:
+    """Reads the config with the command line's options; checks toolbox and work dir."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -444,6 +464,12 @@ def test(argv: Sequence[str] | None = None) -> dict:
     cfg, toolbox = _load_config(args)
     cfg.load_from = args.checkpoint
     cfg.resume = False
+    if args.checkpoint.endswith(('.onnx', '.xml')):
+        if args.deploy:
+            raise UserError('--deploy is for checkpoints; an exported file is in deploy form')
+        cfg.load_from = None
+        cfg.model = dict(type='hat_mm.ExportedModel', module=cfg.model, file=args.checkpoint)
+        _drop_averaging(cfg)
     if args.show or args.show_dir:
         _set_show(cfg, toolbox, args)
     if args.out is not None:

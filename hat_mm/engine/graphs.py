@@ -22,38 +22,61 @@ from .cli import UserError
 Size = Sequence[int]
 
 
-class Features(nn.Module):
+class Graph(nn.Module):
+    """What all have in common.
+
+    Args:
+        model: The model in eval mode. Some of its modules may be replaced.
+
+    Attributes:
+        task: ``'features'``, ``'classification'``, ``'segmentation'`` or ``'detection'``.
+        output_names: Names of the outputs of ``forward``.
+        batched: Whether it takes any number of images.
+    """
+
+    task: str
+    output_names: Sequence[str]
+    batched = True
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def settings(self) -> dict[str, Any]:
+        """What runs the file should know of the model's settings, as plain data."""
+        return {}
+
+
+class Features(Graph):
     """A bare backbone: one output for each map."""
 
     task = 'features'
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.output_names = [f'stage{i}' for i in getattr(model, 'out_indices', (0, 1, 2, 3))]
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.output_names = [f'stage{i}' for i in model.out_indices]
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         """Maps (B, 3, H, W) to the backbone's maps."""
         return tuple(self.model(input))
 
 
-class Classifier(nn.Module):
+class Classifier(Graph):
     """mmpretrain's ImageClassifier with a head of one label for each image."""
 
     task = 'classification'
     output_names = ('output',)
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        _check_kind(model.head, ['ClsHead'])
-        self.model = model
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        _check_kind(model.head, ['LinearClsHead'])
 
     def forward(self, input: Tensor) -> tuple[Tensor]:
         """Maps (B, 3, H, W) to the probabilities of the classes, (B, K)."""
         return (self.model.head(self.model.extract_feat(input)).softmax(1),)
 
 
-class Segmentor(nn.Module):
+class Segmentor(Graph):
     """mmseg's EncoderDecoder on whole images.
 
     Args:
@@ -65,11 +88,17 @@ class Segmentor(nn.Module):
     task = 'segmentation'
     output_names = ('output',)
 
-    def __init__(self, model: nn.Module, scores: bool = False) -> None:
-        super().__init__()
-        self.model = model
-        self.scores = scores
+    def __init__(self, model: Any, scores: bool = False) -> None:
+        super().__init__(model)
+        _check_kind(model, ['EncoderDecoder'], but=['CascadeEncoderDecoder'])
+        _check_kind(model.decode_head, ['UPerHead', 'FPNHead'])
         _replace(model, 'AdaptiveAvgPool2d', AdaptiveAvgPool2d)
+        self.scores = scores
+
+    def settings(self) -> dict[str, Any]:
+        """Mode of inference, crop size and stride; what a single map has to reach to be class 1."""
+        threshold = getattr(self.model.decode_head, 'threshold', None)
+        return dict(inference=_plain(self.model.test_cfg), threshold=threshold)
 
     def forward(self, input: Tensor) -> tuple[Tensor]:
         """Maps (B, 3, H, W) to classes (B, 1, H, W), int64, or to scores (B, K, H, W)."""
@@ -105,17 +134,25 @@ class AdaptiveAvgPool2d(nn.Module):
         return inside / inside.sum(1, keepdim=True)
 
 
-class SingleStageDetector(nn.Module):
-    """mmdet's RetinaNet, for one image."""
+class Detector(Graph):
+    """What detectors have in common: they take one image."""
 
     task = 'detection'
-    output_names = ('dets', 'labels')
+    output_names: Sequence[str] = ('dets', 'labels')
+    batched = False
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+
+class SingleStageDetector(Detector):
+    """mmdet's RetinaNet, for one image."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
         _check_kind(model.bbox_head, ['RetinaHead'])
         _check_nms(model.test_cfg.nms)
-        self.model = model
+
+    def settings(self) -> dict[str, Any]:
+        """Thresholds and limits of the post-processing."""
+        return dict(test_cfg=_plain(self.model.test_cfg))
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (1, 3, H, W) to boxes with scores (1, N, 5) and classes (1, N)."""
@@ -123,7 +160,7 @@ class SingleStageDetector(nn.Module):
         levels = []
         for scores, deltas, priors in _levels(head, self.model.extract_feat(input)):
             classes = scores.shape[1]
-            best, index = _top(scores.flatten(), cfg.nms_pre)
+            best, index = _top(scores.flatten(), cfg.get('nms_pre', -1))
             row = index // classes
             levels.append((best, index % classes, deltas[row], priors[row]))
         scores, labels, deltas, priors = (torch.cat(parts) for parts in zip(*levels))
@@ -133,7 +170,7 @@ class SingleStageDetector(nn.Module):
         return dets[None], labels[None]
 
 
-class TwoStageDetector(nn.Module):
+class TwoStageDetector(Detector):
     """mmdet's Faster, Mask and Cascade R-CNN, for one image.
 
     Args:
@@ -141,15 +178,12 @@ class TwoStageDetector(nn.Module):
         paste_masks: Whether masks are pasted into the image.
     """
 
-    task = 'detection'
-
-    def __init__(self, model: nn.Module, paste_masks: bool = False) -> None:
-        super().__init__()
+    def __init__(self, model: Any, paste_masks: bool = False) -> None:
+        super().__init__(model)
         _check_kind(model.rpn_head, ['RPNHead'])
         _check_kind(model.roi_head, ['StandardRoIHead', 'CascadeRoIHead'])
         for cfg in (model.test_cfg.rpn, model.test_cfg.rcnn):
             _check_nms(cfg.nms)
-        self.model = model
         self.paste_masks = paste_masks
         roi_head = model.roi_head
         self.output_names = ('dets', 'labels', 'masks')[: 3 if roi_head.with_mask else 2]
@@ -160,8 +194,18 @@ class TwoStageDetector(nn.Module):
         self.mask_heads = _listed(roi_head.mask_head) if roi_head.with_mask else []
         for extractor in [*self.extractors, *self.mask_extractors]:
             _check_kind(extractor, ['SingleRoIExtractor'])
+        for head in self.heads:
+            _check_kind(head, ['ConvFCBBoxHead'])
+            if head.custom_activation:
+                raise UserError(f'{type(head.loss_cls).__name__} cannot be exported')
         for head in self.mask_heads:
             _check_kind(head, ['FCNMaskHead'])
+
+    def settings(self) -> dict[str, Any]:
+        """Thresholds and limits of the post-processing."""
+        cfg = self.model.test_cfg
+        threshold = cfg.rcnn.get('mask_thr_binary')
+        return dict(test_cfg=_plain(cfg), mask_threshold=threshold if self.mask_heads else None)
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         """Detects objects in one image.
@@ -189,7 +233,7 @@ class TwoStageDetector(nn.Module):
         head, cfg = self.model.rpn_head, self.model.test_cfg.rpn
         levels = []
         for i, (scores, deltas, priors) in enumerate(_levels(head, feats)):
-            best, index = _top(scores.flatten(), cfg.nms_pre)
+            best, index = _top(scores.flatten(), cfg.get('nms_pre', -1))
             levels.append((best, torch.full_like(index, i), deltas[index], priors[index]))
         scores, level, deltas, priors = (torch.cat(parts) for parts in zip(*levels))
         boxes = head.bbox_coder.decode(priors, deltas, max_shape=size)
@@ -199,9 +243,7 @@ class TwoStageDetector(nn.Module):
         dets, _ = _suppress(boxes[good], scores[good], level[good], cfg)
         return dets[:, :4]
 
-    def _refine(
-        self, feats: Sequence[Tensor], boxes: Tensor, size: Size
-    ) -> tuple[Tensor, Tensor]:
+    def _refine(self, feats: Sequence[Tensor], boxes: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         """Boxes (N, 4) or, one for each class, (N, K, 4), and scores (N, K) of proposals."""
         all_scores = []
         for extractor, head in zip(self.extractors, self.heads):
@@ -237,7 +279,7 @@ class TwoStageDetector(nn.Module):
         return sum(masks) / len(masks)
 
 
-class DINO(nn.Module):
+class DINO(Detector):
     """mmdet's DINO, for one image.
 
     Args:
@@ -246,14 +288,14 @@ class DINO(nn.Module):
             :class:`DeformableAttention`.
     """
 
-    task = 'detection'
-    output_names = ('dets', 'labels')
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
         _check_kind(model.bbox_head, ['DINOHead'])
         _replace(model, 'MultiScaleDeformableAttention', DeformableAttention)
-        self.model = model
+
+    def settings(self) -> dict[str, Any]:
+        """Limit of the results; number of queries, so many places its maps must have."""
+        return dict(test_cfg=_plain(self.model.test_cfg), queries=self.model.num_queries)
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (1, 3, H, W) to boxes with scores (1, N, 5) and classes (1, N)."""
@@ -350,16 +392,56 @@ class DeformableAttention(nn.Module):
         return module.output_proj(output) + query
 
 
+GRAPHS: dict[str, type[Graph]] = {
+    'ImageClassifier': Classifier,
+    'EncoderDecoder': Segmentor,
+    'TwoStageDetector': TwoStageDetector,
+    'DINO': DINO,
+    'SingleStageDetector': SingleStageDetector,
+}
+
+
+def inference_graph(model: Any, *, scores: bool = False, paste_masks: bool = False) -> Graph:
+    """Makes the graph of a model.
+
+    Args:
+        model: A classifier, segmentor, detector or backbone in eval mode. It is changed.
+        scores: See :class:`Segmentor`.
+        paste_masks: See :class:`TwoStageDetector`.
+
+    Raises:
+        UserError: The model or a part of it is not supported, or has no such output.
+    """
+    kind = next((GRAPHS[name] for name in GRAPHS if _is(model, name)), None)
+    if kind is None and hasattr(model, 'out_indices'):
+        kind = Features
+    if kind is None:
+        raise UserError(
+            f'{type(model).__name__} cannot be exported; what can: {", ".join(GRAPHS)} and '
+            'backbones with out_indices'
+        )
+    if scores and kind is not Segmentor:
+        raise UserError(f'scores is for segmentors, the model is {type(model).__name__}')
+    if paste_masks and not (kind is TwoStageDetector and model.roi_head.with_mask):
+        raise UserError(f'paste_masks is for detectors with masks, not {type(model).__name__}')
+    options = {Segmentor: dict(scores=scores), TwoStageDetector: dict(paste_masks=paste_masks)}
+    return kind(model, **options.get(kind, {}))
+
+
 def _is(module: Any, kind: str) -> bool:
     """Whether a class of this name is the object's or one of its bases'."""
     return any(base.__name__ == kind for base in type(module).__mro__)
 
 
-def _check_kind(module: Any, kinds: list[str]) -> None:
-    if not any(_is(module, kind) for kind in kinds):
+def _check_kind(module: Any, kinds: list[str], but: Sequence[str] = ()) -> None:
+    if not any(_is(module, kind) for kind in kinds) or any(_is(module, kind) for kind in but):
         raise UserError(
             f'{type(module).__name__} cannot be exported; instead of it: {", ".join(kinds)}'
         )
+
+
+def _plain(cfg: Any) -> Any:
+    return cfg.to_dict() if hasattr(cfg, 'to_dict') else dict(cfg)
 
 
 def _check_nms(cfg: Any) -> None:
@@ -380,9 +462,7 @@ def _listed(modules: Any) -> list[nn.Module]:
     return list(modules) if isinstance(modules, nn.ModuleList) else [modules]
 
 
-def _levels(
-    head: nn.Module, feats: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _levels(head: nn.Module, feats: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Scores (A, K), deltas (A, 4) and prior boxes (A, 4) of each level, for one image."""
     all_scores, all_deltas = head(feats)
     sizes = [tuple(scores.shape[2:]) for scores in all_scores]
@@ -395,12 +475,11 @@ def _levels(
 
 def _top(scores: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """The best scores, at most ``limit``, and their indices."""
-    return scores.topk(torch.sym_min(limit, scores.shape[0]))
+    number = scores.shape[0]
+    return scores.topk(torch.sym_min(limit, number) if limit > 0 else number)
 
 
-def _suppress(
-    boxes: Tensor, scores: Tensor, labels: Tensor, cfg: Any
-) -> tuple[Tensor, Tensor]:
+def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor, cfg: Any) -> tuple[Tensor, Tensor]:
     """The best boxes with their scores (N, 5), and their labels (N,), after NMS in each class."""
     # Like mmcv: boxes of different classes are moved apart. There may be none at all.
     offset = F.pad(boxes.flatten(), (0, 1)).amax(0) + 1

@@ -1,0 +1,372 @@
+"""Writes models as ONNX and OpenVINO files for any image size, and checks what it wrote.
+
+PyTorch's exporter records a module of :mod:`hat_mm.engine.graphs`; OpenVINO converts the ONNX file.
+"""
+
+import copy
+import importlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmengine.model import revert_sync_batchnorm
+from torch import nn
+
+from hat_mm import compat
+from hat_mm.layers import Deployable, switch_to_deploy
+from hat_mm.weights import fileio, loading
+
+from . import onnx_ops
+from .build import build_model, build_type, read_type
+from .cli import UserError, read_config
+from .comparison import compare
+from .environment import versions
+from .exported import META, SUFFIXES, ExportedFile
+from .graphs import Graph, inference_graph
+
+OPSET = 20
+PRECISIONS = ('fp32', 'fp16')
+# Sizes (height, width) at which a file is compared with PyTorch.
+SIZES = ((320, 416), (333, 500), (608, 480))
+# Windows, levels and RoIs are in the plural here; what is single would become a constant.
+_TRACED = (333, 500)
+# What protobuf can hold in one file, with room for the graph.
+_LARGEST = 2**31 - 2**27
+_IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True)
+
+
+def export(
+    model: Any,
+    checkpoint: str | Path | None,
+    out: str | Path,
+    *,
+    precision: str = 'fp32',
+    static: tuple[int, int] | None = None,
+    opset: int = OPSET,
+    scores: bool = False,
+    paste_masks: bool = False,
+    check: bool = True,
+    images: Sequence[str | Path] = (),
+) -> Path:
+    """Writes a model with its weights as a file for onnxruntime or OpenVINO.
+
+    The graph maps ``input``, normalised images (B, 3, H, W), to final results: detectors, which
+    take one image, to ``dets`` (1, N, 5) with boxes and scores, ``labels`` (1, N) and ``masks``,
+    segmentors and classifiers to ``output``, a bare backbone to ``stage0`` and so on.
+
+    Args:
+        model: Path of a config, a config, a type such as ``hat_mm.FasterViT:arch=0``, or a built
+            model, which is copied.
+        checkpoint: The weights; None for those that the model has.
+        out: File to write. Its end is the format: ``.onnx``, or ``.xml`` with a ``.bin`` beside it.
+        precision: ``'fp16'`` stores the weights in half precision, which halves the file; in which
+            precision it is computed is the engine's choice.
+        static: Height and width of the images, one at a time; None for any size.
+        opset: Version of the ONNX operators, at least 20.
+        scores: Whether a segmentor's output is the scores of all classes instead of the class.
+        paste_masks: Whether masks are pasted into the image.
+        check: Whether the file is compared with PyTorch before it gets its name.
+        images: Pictures for the comparison; by default one that comes with matplotlib.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UserError: An argument is wrong, the model is not supported or does not fit the checkpoint,
+            or the file does not give the model's results.
+        hat_mm.compat.DependencyError: A package is missing.
+    """
+    out = _check_arguments(out, precision=precision, static=static, opset=opset)
+    pictures = [_read_image(path) for path in images or [_sample()]] if check else []
+    built, cfg = _build(model)
+    saved = {} if checkpoint is None else _load(built, checkpoint)
+    built = revert_sync_batchnorm(built.eval().requires_grad_(False))
+    graph = inference_graph(_folded(built), scores=scores, paste_masks=paste_masks)
+    meta = dict(
+        task=graph.task,
+        **_describe(built, cfg, saved),
+        **graph.settings(),
+        precision=precision,
+        static=static,
+        checkpoint_sha256=None if checkpoint is None else fileio.sha256(checkpoint),
+        versions=versions(),
+    )
+    traced = _trace(graph, static=static, opset=opset)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as folder:
+        written = _write(traced, Path(folder, out.name), meta, half=precision == 'fp16')
+        if check:
+            _check(written, built, pictures, [static] if static else SIZES)
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == out.name):
+            fileio.sync(path)
+            os.replace(path, out.with_name(path.name))
+    return out
+
+
+# --- what is asked for ----------------------------------------------------------------------------
+
+
+def _check_arguments(
+    out: str | Path, *, precision: str, static: tuple[int, int] | None, opset: int
+) -> Path:
+    out = Path(out)
+    if out.suffix not in SUFFIXES:
+        raise UserError(f'{str(out)!r} must end with one of {", ".join(SUFFIXES)}')
+    if out.is_dir() or not out.parent.is_dir():
+        what = 'is a folder' if out.is_dir() else 'would be in a folder that does not exist'
+        raise UserError(f'{str(out)!r} {what}')
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f'cannot write to the folder of {str(out)!r}')
+    if precision not in PRECISIONS:
+        raise UserError(f'precision={precision!r} must be one of {", ".join(PRECISIONS)}')
+    if static is not None and (len(static) != 2 or min(static) < 1):
+        raise UserError(f'static={static} must be a height and a width')
+    if opset < OPSET:
+        raise UserError(f'opset={opset} must be at least {OPSET}')
+    for package in ('onnxscript', 'onnxruntime', *(['openvino'] if out.suffix == '.xml' else [])):
+        compat.require(package)
+    return out
+
+
+def _sample() -> Path:
+    cbook = importlib.import_module('matplotlib.cbook')
+    return Path(cbook.get_sample_data('grace_hopper.jpg', asfileobj=False))
+
+
+def _read_image(path: str | Path) -> np.ndarray:
+    image = cv2.imread(str(path))
+    if image is None:
+        why = 'it is no image, or is damaged' if os.path.isfile(path) else 'it does not exist'
+        raise UserError(f'image {str(path)!r} cannot be read: {why}')
+    return image
+
+
+def _build(model: Any) -> tuple[nn.Module, Any]:
+    """The model and its config, None if there is none."""
+    if isinstance(model, nn.Module):
+        return copy.deepcopy(model), None
+    if isinstance(model, str | Path):
+        if not str(model).endswith('.py'):
+            kind, arguments = read_type(str(model))
+            if '.' not in kind or os.sep in kind:
+                raise UserError(f'{str(model)!r} is neither a config (.py) nor a type with scope')
+            return build_type(kind, arguments), None
+        model = read_config(str(model))
+    cfg = copy.deepcopy(model)
+    return build_model(cfg), cfg
+
+
+def _load(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Fills the model; returns the checkpoint's metadata."""
+    if not os.path.isfile(path):
+        raise UserError(f'checkpoint {str(path)!r} does not exist')
+    checkpoint = fileio.read(path)
+    try:
+        report = model.load_state_dict(dict(loading.unwrap(checkpoint)), strict=False)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        cause = ' '.join(str(error).split())[:500]
+        raise UserError(f'checkpoint {str(path)!r} does not fit the model: {cause}') from error
+    for what, names in (('lacks', report.missing_keys), ('also has', report.unexpected_keys)):
+        if names:
+            shown = ', '.join(names[:5]) + (', …' if len(names) > 5 else '')
+            raise UserError(
+                f'checkpoint {str(path)!r} does not fit the model: it {what} {len(names)} '
+                f'tensors ({shown})'
+            )
+    return checkpoint.get('meta') or {}
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """A copy in deploy form, whose tables of positions make the graph smaller."""
+    model = copy.deepcopy(model)
+    if any(isinstance(module, Deployable) for module in model.modules()):
+        switch_to_deploy(model)
+    return model
+
+
+# --- what inference has to know -------------------------------------------------------------------
+
+
+def _describe(model: nn.Module, cfg: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    """Classes, normalization and the rule for sizes, for the file's metadata."""
+    named = {**_dataset_meta(cfg), **(saved.get('dataset_meta') or {})}
+    named = {key.lower(): value for key, value in named.items()}
+    before: Any = getattr(model, 'data_preprocessor', None)
+    normalization = dict(_IMAGENET)
+    if getattr(before, 'mean', None) is not None:
+        swaps = ('_channel_conversion', 'channel_conversion', 'to_rgb')  # of the three toolboxes
+        normalization = dict(
+            mean=before.mean.flatten().tolist(),
+            std=before.std.flatten().tolist(),
+            bgr_to_rgb=any(bool(getattr(before, name, False)) for name in swaps),
+        )
+    divisor = getattr(before, 'pad_size_divisor', None)
+    divisor = divisor or (getattr(before, 'test_cfg', None) or {}).get('size_divisor') or 1
+    return dict(
+        classes=_plain(named.get('classes')),
+        palette=_plain(named.get('palette')),
+        **normalization,
+        pad_size_divisor=divisor,
+        resize=_resizing(cfg),
+    )
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=lambda x: np.asarray(x).tolist()))
+
+
+def _test_data(cfg: Any) -> dict[str, Any]:
+    dataset = ((cfg or {}).get('test_dataloader') or {}).get('dataset') or {}
+    while 'dataset' in dataset:  # wrapped
+        dataset = dataset['dataset']
+    return dataset
+
+
+def _dataset_meta(cfg: Any) -> dict[str, Any]:
+    dataset = _test_data(cfg)
+    kind = dataset.get('type')
+    if isinstance(kind, str):
+        datasets = importlib.import_module(f'{cfg.default_scope}.registry').DATASETS
+        kind = datasets.get(kind)
+    return {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
+
+
+def _resizing(cfg: Any) -> list[dict[str, Any]]:
+    """The test pipeline's transforms of the size, as the config has them."""
+    kinds = ('Resize', 'ResizeEdge', 'CenterCrop', 'ResizeShortestEdge')
+    pipeline = _test_data(cfg).get('pipeline') or []
+    return [_plain(dict(step)) for step in pipeline if str(step['type']).split('.')[-1] in kinds]
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+def _trace(graph: Graph, *, static: tuple[int, int] | None, opset: int) -> Any:
+    """The graph as a model of onnx_ir."""
+    batched = graph.batched and static is None
+    example = torch.rand(2 if batched else 1, 3, *(static or _TRACED))
+    axes = {**({0: 'batch'} if batched else {}), 2: 'height', 3: 'width'}
+    dynamic = {} if static else dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of PyTorch's own code
+        program = torch.export.export(
+            graph,
+            (example,),
+            dynamic_shapes=(dynamic,),
+            strict=False,
+            # PyTorch cannot prove all that holds for sizes, and a graph in ONNX need not.
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        done: Any = torch.onnx.export(
+            program,
+            (example,),
+            dynamo=True,
+            input_names=['input'],
+            output_names=list(graph.output_names),
+            dynamic_shapes=None if static else (axes,),
+            opset_version=opset,
+            optimize=False,
+            custom_translation_table=onnx_ops.translations(),
+            verbose=False,
+        )
+    _optimize(done.model)
+    return done.model
+
+
+def _optimize(model: Any) -> None:
+    """Folds constants and removes duplicates and names of source files.
+
+    The exporter's own optimizer also rewrites patterns, which takes minutes for a large graph and
+    which the engines do when they load it.
+    """
+    passes = importlib.import_module('onnx_ir.passes.common')
+    passes.InlinePass()(model)
+    importlib.import_module('onnxscript.optimizer').fold_constants(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.ClearMetadataAndDocStringPass()(model)
+
+
+def _write(model: Any, path: Path, meta: dict[str, Any], half: bool) -> Path:
+    """Writes the model; one of more than 2 GiB as ONNX has its weights in another file."""
+    onnx_ir = importlib.import_module('onnx_ir')
+    openvino = path.suffix == '.xml'
+    if half and not openvino:
+        _halve_weights(model)
+    model.metadata_props[META] = json.dumps(meta)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    data = f'{path.name}.data' if size > _LARGEST else None
+    if not openvino:
+        onnx_ir.save(model, path, external_data=data)
+        return path
+    library = importlib.import_module('openvino')
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        source = Path(folder, 'model.onnx')
+        onnx_ir.save(model, source, external_data=data)
+        converted = library.convert_model(source)
+        converted.set_rt_info(json.dumps(meta), [META])
+        library.save_model(converted, path, compress_to_fp16=half)
+        del converted  # it may read from the file
+    return path
+
+
+def _halve_weights(model: Any) -> None:
+    """Stores large tensors in half precision, with a cast behind them, as OpenVINO does."""
+    ir = importlib.import_module('onnx_ir')
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
+        array = value.const_value.numpy()
+        if array.dtype != np.float32 or array.size < 64 or abs(array).max() > 65504:
+            continue
+        tensor = ir.tensor(array.astype(np.float16), name=f'{name}_fp16')
+        stored = ir.Value(
+            name=tensor.name,
+            shape=value.shape,
+            type=ir.TensorType(ir.DataType.FLOAT16),
+            const_value=tensor,
+        )
+        cast = ir.node('Cast', [stored], {'to': int(ir.DataType.FLOAT)})
+        graph.insert_before(graph[0], cast)
+        value.replace_all_uses_with(cast.outputs[0])
+        del graph.initializers[name]
+        graph.register_initializer(stored)
+        cast.outputs[0].name = name
+
+
+# --- the comparison -------------------------------------------------------------------------------
+
+
+def _check(
+    path: Path,
+    model: nn.Module,
+    pictures: Sequence[np.ndarray],
+    sizes: Sequence[tuple[int, int]],
+) -> None:
+    """Prints how far the file is from the model.
+
+    Raises:
+        UserError: It is too far.
+    """
+    file = ExportedFile(path)
+    wrong = 0
+    for picture in pictures:
+        for height, width in sizes:
+            image = cv2.resize(picture, (width, height)).astype(np.float32)
+            if file.meta['bgr_to_rgb']:
+                image = image[..., ::-1]
+            image = (image - np.float32(file.meta['mean'])) / np.float32(file.meta['std'])
+            batch = np.ascontiguousarray(image.transpose(2, 0, 1)[None])
+            difference = compare(file.run(batch), model, torch.from_numpy(batch), file.meta)
+            print(f'{height}x{width}: {difference.text}')
+            wrong += not difference.small
+    if wrong:
+        raise UserError(
+            f'the file differs from PyTorch in {wrong} of {len(pictures) * len(sizes)} images, see '
+            'above; it was not kept (--no-check keeps it)'
+        )

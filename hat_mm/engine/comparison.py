@@ -79,12 +79,16 @@ def _segmentation(found: dict, model: Any, image: Tensor, meta: dict) -> Differe
         worst = _relative(output, expected)
         text = f'scores differ by at most {worst:.1e} of their largest value'
         return Difference(text, worst <= 10 * _FEATURES[meta['precision']])
-    classes = expected.argmax(1, keepdim=True)
     if expected.shape[1] == 1:
-        classes = (expected.sigmoid() > model.decode_head.threshold).long()
-    share = float((output != classes).float().mean())
+        expected = expected - torch.logit(torch.tensor(model.decode_head.threshold))
+        expected = torch.cat([-expected, expected], 1)
+    best, classes = expected.max(1, keepdim=True)
+    # A class may only be another where both have nearly the same score.
+    worst = _relative(expected.gather(1, output), best)
+    text = f'{float((output != classes).float().mean()):.2%} of the pixels have another class'
     return Difference(
-        f'{share:.2%} of the pixels have another class', share <= _SHARE[meta['precision']]
+        f'{text}, whose score is at most {worst:.1e} of the largest lower',
+        worst <= 10 * _FEATURES[meta['precision']],
     )
 
 

@@ -1,4 +1,4 @@
-"""The inference of whole models as graphs for any image size: what :mod:`hat_mm.engine.export` traces.
+"""Whole models as graphs for any image size, which :mod:`hat_mm.engine.export` traces.
 
 The toolboxes' own ``predict`` turns sizes into numbers, branches on how many boxes were found, and
 works on data samples. The modules here call the same backbones, necks, heads, priors and box
@@ -93,6 +93,7 @@ class Segmentor(Graph):
         _check_kind(model, ['EncoderDecoder'], but=['CascadeEncoderDecoder'])
         _check_kind(model.decode_head, ['UPerHead', 'FPNHead'])
         _replace(model, 'AdaptiveAvgPool2d', AdaptiveAvgPool2d)
+        _replace(model.decode_head, 'Upsample', Upsample)
         self.scores = scores
 
     def settings(self) -> dict[str, Any]:
@@ -122,7 +123,9 @@ class AdaptiveAvgPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, C, *output_size)."""
-        rows, cols = (self._pooling(k, n, x) for k, n in zip(self.output_size, x.shape[2:]))
+        rows, cols = (
+            self._pooling(k, n, x) for k, n in zip(self.output_size, x.shape[2:], strict=True)
+        )
         return rows @ x @ cols.t()
 
     def _pooling(self, cells: int, size: int, like: Tensor) -> Tensor:
@@ -132,6 +135,21 @@ class AdaptiveAvgPool2d(nn.Module):
         start, end = cell * size // cells, ((cell + 1) * size + cells - 1) // cells
         inside = ((index >= start) & (index < end)).to(like.dtype)
         return inside / inside.sum(1, keepdim=True)
+
+
+class Upsample(nn.Module):
+    """mmseg's Upsample by a whole number; mmseg's own turns the size into a constant."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.factor = int(module.scale_factor)
+        self.mode = module.mode
+        self.align_corners = module.align_corners
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to a map that is larger by the factor."""
+        size = [n * self.factor for n in x.shape[2:]]
+        return F.interpolate(x, size, mode=self.mode, align_corners=self.align_corners)
 
 
 class Detector(Graph):
@@ -163,7 +181,7 @@ class SingleStageDetector(Detector):
             best, index = _top(scores.flatten(), cfg.get('nms_pre', -1))
             row = index // classes
             levels.append((best, index % classes, deltas[row], priors[row]))
-        scores, labels, deltas, priors = (torch.cat(parts) for parts in zip(*levels))
+        scores, labels, deltas, priors = (torch.cat(parts) for parts in zip(*levels, strict=True))
         boxes = head.bbox_coder.decode(priors, deltas, max_shape=tuple(input.shape[2:]))
         good = (scores > cfg.score_thr).nonzero().squeeze(1)
         dets, labels = _suppress(boxes[good], scores[good], labels[good], cfg)
@@ -235,7 +253,7 @@ class TwoStageDetector(Detector):
         for i, (scores, deltas, priors) in enumerate(_levels(head, feats)):
             best, index = _top(scores.flatten(), cfg.get('nms_pre', -1))
             levels.append((best, torch.full_like(index, i), deltas[index], priors[index]))
-        scores, level, deltas, priors = (torch.cat(parts) for parts in zip(*levels))
+        scores, level, deltas, priors = (torch.cat(parts) for parts in zip(*levels, strict=True))
         boxes = head.bbox_coder.decode(priors, deltas, max_shape=size)
         width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
         smallest = cfg.get('min_bbox_size', -1)
@@ -246,16 +264,17 @@ class TwoStageDetector(Detector):
     def _refine(self, feats: Sequence[Tensor], boxes: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         """Boxes (N, 4) or, one for each class, (N, K, 4), and scores (N, K) of proposals."""
         all_scores = []
-        for extractor, head in zip(self.extractors, self.heads):
+        for extractor, head in zip(self.extractors, self.heads, strict=True):
             scores, deltas = head(_pool(extractor, feats, boxes))
             all_scores.append(scores)
-            deltas = deltas.unflatten(1, (-1, 4))
+            deltas = deltas.unflatten(1, (-1, 4))  # one for each class, or one
             if head is not self.heads[-1] and not head.reg_class_agnostic:
                 best = scores[:, :-1].argmax(1)[:, None, None].expand(-1, 1, 4)
                 deltas = deltas.gather(1, best)
             priors = boxes[:, None].expand(-1, deltas.shape[1], 4).reshape(-1, 4)
-            decoded = _decode(head.bbox_coder, priors, deltas.reshape(-1, 4), size)
-            boxes = decoded.unflatten(0, (-1, deltas.shape[1])).squeeze(1)
+            boxes = _decode(head.bbox_coder, priors, deltas.reshape(-1, 4), size)
+            if deltas.shape[1] > 1:
+                boxes = boxes.unflatten(0, (-1, deltas.shape[1]))
         scores = sum(all_scores) / len(all_scores)
         return boxes, scores.softmax(1)[:, :-1]
 
@@ -270,7 +289,7 @@ class TwoStageDetector(Detector):
     def _masks(self, feats: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
         """Probabilities of the masks in their boxes, (N, 28, 28): the mean of all stages."""
         masks = []
-        for extractor, head in zip(self.mask_extractors, self.mask_heads):
+        for extractor, head in zip(self.mask_extractors, self.mask_heads, strict=True):
             logits = head(_pool(extractor, feats, boxes))
             if not head.class_agnostic:
                 index = labels[:, None, None, None].expand(-1, 1, *logits.shape[2:])
@@ -354,7 +373,7 @@ class _SymbolicSizes(TorchFunctionMode):
 class DeformableAttention(nn.Module):
     """mmcv's MultiScaleDeformableAttention in plain PyTorch, with sizes of levels as numbers."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         super().__init__()
         self.module = module
 
@@ -369,7 +388,7 @@ class DeformableAttention(nn.Module):
         **unused: Any,
     ) -> Tensor:
         """Maps queries (1, Q, C) to the same shape; as mmcv's module, with ``batch_first``."""
-        module = self.module
+        module: Any = self.module
         asking = query if query_pos is None else query + query_pos
         value = module.value_proj(query if value is None else value)
         value = value.unflatten(2, (module.num_heads, -1))
@@ -462,7 +481,7 @@ def _listed(modules: Any) -> list[nn.Module]:
     return list(modules) if isinstance(modules, nn.ModuleList) else [modules]
 
 
-def _levels(head: nn.Module, feats: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _levels(head: Any, feats: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Scores (A, K), deltas (A, 4) and prior boxes (A, 4) of each level, for one image."""
     all_scores, all_deltas = head(feats)
     sizes = [tuple(scores.shape[2:]) for scores in all_scores]
@@ -495,7 +514,7 @@ def _decode(coder: Any, priors: Tensor, deltas: Tensor, size: Size) -> Tensor:
     return coder.decode(priors, deltas, max_shape=size)[:-1]
 
 
-def _pool(extractor: nn.Module, feats: Sequence[Tensor], boxes: Tensor) -> Tensor:
+def _pool(extractor: Any, feats: Sequence[Tensor], boxes: Tensor) -> Tensor:
     """RoI features (N, C, h, w) of boxes (N, 4), each from the level that suits its size."""
     rois = F.pad(boxes, (1, 0))
     feats = feats[: extractor.num_inputs]

@@ -72,19 +72,21 @@ def translations() -> dict[Callable, Callable]:
     def onnx_nms(boxes, scores, iou_threshold, max_boxes):
         limit = op.Constant(value_ints=[max_boxes])
         threshold = op.Constant(value_floats=[iou_threshold])
-        batch = op.Constant(value_ints=[0])
-        by_class = op.Constant(value_ints=[0, 1])
+        # Reshaped, because OpenVINO has to know that there are four coordinates.
+        boxes = op.Reshape(boxes, op.Constant(value_ints=[1, -1, 4]))
+        scores = op.Reshape(scores, op.Constant(value_ints=[1, 1, -1]))
         # Each row: image, class, box.
-        selected = op.NonMaxSuppression(
-            op.Unsqueeze(boxes, batch), op.Unsqueeze(scores, by_class), limit, threshold
-        )
+        selected = op.NonMaxSuppression(boxes, scores, limit, threshold)
         return op.Gather(selected, op.Constant(value_int=2), axis=1)
 
     def onnx_roi_align(x, rois, size, scale, sampling_ratio, aligned):
         image = op.Cast(op.Gather(rois, op.Constant(value_int=0), axis=1), to=7)  # int64
         return op.RoiAlign(
             x,
-            op.Gather(rois, op.Constant(value_ints=[1, 2, 3, 4]), axis=1),
+            op.Reshape(
+                op.Gather(rois, op.Constant(value_ints=[1, 2, 3, 4]), axis=1),
+                op.Constant(value_ints=[-1, 4]),
+            ),
             image,
             coordinate_transformation_mode='half_pixel' if aligned else 'output_half_pixel',
             mode='avg',

@@ -15,7 +15,7 @@ class Conv2d(nn.Conv2d):
         """Maps (B, C, H, W) to (B, C', H', W')."""
         weight: Tensor = self.weight
         if weight.requires_grad:
-            # The gradient passes back through two reshapes, the second of which makes plain strides.
+            # The gradient passes back through two reshapes; the second makes plain strides.
             weight = weight.flatten().view_as(weight)
         return self._conv_forward(x, weight, self.bias)
 

@@ -37,7 +37,15 @@ __all__ = ['BREAKAGES', 'Breakage', 'DependencyError', 'apply', 'reading', 'requ
 
 MINIMUM_TORCH = '2.6'
 # Package of a config's `default_scope` -> extra of the hat_mm distribution that installs it.
-TOOLBOXES = {'mmdet': 'det', 'mmseg': 'seg', 'mmpretrain': 'cls', 'mmengine': 'det'}
+TOOLBOXES = {
+    'mmdet': 'det',
+    'mmseg': 'seg',
+    'mmpretrain': 'cls',
+    'mmengine': 'det',
+    'onnxscript': 'deploy',
+    'onnxruntime': 'deploy',
+    'openvino': 'deploy',
+}
 
 logger = logging.getLogger(__name__)
 

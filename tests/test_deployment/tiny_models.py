@@ -135,11 +135,13 @@ def retinanet() -> dict:
 
 
 def dino() -> dict:
-    attention = dict(embed_dims=32, num_levels=2, num_heads=2, num_points=2)
-    ffn = dict(embed_dims=32, feedforward_channels=32)
+    attention = dict(embed_dims=256, num_levels=2, num_heads=2, num_points=2)
+    ffn = dict(embed_dims=256, feedforward_channels=32)
     return dict(
         DETECTOR,
         type='DINO',
+        # DINO ignores padding; a file is given the image without any.
+        data_preprocessor=dict(DETECTOR['data_preprocessor'], pad_size_divisor=1),
         num_queries=40,
         num_feature_levels=2,
         with_box_refine=True,
@@ -147,7 +149,7 @@ def dino() -> dict:
         neck=dict(
             type='ChannelMapper',
             in_channels=[16, 32],
-            out_channels=32,
+            out_channels=256,
             kernel_size=1,
             act_cfg=None,
             norm_cfg=dict(type='GN', num_groups=4),
@@ -159,17 +161,17 @@ def dino() -> dict:
             return_intermediate=True,
             post_norm_cfg=None,
             layer_cfg=dict(
-                self_attn_cfg=dict(embed_dims=32, num_heads=2),
+                self_attn_cfg=dict(embed_dims=256, num_heads=2),
                 cross_attn_cfg=attention,
                 ffn_cfg=ffn,
             ),
         ),
-        positional_encoding=dict(num_feats=16, normalize=True),
+        positional_encoding=dict(num_feats=128, normalize=True),
         bbox_head=dict(
             type='DINOHead',
             num_classes=3,
-            embed_dims=32,
             loss_cls=dict(type='FocalLoss', use_sigmoid=True),
+            sync_cls_avg_factor=True,
         ),
         dn_cfg=dict(group_cfg=dict(num_dn_queries=10)),
         test_cfg=dict(max_per_img=20),
@@ -200,7 +202,9 @@ def semantic_fpn() -> dict:
 
 
 def classifier() -> dict:
-    arch = dict(embed_dims=4, stem_dims=4, depths=(1, 1, 1, 1), num_heads=1, window_size=4)
+    arch = dict(
+        embed_dims=4, stem_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=4
+    )
     return dict(
         type='ImageClassifier',
         data_preprocessor=dict(type='ClsDataPreprocessor', **MEAN, to_rgb=True),
@@ -212,12 +216,12 @@ def classifier() -> dict:
 
 KINDS = {
     'mask_rcnn': ('mmdet', mask_rcnn),
-    'cascade_rcnn': ('mmdet', cascade_rcnn),
     'retinanet': ('mmdet', retinanet),
     'dino': ('mmdet', dino),
     'upernet': ('mmseg', upernet),
     'semantic_fpn': ('mmseg', semantic_fpn),
     'classifier': ('mmpretrain', classifier),
+    'cascade_rcnn': ('mmdet', cascade_rcnn),
 }
 
 

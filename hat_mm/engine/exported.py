@@ -112,16 +112,21 @@ class ExportedModel(BaseModel):
     Args:
         module: The config's model. Its pre-processing is used, not its weights.
         file: Path of the file.
+        data_preprocessor: The config's, where it stands beside the model.
 
     Raises:
         UserError: The file is not one of this config's task.
     """
 
-    def __init__(self, module: dict[str, Any], file: str) -> None:
+    def __init__(
+        self, module: dict[str, Any], file: str, data_preprocessor: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.file = ExportedFile(file)
         scope = importlib.import_module('mmengine.registry').DefaultScope.get_current_instance()
         registry = importlib.import_module(f'{scope.scope_name}.registry')
+        if data_preprocessor is not None:
+            module = {'data_preprocessor': data_preprocessor, **module}
         model = registry.MODELS.build(module)
         task = {'mmdet': 'detection', 'mmseg': 'segmentation', 'mmpretrain': 'classification'}
         if task.get(scope.scope_name) != self.file.meta['task']:

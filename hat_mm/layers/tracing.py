@@ -34,11 +34,19 @@ def chunks(length: int, at_once: int) -> list[slice]:
 def needs_border_mask(height: int, width: int, window_size: int) -> bool:
     """Tells whether a map ends inside its last windows.
 
-    ``torch.compile`` gets the same answer for all sizes, because it would make a graph for each
-    answer.
+    A graph gets the same answer for all sizes; ``torch.compile`` would make one for each answer.
     """
     # In this order, because evaluating a remainder makes the graph depend on it.
-    return torch.compiler.is_compiling() or height % window_size != 0 or width % window_size != 0
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return recorded or height % window_size != 0 or width % window_size != 0
+
+
+def any_batch(batch: int) -> int:
+    """The length of a first axis for a reshape.
+
+    PyTorch's TorchScript exporter would turn it into a constant.
+    """
+    return -1 if torch.jit.is_tracing() else batch
 
 
 def contiguous_input(x: Tensor, wanted: bool) -> Tensor:

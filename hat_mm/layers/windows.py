@@ -48,8 +48,9 @@ def split_windows(x: Tensor, num_windows: tuple[int, int], window_size: int) -> 
     """
     nh, nw = num_windows
     batch, _, _, channels = x.shape
-    x = x.reshape(batch, nh, window_size, nw, window_size, channels)
-    return x.transpose(2, 3).reshape(batch * nh * nw, window_size * window_size, channels)
+    x = x.reshape(tracing.any_batch(batch), nh, window_size, nw, window_size, channels)
+    number = tracing.any_batch(batch * nh * nw)
+    return x.transpose(2, 3).reshape(number, window_size * window_size, channels)
 
 
 def merge_windows(windows: Tensor, num_windows: tuple[int, int], window_size: int) -> Tensor:
@@ -68,7 +69,7 @@ def merge_windows(windows: Tensor, num_windows: tuple[int, int], window_size: in
     """
     nh, nw = num_windows
     channels = windows.shape[-1]
-    batch = windows.shape[0] // (nh * nw)
+    batch = tracing.any_batch(windows.shape[0] // (nh * nw))
     x = windows.reshape(batch, nh, nw, window_size, window_size, channels)
     return x.transpose(2, 3).reshape(batch, nh * window_size, nw * window_size, channels)
 

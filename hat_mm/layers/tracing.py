@@ -10,10 +10,10 @@ from torch import Tensor
 def crop(x: Tensor, height: int, width: int) -> Tensor:
     """Crops a channels-last map (B, H', W', C) to its top left (B, height, width, C).
 
-    The strides of a slice depend on whether anything was cut off, and ``torch.compile`` would make
-    a graph for each case.
+    The strides of a slice depend on whether anything was cut off; ``torch.compile`` would make a
+    graph for each case, and a program of ``torch.export`` would accept only one.
     """
-    if not torch.compiler.is_dynamo_compiling():
+    if not torch.compiler.is_compiling():
         return x[:, :height, :width]
     for axis, size in ((1, height), (2, width)):
         x = x.index_select(axis, torch.arange(size, device=x.device))

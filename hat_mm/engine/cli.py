@@ -30,6 +30,9 @@ from hat_mm.layers import Deployable
 
 from .allocator import tune_allocator
 
+# Ends of the names of exported files.
+EXPORTED = ('.onnx', '.xml')
+
 
 class UserError(Exception):
     """An error that the user can fix; shown as one line.
@@ -204,14 +207,14 @@ def _load_config(args: argparse.Namespace) -> tuple[Any, Toolbox]:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = os.path.join('./work_dirs', Path(args.config).stem)
-    _make_writable(cfg.work_dir, 'work dir')
+    make_writable(cfg.work_dir, 'work dir')
     toolbox = TOOLBOXES.get(cfg.default_scope, Toolbox())
     if toolbox.loader_defaults:
         _set_loader_defaults(cfg)
     return cfg, toolbox
 
 
-def _make_writable(folder: str, name: str) -> None:
+def make_writable(folder: str, name: str) -> None:
     """Creates a folder and tries to write into it, before hours of work depend on it."""
     try:
         os.makedirs(folder, exist_ok=True)
@@ -313,11 +316,11 @@ def _set_out(cfg: Any, toolbox: Toolbox, args: argparse.Namespace) -> None:
         metrics = cfg.test_evaluator
         for metric in metrics if isinstance(metrics, list) else [metrics]:
             metric.update(output_dir=args.out, keep_results=True)
-        _make_writable(args.out, '--out folder')
+        make_writable(args.out, '--out folder')
         return
     elif not args.out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out must end with .pkl or .pickle, got {args.out!r}', status=2)
-    _make_writable(os.path.dirname(args.out) or '.', 'the folder of --out')
+    make_writable(os.path.dirname(args.out) or '.', 'the folder of --out')
 
 
 # --- the tools -----------------------------------------------------------------------------------
@@ -464,7 +467,7 @@ def test(argv: Sequence[str] | None = None) -> dict:
     cfg, toolbox = _load_config(args)
     cfg.load_from = args.checkpoint
     cfg.resume = False
-    if args.checkpoint.endswith(('.onnx', '.xml')):
+    if args.checkpoint.endswith(EXPORTED):
         if args.deploy:
             raise UserError('--deploy is for checkpoints; an exported file is in deploy form')
         cfg.load_from = None

@@ -16,6 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from torch import nn
 
@@ -25,10 +26,10 @@ from hat_mm.weights import fileio, loading
 
 from . import onnx_ops
 from .build import build_model, build_type, read_type
-from .cli import UserError, read_config
+from .cli import EXPORTED, UserError, make_writable, read_config
 from .comparison import compare
 from .environment import versions
-from .exported import META, SUFFIXES, ExportedFile
+from .exported import META, ExportedFile
 from .graphs import Graph, inference_graph
 
 OPSET = 20
@@ -86,6 +87,7 @@ def export(
     out = _check_arguments(out, precision=precision, static=static, opset=opset)
     pictures = [_read_image(path) for path in images or [_sample()]] if check else []
     built, cfg = _build(model)
+    built = built.cpu().float()
     saved = {} if checkpoint is None else _load(built, checkpoint)
     built = revert_sync_batchnorm(built.eval().requires_grad_(False))
     graph = inference_graph(_folded(built), scores=scores, paste_masks=paste_masks)
@@ -116,16 +118,15 @@ def _check_arguments(
     out: str | Path, *, precision: str, static: tuple[int, int] | None, opset: int
 ) -> Path:
     out = Path(out)
-    if out.suffix not in SUFFIXES:
-        raise UserError(f'{str(out)!r} must end with one of {", ".join(SUFFIXES)}')
+    if out.suffix not in EXPORTED:
+        raise UserError(f'{str(out)!r} must end with one of {", ".join(EXPORTED)}')
     if out.is_dir() or not out.parent.is_dir():
         what = 'is a folder' if out.is_dir() else 'would be in a folder that does not exist'
         raise UserError(f'{str(out)!r} {what}')
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f'cannot write to the folder of {str(out)!r}')
+    make_writable(str(out.parent), 'folder')
     if precision not in PRECISIONS:
         raise UserError(f'precision={precision!r} must be one of {", ".join(PRECISIONS)}')
-    if static is not None and (len(static) != 2 or min(static) < 1):
+    if static is not None and [isinstance(n, int) and n > 0 for n in static] != [True, True]:
         raise UserError(f'static={static} must be a height and a width')
     if opset < OPSET:
         raise UserError(f'opset={opset} must be at least {OPSET}')
@@ -142,7 +143,7 @@ def _sample() -> Path:
 def _read_image(path: str | Path) -> np.ndarray:
     image = cv2.imread(str(path))
     if image is None:
-        why = 'it is no image, or is damaged' if os.path.isfile(path) else 'it does not exist'
+        why = 'it is no image, or is damaged' if os.path.exists(path) else 'it does not exist'
         raise UserError(f'image {str(path)!r} cannot be read: {why}')
     return image
 
@@ -158,6 +159,8 @@ def _build(model: Any) -> tuple[nn.Module, Any]:
                 raise UserError(f'{str(model)!r} is neither a config (.py) nor a type with scope')
             return build_type(kind, arguments), None
         model = read_config(str(model))
+    if not isinstance(model, Config) or None in (model.get('model'), model.get('default_scope')):
+        raise UserError('the model must be a Config with a model and a default_scope')
     cfg = copy.deepcopy(model)
     return build_model(cfg), cfg
 
@@ -168,7 +171,7 @@ def _load(model: nn.Module, path: str | Path) -> dict[str, Any]:
         raise UserError(f'checkpoint {str(path)!r} does not exist')
     checkpoint = fileio.read(path)
     try:
-        report = model.load_state_dict(dict(loading.unwrap(checkpoint)), strict=False)
+        report = model.load_state_dict(loading.unwrap(checkpoint), strict=False)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         cause = ' '.join(str(error).split())[:500]
         raise UserError(f'checkpoint {str(path)!r} does not fit the model: {cause}') from error
@@ -179,7 +182,8 @@ def _load(model: nn.Module, path: str | Path) -> dict[str, Any]:
                 f'checkpoint {str(path)!r} does not fit the model: it {what} {len(names)} '
                 f'tensors ({shown})'
             )
-    return checkpoint.get('meta') or {}
+    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    return meta if isinstance(meta, dict) else {}
 
 
 def _folded(model: nn.Module) -> nn.Module:
@@ -199,11 +203,13 @@ def _describe(model: nn.Module, cfg: Any, saved: dict[str, Any]) -> dict[str, An
     named = {key.lower(): value for key, value in named.items()}
     before: Any = getattr(model, 'data_preprocessor', None)
     normalization = dict(_IMAGENET)
-    if getattr(before, 'mean', None) is not None:
-        swaps = ('_channel_conversion', 'channel_conversion', 'to_rgb')  # of the three toolboxes
+    if before is not None:
+        normalized = getattr(before, 'mean', None) is not None
+        # The names of the three toolboxes. Channels are swapped in either direction.
+        swaps = ('_channel_conversion', 'channel_conversion', 'to_rgb')
         normalization = dict(
-            mean=before.mean.flatten().tolist(),
-            std=before.std.flatten().tolist(),
+            mean=before.mean.flatten().tolist() if normalized else [0.0] * 3,
+            std=before.std.flatten().tolist() if normalized else [1.0] * 3,
             bgr_to_rgb=any(bool(getattr(before, name, False)) for name in swaps),
         )
     divisor = getattr(before, 'pad_size_divisor', None)

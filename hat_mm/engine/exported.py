@@ -19,10 +19,9 @@ from torch import Tensor
 from hat_mm import compat
 from hat_mm.registry import MODELS
 
-from .cli import UserError
+from .cli import EXPORTED, UserError
 from .graphs import paste
 
-SUFFIXES = ('.onnx', '.xml')
 # Key of the file's metadata, a JSON text.
 META = 'hat_mm'
 
@@ -45,8 +44,8 @@ class ExportedFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f'model {str(path)!r} does not exist')
-        if self.path.suffix not in SUFFIXES:
-            raise UserError(f'model {str(path)!r} must end with one of {", ".join(SUFFIXES)}')
+        if self.path.suffix not in EXPORTED:
+            raise UserError(f'model {str(path)!r} must end with one of {", ".join(EXPORTED)}')
         opening = self._open_onnx if self.path.suffix == '.onnx' else self._open_openvino
         try:
             text = opening()
@@ -105,6 +104,9 @@ class ExportedFile:
         return dict(zip(self.names, results, strict=True))
 
 
+_TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation', 'mmpretrain': 'classification'}
+
+
 @MODELS.register_module()
 class ExportedModel(BaseModel):
     """A model whose network is an exported file; for testing it with a config.
@@ -124,20 +126,27 @@ class ExportedModel(BaseModel):
         super().__init__()
         self.file = ExportedFile(file)
         scope = importlib.import_module('mmengine.registry').DefaultScope.get_current_instance()
-        registry = importlib.import_module(f'{scope.scope_name}.registry')
-        if data_preprocessor is not None:
-            module = {'data_preprocessor': data_preprocessor, **module}
-        model = registry.MODELS.build(module)
-        task = {'mmdet': 'detection', 'mmseg': 'segmentation', 'mmpretrain': 'classification'}
-        if task.get(scope.scope_name) != self.file.meta['task']:
+        task = _TASKS.get(scope and scope.scope_name)
+        if task != self.file.meta['task']:
             raise UserError(
                 f"{file!r} is for {self.file.meta['task']}, the config's default_scope is "
-                f'{scope.scope_name!r}'
+                f'{scope and scope.scope_name!r}'
             )
-        self.data_preprocessor = model.data_preprocessor
-        self.model = model
-        if hasattr(model, 'encode_decode'):
-            model.encode_decode = self._encode_decode
+        if data_preprocessor is not None:
+            module = {'data_preprocessor': data_preprocessor, **module}
+        registry = importlib.import_module(f'{scope.scope_name}.registry')
+        self.model = registry.MODELS.build(module)
+        self.data_preprocessor = self.model.data_preprocessor
+        if task == 'segmentation':
+            self.model.encode_decode = self._encode_decode
+            # Test time augmentation reads these.
+            self.out_channels = self.model.out_channels
+            self.decode_head = self.model.decode_head
+            if self.out_channels != self.file.meta['out_channels']:
+                raise UserError(
+                    f'{file!r} has {self.file.meta["out_channels"]} classes, the config '
+                    f'{self.out_channels}'
+                )
 
     def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = 'tensor') -> Any:
         """Predicts a batch as the config's model does.
@@ -165,10 +174,10 @@ class ExportedModel(BaseModel):
         outputs = torch.cat(
             [torch.from_numpy(self._run(image[None])['output']) for image in inputs]
         )
-        if outputs.dtype == torch.float32:
-            return outputs
-        classes = F.one_hot(outputs[:, 0], max(self.model.decode_head.num_classes, 2))
-        return classes.permute(0, 3, 1, 2).float()
+        if outputs.dtype != torch.float32:  # classes: certain scores
+            outputs = F.one_hot(outputs[:, 0], max(self.out_channels, 2)).permute(0, 3, 1, 2) * 1e3
+            outputs = outputs[:, 1:] - 500 if self.out_channels == 1 else outputs
+        return outputs.to(inputs)
 
     def _detect(self, image: Tensor, sample: Any) -> InstanceData:
         """Detects in one image; boxes and masks are of the original image's size."""
@@ -184,15 +193,15 @@ class ExportedModel(BaseModel):
         found = InstanceData(bboxes=boxes, scores=dets[:, 4], labels=labels)
         if 'masks' in outputs:
             masks = torch.from_numpy(outputs['masks'][0])
-            size = sample.ori_shape[:2]
-            if masks.dtype == torch.bool:  # pasted
-                masks = masks[None, :, :height, :width].float()
-                masks = F.interpolate(masks, size, mode='bilinear')[0] if len(boxes) else masks[0]
-            threshold = self.file.meta['mask_threshold']
-            # One by one: all masks of a large image at once take gigabytes.
+            pasted = masks.dtype == torch.bool
+            size = tuple(sample.ori_shape[:2])
             found.masks = torch.zeros((len(boxes), *size), dtype=torch.bool)
+            # One by one: all masks of a large image at once take gigabytes.
             for i, mask in enumerate(masks):
-                if mask.shape != size or outputs['masks'].dtype != bool:
-                    mask = paste(mask[None], boxes[i : i + 1], size)[0]
-                found.masks[i] = mask >= threshold
+                if pasted:
+                    mask = mask[None, None, :height, :width].float()
+                    probability = F.interpolate(mask, size, mode='bilinear')[0, 0]
+                else:
+                    probability = paste(mask[None], boxes[i : i + 1], size)[0]
+                found.masks[i] = probability >= self.file.meta['mask_threshold']
         return found

@@ -90,16 +90,22 @@ class Segmentor(Graph):
 
     def __init__(self, model: Any, scores: bool = False) -> None:
         super().__init__(model)
-        _check_kind(model, ['EncoderDecoder'], but=['CascadeEncoderDecoder'])
+        _check_kind(model, ['EncoderDecoder'])
         _check_kind(model.decode_head, ['UPerHead', 'FPNHead'])
+        if model.decode_head.align_corners:
+            raise UserError('align_corners=True cannot be exported, align_corners=False can')
         _replace(model, 'AdaptiveAvgPool2d', AdaptiveAvgPool2d)
         _replace(model.decode_head, 'Upsample', Upsample)
         self.scores = scores
 
     def settings(self) -> dict[str, Any]:
         """Mode of inference, crop size and stride; what a single map has to reach to be class 1."""
-        threshold = getattr(self.model.decode_head, 'threshold', None)
-        return dict(inference=_plain(self.model.test_cfg), threshold=threshold)
+        head = self.model.decode_head
+        return dict(
+            inference=_plain(self.model.test_cfg),
+            threshold=head.threshold,
+            out_channels=head.out_channels,
+        )
 
     def forward(self, input: Tensor) -> tuple[Tensor]:
         """Maps (B, 3, H, W) to classes (B, 1, H, W), int64, or to scores (B, K, H, W)."""
@@ -166,7 +172,7 @@ class SingleStageDetector(Detector):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         _check_kind(model.bbox_head, ['RetinaHead'])
-        _check_nms(model.test_cfg.nms)
+        _check_nms(model.test_cfg)
 
     def settings(self) -> dict[str, Any]:
         """Thresholds and limits of the post-processing."""
@@ -183,7 +189,7 @@ class SingleStageDetector(Detector):
             levels.append((best, index % classes, deltas[row], priors[row]))
         scores, labels, deltas, priors = (torch.cat(parts) for parts in zip(*levels, strict=True))
         boxes = head.bbox_coder.decode(priors, deltas, max_shape=tuple(input.shape[2:]))
-        good = (scores > cfg.score_thr).nonzero().squeeze(1)
+        good = ((scores > cfg.get('score_thr', 0)) & _is_large(boxes, cfg)).nonzero().squeeze(1)
         dets, labels = _suppress(boxes[good], scores[good], labels[good], cfg)
         return dets[None], labels[None]
 
@@ -201,7 +207,7 @@ class TwoStageDetector(Detector):
         _check_kind(model.rpn_head, ['RPNHead'])
         _check_kind(model.roi_head, ['StandardRoIHead', 'CascadeRoIHead'])
         for cfg in (model.test_cfg.rpn, model.test_cfg.rcnn):
-            _check_nms(cfg.nms)
+            _check_nms(cfg)
         self.paste_masks = paste_masks
         roi_head = model.roi_head
         self.output_names = ('dets', 'labels', 'masks')[: 3 if roi_head.with_mask else 2]
@@ -212,8 +218,14 @@ class TwoStageDetector(Detector):
         self.mask_heads = _listed(roi_head.mask_head) if roi_head.with_mask else []
         for extractor in [*self.extractors, *self.mask_extractors]:
             _check_kind(extractor, ['SingleRoIExtractor'])
+            for layer in extractor.roi_layers:
+                _check_kind(layer, ['RoIAlign'])
+                if layer.pool_mode != 'avg':
+                    raise UserError(f"RoIAlign with {layer.pool_mode!r} cannot be exported: 'avg'")
+        if roi_head.with_shared_head:
+            raise UserError('a RoI head with a shared head cannot be exported')
         for head in self.heads:
-            _check_kind(head, ['ConvFCBBoxHead'])
+            _check_kind(head, ['Shared2FCBBoxHead', 'Shared4Conv1FCBBoxHead', 'ConvFCBBoxHead'])
             if head.custom_activation:
                 raise UserError(f'{type(head.loss_cls).__name__} cannot be exported')
         for head in self.mask_heads:
@@ -255,9 +267,7 @@ class TwoStageDetector(Detector):
             levels.append((best, torch.full_like(index, i), deltas[index], priors[index]))
         scores, level, deltas, priors = (torch.cat(parts) for parts in zip(*levels, strict=True))
         boxes = head.bbox_coder.decode(priors, deltas, max_shape=size)
-        width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
-        smallest = cfg.get('min_bbox_size', -1)
-        good = ((width > smallest) & (height > smallest)).nonzero().squeeze(1)
+        good = _is_large(boxes, cfg).nonzero().squeeze(1)
         dets, _ = _suppress(boxes[good], scores[good], level[good], cfg)
         return dets[:, :4]
 
@@ -310,6 +320,8 @@ class DINO(Detector):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         _check_kind(model.bbox_head, ['DINOHead'])
+        if not model.bbox_head.loss_cls.use_sigmoid:
+            raise UserError('DINO with a softmax over classes cannot be exported')
         _replace(model, 'MultiScaleDeformableAttention', DeformableAttention)
 
     def settings(self) -> dict[str, Any]:
@@ -320,10 +332,12 @@ class DINO(Detector):
         """Maps (1, 3, H, W) to boxes with scores (1, N, 5) and classes (1, N)."""
         height, width = input.shape[2:]
         head = self.model.bbox_head
+        feats = self.model.extract_feat(input)
         with _SymbolicSizes():
-            hidden, references = self._decode(self.model.extract_feat(input))
+            hidden, references = self._decode(feats)
         logits, boxes = (layers[-1][0] for layers in head(hidden, references))
-        scores, index = logits.sigmoid().flatten().topk(self.model.test_cfg.max_per_img)
+        limit = self.model.test_cfg.get('max_per_img', self.model.num_queries)
+        scores, index = logits.sigmoid().flatten().topk(limit)
         x, y, w, h = boxes[index // head.num_classes].unbind(1)
         x = torch.stack([x - w / 2, x + w / 2], 1).clamp(0, 1) * width
         y = torch.stack([y - h / 2, y + h / 2], 1).clamp(0, 1) * height
@@ -452,8 +466,9 @@ def _is(module: Any, kind: str) -> bool:
     return any(base.__name__ == kind for base in type(module).__mro__)
 
 
-def _check_kind(module: Any, kinds: list[str], but: Sequence[str] = ()) -> None:
-    if not any(_is(module, kind) for kind in kinds) or any(_is(module, kind) for kind in but):
+def _check_kind(module: Any, kinds: Sequence[str]) -> None:
+    """Accepts these classes themselves: those derived from them may predict in another way."""
+    if type(module).__name__ not in kinds:
         raise UserError(
             f'{type(module).__name__} cannot be exported; instead of it: {", ".join(kinds)}'
         )
@@ -464,9 +479,12 @@ def _plain(cfg: Any) -> Any:
 
 
 def _check_nms(cfg: Any) -> None:
-    kind = cfg.get('type', 'nms')
-    if kind != 'nms' or cfg.get('class_agnostic'):
-        raise UserError(f"nms={dict(cfg)} cannot be exported; instead: dict(type='nms', ...)")
+    nms = cfg.get('nms') or {}
+    known = {'type', 'iou_threshold', 'split_thr', 'class_agnostic'}
+    if nms.get('type') != 'nms' or nms.get('class_agnostic') or not {*nms} <= known:
+        raise UserError(
+            f"nms={nms} cannot be exported; instead of it: dict(type='nms', iou_threshold=...)"
+        )
 
 
 def _replace(model: nn.Module, kind: str, by: type[nn.Module]) -> None:
@@ -477,7 +495,7 @@ def _replace(model: nn.Module, kind: str, by: type[nn.Module]) -> None:
                 setattr(module, name, by(child))
 
 
-def _listed(modules: Any) -> list[nn.Module]:
+def _listed(modules: Any) -> list[Any]:
     return list(modules) if isinstance(modules, nn.ModuleList) else [modules]
 
 
@@ -498,12 +516,21 @@ def _top(scores: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     return scores.topk(torch.sym_min(limit, number) if limit > 0 else number)
 
 
+def _is_large(boxes: Tensor, cfg: Any) -> Tensor:
+    """Which boxes (N, 4) are wider and higher than the config's smallest, (N,)."""
+    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+    smallest = cfg.get('min_bbox_size', -1)
+    return (width > smallest) & (height > smallest)
+
+
 def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor, cfg: Any) -> tuple[Tensor, Tensor]:
     """The best boxes with their scores (N, 5), and their labels (N,), after NMS in each class."""
     # Like mmcv: boxes of different classes are moved apart. There may be none at all.
     offset = F.pad(boxes.flatten(), (0, 1)).amax(0) + 1
     apart = boxes + (labels * offset)[:, None]
-    kept = onnx_ops.nms(apart, scores, cfg.nms.iou_threshold, cfg.max_per_img)
+    limit = cfg.get('max_per_img', -1)
+    limit = limit if limit > 0 else 2**31 - 1
+    kept = onnx_ops.nms(apart, scores, cfg.nms.iou_threshold, limit)
     return torch.cat([boxes[kept], scores[kept, None]], 1), labels[kept]
 
 

@@ -20,6 +20,7 @@ from hat_mm.engine.build import build_model
 from hat_mm.engine.cli import UserError
 from hat_mm.engine.comparison import Difference, compare
 from hat_mm.engine.exported import ExportedFile
+from hat_mm.engine.graphs import inference_graph
 
 SLOW = ('cascade_rcnn', 'dino')
 
@@ -138,8 +139,27 @@ def test_tested_with_a_config(exported, kind):
             assert torch.equal(result.pred_label, expected.pred_label)
 
 
+def test_the_comparison_sees_what_is_wrong(exported):
+    model, path = exported('mask_rcnn')
+    file = ExportedFile(path)
+    x = images(1, 128, 160)
+    right = file.run(x.numpy())
+
+    def accepts(**changed):
+        return compare({**right, **changed}, model, x, file.meta).small
+
+    assert accepts()
+    assert not accepts(masks=right['masks'] * 0)
+    twice = {name: np.concatenate([output, output], 1) for name, output in right.items()}
+    assert not accepts(**twice)
+    assert not accepts(dets=right['dets'] + [1, 0, 1, 0, 0])
+    assert not accepts(dets=right['dets'] - [0, 0, 0, 0, 0.01])
+    assert not accepts(labels=1 - right['labels'])
+
+
 def test_an_image_without_objects(exported, tmp_path):
-    _, path = exported('mask_rcnn')
+    model, path = exported('mask_rcnn')
+    meta = ExportedFile(path).meta
     file = onnx.load(path)
     for tensor in file.graph.initializer:
         if tensor.name.endswith('fc_cls.bias'):
@@ -152,6 +172,10 @@ def test_an_image_without_objects(exported, tmp_path):
     x = images(1, 64, 96).numpy()
     by_onnx = list(ExportedFile(tmp_path / 'nothing.onnx').run(x).values())
     by_openvino = openvino.Core().compile_model(tmp_path / 'nothing.onnx', 'CPU')([x]).values()
+    found = dict(zip(('dets', 'labels', 'masks'), by_onnx, strict=True))
+    assert not compare(
+        found, exported('mask_rcnn')[0], images(1, 64, 96), ExportedFile(path).meta
+    ).small
     for outputs in (by_onnx, list(by_openvino)):
         assert [output.shape for output in outputs] == [(1, 0, 5), (1, 0), (1, 0, 28, 28)]
 
@@ -188,6 +212,30 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ['model.onnx']
     assert (tmp_path / 'model.onnx').read_text() == 'the one before'
     assert '64x64: a lot' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@torch.no_grad()
+def test_graphs_predict_what_the_models_predict(kind):
+    """All kinds, without the time that an export takes."""
+    model = build(kind)
+    graph = inference_graph(copy.deepcopy(model))
+    meta = dict(precision='fp32', task=graph.task, **graph.settings())
+    x = images(1, 96, 128)
+    outputs = {
+        name: output.numpy() for name, output in zip(graph.output_names, graph(x), strict=True)
+    }
+    assert compare(outputs, model, x, meta).small
+
+
+@torch.no_grad()
+def test_boxes_that_are_too_small():
+    model = build('retinanet')
+    model.test_cfg.min_bbox_size = 30
+    dets, _ = inference_graph(copy.deepcopy(model))(images(1, 96, 128))
+    sides = dets[0, :, 2:4] - dets[0, :, :2]
+    assert len(sides) > 0
+    assert sides.min() > 30
 
 
 def test_what_the_file_carries(exported):
@@ -257,6 +305,10 @@ def test_unsupported_models(tmp_path):
     cfg.model.bbox_head.type = 'ATSSHead'
     cfg.model.bbox_head.norm_cfg = None
     with pytest.raises(UserError, match='ATSSHead cannot be exported; instead of it: RetinaHead'):
+        hat_mm.export(build_model(cfg), None, tmp_path / 'a.onnx')
+    cfg = config('retinanet')
+    cfg.model.test_cfg.nms.type = 'soft_nms'
+    with pytest.raises(UserError, match=r'nms=.*soft_nms.* cannot be exported'):
         hat_mm.export(build_model(cfg), None, tmp_path / 'a.onnx')
     with pytest.raises(UserError, match='Linear cannot be exported; what can: ImageClassifier'):
         hat_mm.export(torch.nn.Linear(1, 1), None, tmp_path / 'a.onnx')

@@ -481,7 +481,8 @@ def _plain(cfg: Any) -> Any:
 def _check_nms(cfg: Any) -> None:
     nms = cfg.get('nms') or {}
     known = {'type', 'iou_threshold', 'split_thr', 'class_agnostic'}
-    if nms.get('type') != 'nms' or nms.get('class_agnostic') or not {*nms} <= known:
+    plain = nms.get('type', 'nms') == 'nms' and not nms.get('class_agnostic')
+    if not plain or 'iou_threshold' not in nms or not {*nms} <= known:
         raise UserError(
             f"nms={nms} cannot be exported; instead of it: dict(type='nms', iou_threshold=...)"
         )

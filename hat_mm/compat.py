@@ -37,7 +37,7 @@ __all__ = ['BREAKAGES', 'Breakage', 'DependencyError', 'apply', 'reading', 'requ
 
 MINIMUM_TORCH = '2.6'
 # Package of a config's `default_scope` -> extra of the hat_mm distribution that installs it.
-TOOLBOXES = {
+EXTRAS = {
     'mmdet': 'det',
     'mmseg': 'seg',
     'mmpretrain': 'cls',
@@ -73,7 +73,7 @@ def _has_module(name: str) -> bool:
 
 
 def require(name: str) -> ModuleType:
-    """Imports a toolbox (``mmdet``, ``mmseg``, ``mmpretrain``, ``mmengine``) or says how to get it.
+    """Imports a package that is not required, such as a toolbox, or says how to get it.
 
     Returns:
         The imported package.
@@ -83,7 +83,7 @@ def require(name: str) -> ModuleType:
             operators although the package needs them, or the package refuses the versions found.
     """
     _check_torch()
-    extra = TOOLBOXES.get(name.partition('.')[0])
+    extra = EXTRAS.get(name.partition('.')[0])
     cure = f'install the package that provides {name!r}'
     if extra is not None:
         cure = f"run `make setup` in a checkout of hat_mm, or `pip install 'hat_mm[{extra}]'`"

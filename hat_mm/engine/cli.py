@@ -267,7 +267,8 @@ def _set_show(cfg: Any, toolbox: Toolbox, args: argparse.Namespace) -> None:
         cfg.visualizer.save_dir = args.show_dir
 
 
-def _innermost_dataset(loader: Any) -> Any:
+def innermost_dataset(loader: Any) -> Any:
+    """The dataset of a dataloader's config, without those that wrap it."""
     dataset = loader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
@@ -278,7 +279,7 @@ def _set_tta(cfg: Any, toolbox: Toolbox) -> None:
     """Wraps the model for test time augmentation; if the config has no pipeline, flips images."""
     if toolbox.tta_model is None and None in (cfg.get('tta_model'), cfg.get('tta_pipeline')):
         raise UserError('--tta needs tta_model and tta_pipeline in the config')
-    dataset = _innermost_dataset(cfg.test_dataloader)
+    dataset = innermost_dataset(cfg.test_dataloader)
     if cfg.get('tta_pipeline') is None:
         pipeline = copy.deepcopy(dataset.pipeline)
         flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
@@ -364,7 +365,7 @@ def _run(run: Callable[[], Any], loader: Any) -> Any:
     try:
         return run()
     except FileNotFoundError as error:
-        root = _innermost_dataset(loader).get('data_root') if loader else None
+        root = innermost_dataset(loader).get('data_root') if loader else None
         if not root or os.path.isdir(root):
             raise
         raise UserError(

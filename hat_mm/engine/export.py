@@ -26,7 +26,7 @@ from hat_mm.weights import fileio, loading
 
 from . import onnx_ops
 from .build import build_model, build_type, read_type
-from .cli import EXPORTED, UserError, make_writable, read_config
+from .cli import EXPORTED, UserError, innermost_dataset, make_writable, read_config
 from .comparison import compare
 from .environment import versions
 from .exported import META, ExportedFile
@@ -227,11 +227,9 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda x: np.asarray(x).tolist()))
 
 
-def _test_data(cfg: Any) -> dict[str, Any]:
-    dataset = ((cfg or {}).get('test_dataloader') or {}).get('dataset') or {}
-    while 'dataset' in dataset:  # wrapped
-        dataset = dataset['dataset']
-    return dataset
+def _test_data(cfg: Any) -> Any:
+    loader = (cfg or {}).get('test_dataloader')
+    return innermost_dataset(loader) if loader else {}
 
 
 def _dataset_meta(cfg: Any) -> dict[str, Any]:

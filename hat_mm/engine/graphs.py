@@ -23,7 +23,7 @@ Size = Sequence[int]
 
 
 class Graph(nn.Module):
-    """What all have in common.
+    """What the graphs have in common.
 
     Args:
         model: The model in eval mode. Some of its modules may be replaced.
@@ -43,7 +43,7 @@ class Graph(nn.Module):
         self.model = model
 
     def settings(self) -> dict[str, Any]:
-        """What runs the file should know of the model's settings, as plain data."""
+        """Settings of the model that are needed to run the file, as plain data."""
         return {}
 
 
@@ -99,7 +99,7 @@ class Segmentor(Graph):
         self.scores = scores
 
     def settings(self) -> dict[str, Any]:
-        """Mode of inference, crop size and stride; what a single map has to reach to be class 1."""
+        """Mode of inference, number of maps, and the threshold of a segmentor with a single map."""
         head = self.model.decode_head
         return dict(
             inference=_plain(self.model.test_cfg),
@@ -325,7 +325,7 @@ class DINO(Detector):
         _replace(model, 'MultiScaleDeformableAttention', DeformableAttention)
 
     def settings(self) -> dict[str, Any]:
-        """Limit of the results; number of queries, so many places its maps must have."""
+        """Limit of the results; number of queries, the least number of places on the maps."""
         return dict(test_cfg=_plain(self.model.test_cfg), queries=self.model.num_queries)
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -462,12 +462,12 @@ def inference_graph(model: Any, *, scores: bool = False, paste_masks: bool = Fal
 
 
 def _is(module: Any, kind: str) -> bool:
-    """Whether a class of this name is the object's or one of its bases'."""
+    """Tells whether an object is of a class of this name, or of one derived from it."""
     return any(base.__name__ == kind for base in type(module).__mro__)
 
 
 def _check_kind(module: Any, kinds: Sequence[str]) -> None:
-    """Accepts these classes themselves: those derived from them may predict in another way."""
+    """Refuses all other classes, also derived ones, which may predict in another way."""
     if type(module).__name__ not in kinds:
         raise UserError(
             f'{type(module).__name__} cannot be exported; instead of it: {", ".join(kinds)}'
@@ -518,7 +518,7 @@ def _top(scores: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 
 def _is_large(boxes: Tensor, cfg: Any) -> Tensor:
-    """Which boxes (N, 4) are wider and higher than the config's smallest, (N,)."""
+    """Tells which boxes (N, 4) are wider and higher than ``min_bbox_size``, (N,)."""
     width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
     smallest = cfg.get('min_bbox_size', -1)
     return (width > smallest) & (height > smallest)

@@ -15,6 +15,7 @@ from mmengine.registry import DefaultScope
 from test_deployment.tiny_models import KINDS, config, spread
 
 import hat_mm
+from hat_mm.engine import cli
 from hat_mm.engine import export as exporter
 from hat_mm.engine.build import build_model
 from hat_mm.engine.cli import UserError
@@ -297,6 +298,13 @@ def test_bad_command_lines(tmp_path, monkeypatch, arguments, message):
     with pytest.raises(UserError, match=message):
         main(arguments)
     assert [file.name for file in tmp_path.iterdir()] == ['small.pth']
+
+
+def test_deploy_is_for_checkpoints(tmp_path):
+    path = tmp_path / 'model.onnx'
+    path.touch()
+    with pytest.raises(UserError, match='--deploy is for checkpoints'):
+        cli.test([CONFIG, str(path), '--deploy', '--work-dir', str(tmp_path)])
 
 
 def test_unsupported_models(tmp_path):

@@ -34,6 +34,7 @@ DETECTOR = dict(
     backbone=BACKBONE,
     neck=dict(type='FPN', in_channels=[16, 32], out_channels=16, num_outs=2),
 )
+ANCHORS = dict(type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0], strides=[4, 8])
 CODER = dict(type='DeltaXYWHBBoxCoder', target_stds=(0.1, 0.1, 0.2, 0.2))
 ROI = dict(type='SingleRoIExtractor', out_channels=16, featmap_strides=[4, 8], finest_scale=20)
 
@@ -64,9 +65,7 @@ def _rcnn(**roi_head: Any) -> dict:
             type='RPNHead',
             in_channels=16,
             feat_channels=16,
-            anchor_generator=dict(
-                type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0], strides=[4, 8]
-            ),
+            anchor_generator=ANCHORS,
             bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
             loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True),
         ),
@@ -123,9 +122,7 @@ def retinanet() -> dict:
             in_channels=16,
             stacked_convs=1,
             feat_channels=16,
-            anchor_generator=dict(
-                type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0], strides=[4, 8]
-            ),
+            anchor_generator=ANCHORS,
             bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
         ),
         test_cfg=dict(

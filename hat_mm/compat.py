@@ -45,6 +45,7 @@ EXTRAS = {
     'onnxscript': 'deploy',
     'onnxruntime': 'deploy',
     'openvino': 'deploy',
+    'nncf': 'deploy',
 }
 
 logger = logging.getLogger(__name__)

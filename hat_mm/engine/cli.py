@@ -27,11 +27,9 @@ import torch
 import hat_mm
 from hat_mm import compat
 from hat_mm.layers import Deployable
+from hat_mm_runtime import ENDS, ModelError
 
 from .allocator import tune_allocator
-
-# Ends of the names of exported files.
-EXPORTED = ('.onnx', '.xml')
 
 
 class UserError(Exception):
@@ -468,7 +466,7 @@ def test(argv: Sequence[str] | None = None) -> dict:
     cfg, toolbox = _load_config(args)
     cfg.load_from = args.checkpoint
     cfg.resume = False
-    if args.checkpoint.endswith(EXPORTED):
+    if args.checkpoint.endswith(ENDS):
         if args.deploy:
             raise UserError('--deploy is for checkpoints; an exported file is in deploy form')
         cfg.load_from = None
@@ -506,7 +504,9 @@ def explain(error: Exception) -> str | None:
     if from_worker:
         text = text.splitlines()[-1].partition(': ')[2]
     text = ' '.join(text.split())
-    known = isinstance(error, UserError | compat.DependencyError | pickle.UnpicklingError)
+    known = isinstance(
+        error, UserError | ModelError | compat.DependencyError | pickle.UnpicklingError
+    )
     if known and not from_worker:
         return text
     if isinstance(error, AssertionError) and text.startswith('failed to load image'):  # mmcv

@@ -13,11 +13,11 @@ from .graphs import paste
 # Largest differences that count as small, by precision: of features relative to the largest value
 # of a map, of probabilities, and the share of detections that may differ, as may the pixels of
 # their masks.
-_FEATURES = {'fp32': 1e-4, 'fp16': 3e-2}
-_SCORES = {'fp32': 1e-3, 'fp16': 3e-2}
-_SHARE = {'fp32': 0.01, 'fp16': 0.1}
+_FEATURES = {'fp32': 1e-4, 'fp16': 3e-2, 'bf16': 0.1, 'int8': 0.5}
+_SCORES = {'fp32': 1e-3, 'fp16': 3e-2, 'bf16': 0.1, 'int8': 0.2}
+_SHARE = {'fp32': 0.01, 'fp16': 0.1, 'bf16': 0.3, 'int8': 0.5}
 # Boxes of the same class that overlap by this much are the same detection.
-_IOU = {'fp32': 0.99, 'fp16': 0.8}
+_IOU = {'fp32': 0.99, 'fp16': 0.8, 'bf16': 0.7, 'int8': 0.5}
 
 
 @dataclass(frozen=True)

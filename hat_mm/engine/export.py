@@ -3,6 +3,7 @@
 PyTorch's exporter records a module of :mod:`hat_mm.engine.graphs`; OpenVINO converts the ONNX file.
 """
 
+import ast
 import copy
 import importlib
 import json
@@ -23,17 +24,19 @@ from torch import nn
 from hat_mm import compat
 from hat_mm.layers import Deployable, switch_to_deploy
 from hat_mm.weights import fileio, loading
+from hat_mm_runtime import ENDS, META
 
 from . import onnx_ops
 from .build import build_model, build_type, read_type
-from .cli import EXPORTED, UserError, innermost_dataset, make_writable, read_config
+from .cli import UserError, innermost_dataset, make_writable, read_config
 from .comparison import compare
 from .environment import versions
-from .exported import META, ExportedFile
+from .exported import open_file
 from .graphs import Graph, inference_graph
+from .quantization import find_pictures, quantize, read_image
 
 OPSET = 20
-PRECISIONS = ('fp32', 'fp16')
+PRECISIONS = ('fp32', 'fp16', 'bf16', 'int8')
 # Sizes (height, width) at which a file is compared with PyTorch.
 SIZES = ((320, 416), (333, 500), (608, 480))
 # Windows, levels and RoIs are in the plural here; what is single would become a constant.
@@ -49,6 +52,8 @@ def export(
     out: str | Path,
     *,
     precision: str = 'fp32',
+    calibration: str | Path = 'dataset',
+    samples: int = 64,
     static: tuple[int, int] | None = None,
     opset: int = OPSET,
     scores: bool = False,
@@ -68,7 +73,12 @@ def export(
         checkpoint: The weights; None for those that the model has.
         out: File to write. Its end is the format: ``.onnx``, or ``.xml`` with a ``.bin`` beside it.
         precision: ``'fp16'`` stores the weights in half precision, which halves the file; in which
-            precision it is computed is the engine's choice.
+            precision it is computed is the engine's choice. ``'bf16'``, for OpenVINO, also has it
+            computed in bfloat16 where the processor can. ``'int8'`` computes in 8 bits but for what
+            is sensitive.
+        calibration: For ``'int8'``: a folder of pictures that show the ranges of the network's
+            tensors; ``'dataset'`` for the training images of the config.
+        samples: For ``'int8'``: how many of them are used, if there are as many.
         static: Height and width of the images, one at a time; None for any size.
         opset: Version of the ONNX operators, at least 20.
         scores: Whether a segmentor's output is the scores of all classes instead of the class.
@@ -84,9 +94,10 @@ def export(
             or the file does not give the model's results.
         hat_mm.compat.DependencyError: A package is missing.
     """
-    out = _check_arguments(out, precision=precision, static=static, opset=opset)
-    pictures = [_read_image(path) for path in images or [_sample()]] if check else []
+    out = _check_arguments(out, precision=precision, static=static, opset=opset, samples=samples)
+    pictures = [read_image(path) for path in images or [_sample()]] if check else []
     built, cfg = _build(model)
+    examples = find_pictures(calibration, cfg, samples) if precision == 'int8' else []
     built = built.cpu().float()
     saved = {} if checkpoint is None else _load(built, checkpoint)
     built = revert_sync_batchnorm(built.eval().requires_grad_(False))
@@ -95,16 +106,23 @@ def export(
         task=graph.task,
         **_describe(built, cfg, saved),
         **graph.settings(),
-        precision=precision,
+        precision='fp32' if precision == 'int8' else precision,
         static=static,
         checkpoint_sha256=None if checkpoint is None else fileio.sha256(checkpoint),
         versions=versions(),
     )
     traced = _trace(graph, static=static, opset=opset)
+    sizes = [static] if static else SIZES
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as folder:
-        written = _write(traced, Path(folder, out.name), meta, half=precision == 'fp16')
-        if check:
-            _check(written, built, pictures, [static] if static else SIZES)
+        written = Path(folder, out.name)
+        if precision == 'int8':
+            with tempfile.TemporaryDirectory(dir=folder) as inner:
+                source = _write(traced, Path(inner, 'float.onnx'), meta, half=False)
+                _check(source, built, pictures, sizes)
+                quantize(source, written, meta=meta, pictures=examples, sensitive=graph.final)
+        else:
+            _write(traced, written, meta, half=precision != 'fp32')
+        _check(written, built, pictures, sizes)
         for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == out.name):
             fileio.sync(path)
             os.replace(path, out.with_name(path.name))
@@ -115,37 +133,37 @@ def export(
 
 
 def _check_arguments(
-    out: str | Path, *, precision: str, static: tuple[int, int] | None, opset: int
+    out: str | Path, *, precision: str, static: tuple[int, int] | None, opset: int, samples: int
 ) -> Path:
     out = Path(out)
-    if out.suffix not in EXPORTED:
-        raise UserError(f'{str(out)!r} must end with one of {", ".join(EXPORTED)}')
+    if out.suffix not in ENDS:
+        raise UserError(f'{str(out)!r} must end with one of {", ".join(ENDS)}')
     if out.is_dir() or not out.parent.is_dir():
         what = 'is a folder' if out.is_dir() else 'would be in a folder that does not exist'
         raise UserError(f'{str(out)!r} {what}')
     make_writable(str(out.parent), 'folder')
     if precision not in PRECISIONS:
         raise UserError(f'precision={precision!r} must be one of {", ".join(PRECISIONS)}')
+    if precision == 'bf16' and out.suffix != '.xml':
+        raise UserError(f'precision={precision!r} is for OpenVINO, so for .xml, not {out.name!r}')
+    if samples < 1:
+        raise UserError(f'samples={samples} must be at least 1')
     if static is not None and [isinstance(n, int) and n > 0 for n in static] != [True, True]:
         raise UserError(f'static={static} must be a height and a width')
     if opset < OPSET:
         raise UserError(f'opset={opset} must be at least {OPSET}')
-    for package in ('onnxscript', 'onnxruntime', *(['openvino'] if out.suffix == '.xml' else [])):
-        compat.require(package)
+    compat.require('onnxscript')
+    compat.require('onnxruntime')
+    if out.suffix == '.xml':
+        compat.require('openvino')
+        if precision == 'int8':
+            compat.require('nncf')
     return out
 
 
 def _sample() -> Path:
     cbook = importlib.import_module('matplotlib.cbook')
     return Path(cbook.get_sample_data('grace_hopper.jpg', asfileobj=False))
-
-
-def _read_image(path: str | Path) -> np.ndarray:
-    image = cv2.imread(str(path))
-    if image is None:
-        why = 'it is no image, or is damaged' if os.path.exists(path) else 'it does not exist'
-        raise UserError(f'image {str(path)!r} cannot be read: {why}')
-    return image
 
 
 def _build(model: Any) -> tuple[nn.Module, Any]:
@@ -284,7 +302,7 @@ def _trace(graph: Graph, *, static: tuple[int, int] | None, opset: int) -> Any:
 
 
 def _optimize(model: Any) -> None:
-    """Folds constants and removes duplicates and names of source files.
+    """Folds constants, removes duplicates and names of source files, names nodes by their module.
 
     The exporter's own optimizer also rewrites patterns, which takes minutes for a large graph and
     which the engines do when they load it.
@@ -294,6 +312,10 @@ def _optimize(model: Any) -> None:
     importlib.import_module('onnxscript.optimizer').fold_constants(model)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get('pkg.torch.onnx.name_scopes', '[]'))
+        if len(scopes) > 2:
+            node.name = f'{scopes[-2]}/{node.name.removeprefix("node_")}'
     passes.ClearMetadataAndDocStringPass()(model)
 
 
@@ -313,7 +335,7 @@ def _write(model: Any, path: Path, meta: dict[str, Any], half: bool) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         source = Path(folder, 'model.onnx')
         onnx_ir.save(model, source, external_data=data)
-        converted = library.convert_model(source)
+        converted = library.Core().read_model(source)
         converted.set_rt_info(json.dumps(meta), [META])
         library.save_model(converted, path, compress_to_fp16=half)
         del converted  # it may read from the file
@@ -352,13 +374,15 @@ def _check(
     pictures: Sequence[np.ndarray],
     sizes: Sequence[tuple[int, int]],
 ) -> None:
-    """Prints how far the file is from the model.
+    """Prints how far the file is from the model, for any pictures.
 
     Raises:
         UserError: It is too far.
     """
-    file = ExportedFile(path)
-    wrong = 0
+    if not pictures:
+        return
+    file = open_file(path)
+    precision, wrong = file.meta['precision'], 0
     for picture in pictures:
         for height, width in sizes:
             image = cv2.resize(picture, (width, height)).astype(np.float32)
@@ -367,10 +391,19 @@ def _check(
             image = (image - np.float32(file.meta['mean'])) / np.float32(file.meta['std'])
             batch = np.ascontiguousarray(image.transpose(2, 0, 1)[None])
             difference = compare(file.run(batch), model, torch.from_numpy(batch), file.meta)
-            print(f'{height}x{width}: {difference.text}')
+            print(f'{precision}, {height}x{width}: {difference.text}')
             wrong += not difference.small
-    if wrong:
-        raise UserError(
-            f'the file differs from PyTorch in {wrong} of {len(pictures) * len(sizes)} images, see '
-            'above; it was not kept (--no-check keeps it)'
+    if not wrong:
+        return
+    share = f'{wrong} of {len(pictures) * len(sizes)} images'
+    if (
+        precision == 'int8'
+    ):  # the float file was equal; how close int8 should be is the user's choice
+        print(
+            f'warning: int8 is far from PyTorch in {share}; measure it with tools/test.py, and try '
+            'other pictures for the calibration'
         )
+        return
+    raise UserError(
+        f'the file differs from PyTorch in {share}, see above; it was not kept (--no-check keeps it)'
+    )

@@ -1,11 +1,10 @@
-"""Files that :mod:`hat_mm.engine.export` wrote: running them, and testing them as models.
+"""Tests files that :mod:`hat_mm.engine.export` wrote as if they were models.
 
 It is what ``tools/test.py CONFIG MODEL.onnx`` uses: data, pre-processing and metrics are the
 config's, only the network is the file.
 """
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,90 +17,21 @@ from torch import Tensor
 
 from hat_mm import compat
 from hat_mm.registry import MODELS
+from hat_mm_runtime import Model
 
-from .cli import EXPORTED, UserError
+from .cli import UserError
 from .graphs import paste
 
-# Key of the file's metadata, a JSON text.
-META = 'hat_mm'
 
-
-class ExportedFile:
-    """A model file, opened with onnxruntime (``.onnx``) or OpenVINO (``.xml``) on the CPU.
-
-    Args:
-        path: The file.
-
-    Attributes:
-        meta: What the exporter wrote into the file: task, classes, normalization and the rest.
+def open_file(path: str | Path) -> Model:
+    """Opens a file.
 
     Raises:
-        UserError: The file is missing or broken, or is not from hat_mm.
+        hat_mm_runtime.ModelError: It is missing or broken, or was not written by hat_mm.
         hat_mm.compat.DependencyError: onnxruntime or OpenVINO is not installed.
     """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f'model {str(path)!r} does not exist')
-        if self.path.suffix not in EXPORTED:
-            raise UserError(f'model {str(path)!r} must end with one of {", ".join(EXPORTED)}')
-        opening = self._open_onnx if self.path.suffix == '.onnx' else self._open_openvino
-        try:
-            text = opening()
-        except compat.DependencyError:
-            raise
-        except Exception as error:  # each library has its own, and a broken file may raise any
-            cause = ' '.join(str(error).split())[:300]
-            raise UserError(f'model {str(path)!r} cannot be opened: {cause}') from error
-        if text is None:
-            raise UserError(f'model {str(path)!r} was not written by tools/deployment/export.py')
-        self.meta: dict[str, Any] = json.loads(text)
-
-    def _open_onnx(self) -> str | None:
-        library = compat.require('onnxruntime')
-        self._session = library.InferenceSession(str(self.path), providers=['CPUExecutionProvider'])
-        self.names = [output.name for output in self._session.get_outputs()]
-        self._run = lambda images: self._session.run(None, {'input': images})
-        return self._session.get_modelmeta().custom_metadata_map.get(META)
-
-    def _open_openvino(self) -> str | None:
-        core = compat.require('openvino').Core()
-        model = core.read_model(self.path)
-        text = model.get_rt_info([META]).astype(str) if model.has_rt_info([META]) else None
-        # By default, OpenVINO computes in bfloat16 where the processor can.
-        compiled = core.compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-        self.names = [output.any_name for output in compiled.outputs]
-        self._run = lambda images: list(compiled([images]).values())
-        return text
-
-    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs the file on normalised images.
-
-        Args:
-            images: (B, 3, H, W), float32.
-
-        Returns:
-            The outputs by name.
-
-        Raises:
-            UserError: The file does not take images of this size.
-        """
-        fixed = self.meta.get('static')
-        if fixed and (1, 3, *fixed) != images.shape:
-            raise UserError(
-                f'{self.path} takes one image of {fixed[0]}x{fixed[1]} (height x width), got '
-                f'{images.shape[0]} of {images.shape[2]}x{images.shape[3]}'
-            )
-        try:
-            results = self._run(np.ascontiguousarray(images))
-        except Exception as error:  # each library has its own
-            cause = ' '.join(str(error).split())[:300]
-            if queries := self.meta.get('queries'):
-                cause = f'DINO needs {queries} places on its maps, so a larger image? {cause}'
-            size = f'{images.shape[2]}x{images.shape[3]} (height x width)'
-            raise UserError(f'{self.path} failed on an image of {size}: {cause}') from error
-        return dict(zip(self.names, results, strict=True))
+    compat.require('openvino' if Path(path).suffix == '.xml' else 'onnxruntime')
+    return Model(path)
 
 
 _TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation', 'mmpretrain': 'classification'}
@@ -118,13 +48,15 @@ class ExportedModel(BaseModel):
 
     Raises:
         UserError: The file is not one of this config's task.
+        hat_mm_runtime.ModelError: It cannot be opened.
+        hat_mm.compat.DependencyError: onnxruntime or OpenVINO is not installed.
     """
 
     def __init__(
         self, module: dict[str, Any], file: str, data_preprocessor: dict[str, Any] | None = None
     ) -> None:
         super().__init__()
-        self.file = ExportedFile(file)
+        self.file = open_file(file)
         scope = importlib.import_module('mmengine.registry').DefaultScope.get_current_instance()
         task = _TASKS.get(scope and scope.scope_name)
         if task != self.file.meta['task']:

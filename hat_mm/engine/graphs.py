@@ -32,11 +32,13 @@ class Graph(nn.Module):
         task: ``'features'``, ``'classification'``, ``'segmentation'`` or ``'detection'``.
         output_names: Names of the outputs of ``forward``.
         batched: Whether it takes any number of images.
+        final: Modules that make the results, whose errors nothing evens out; parts of their names.
     """
 
     task: str
     output_names: Sequence[str]
     batched = True
+    final: Sequence[str] = ()
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -66,6 +68,7 @@ class Classifier(Graph):
 
     task = 'classification'
     output_names = ('output',)
+    final = (r'head\.fc',)
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -87,6 +90,7 @@ class Segmentor(Graph):
 
     task = 'segmentation'
     output_names = ('output',)
+    final = ('conv_seg',)
 
     def __init__(self, model: Any, scores: bool = False) -> None:
         super().__init__(model)
@@ -169,6 +173,8 @@ class Detector(Graph):
 class SingleStageDetector(Detector):
     """mmdet's RetinaNet, for one image."""
 
+    final = ('retina_cls', 'retina_reg')
+
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         _check_kind(model.bbox_head, ['RetinaHead'])
@@ -201,6 +207,8 @@ class TwoStageDetector(Detector):
         model: The detector.
         paste_masks: Whether masks are pasted into the image.
     """
+
+    final = ('rpn_cls', 'rpn_reg', 'fc_cls', 'fc_reg', 'conv_logits')
 
     def __init__(self, model: Any, paste_masks: bool = False) -> None:
         super().__init__(model)
@@ -316,6 +324,8 @@ class DINO(Detector):
             become constants; here they are a list of numbers, which needs
             :class:`DeformableAttention`.
     """
+
+    final = ('cls_branches', 'reg_branches', 'ref_point_head', 'sampling_offsets')
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -25,8 +25,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('out', help='file to write: .onnx, or .xml for OpenVINO')
     parser.add_argument(
-        '--precision', choices=PRECISIONS, default='fp32', help='of the stored weights'
+        '--precision',
+        choices=PRECISIONS,
+        default='fp32',
+        help='fp16: stored so; bf16: computed so, with OpenVINO; int8: quantized',
     )
+    parser.add_argument(
+        '--calibration',
+        default='dataset',
+        metavar='FOLDER',
+        help="pictures for int8 (default: 'dataset', the config's training images)",
+    )
+    parser.add_argument('--samples', type=int, default=64, help='number of them')
     parser.add_argument(
         '--static', type=size, metavar='HxW', help='take only one image of this size at a time'
     )
@@ -60,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
         args.checkpoint,
         args.out,
         precision=args.precision,
+        calibration=args.calibration,
+        samples=args.samples,
         static=args.static,
         opset=args.opset,
         scores=args.scores,

@@ -1,0 +1,22 @@
+"""Runs models that hat_mm exported, with NumPy, OpenCV, and onnxruntime or OpenVINO.
+
+>>> from hat_mm_runtime import Model
+>>> model = Model('mask_rcnn.onnx')
+>>> found = model('street.jpg')
+>>> found.boxes, found.scores, found.names
+>>> picture = found.draw()
+"""
+
+from .images import ModelError
+from .model import ENDS, META, Model
+from .results import Classification, Detections, Segmentation
+
+__all__ = [
+    'ENDS',
+    'META',
+    'Classification',
+    'Detections',
+    'Model',
+    'ModelError',
+    'Segmentation',
+]

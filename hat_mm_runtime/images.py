@@ -1,0 +1,151 @@
+"""From a picture to what a model file takes, as the toolboxes' test pipelines do it."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+_INTERPOLATIONS = {
+    'nearest': cv2.INTER_NEAREST,
+    'bilinear': cv2.INTER_LINEAR,
+    'bicubic': cv2.INTER_CUBIC,
+    'area': cv2.INTER_AREA,
+    'lanczos': cv2.INTER_LANCZOS4,
+}
+
+
+class ModelError(Exception):
+    """A model file cannot be opened or run; the message says why."""
+
+
+def read(path: str | Path) -> np.ndarray:
+    """Reads a picture, (H, W, 3), BGR.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f'image {str(path)!r} does not exist')
+    image = cv2.imread(str(path))
+    if image is None:
+        raise ValueError(f'image {str(path)!r} cannot be read: it is no image, or is damaged')
+    return image
+
+
+def prepare(image: np.ndarray, meta: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int]]:
+    """Resizes, normalises and pads a picture.
+
+    Args:
+        image: (H, W, 3), uint8, BGR.
+        meta: The model file's metadata.
+
+    Returns:
+        The batch of one image, (1, 3, H, W), float32, and its height and width without padding.
+
+    Raises:
+        ModelError: The test pipeline resizes in a way that is not known here.
+    """
+    steps, static = meta['resize'], meta.get('static')
+    if static and meta['task'] in ('detection', 'segmentation'):
+        steps = [dict(type='Fit', scale=static)]
+    for step in steps:
+        image = _apply(step, image)
+    height, width = image.shape[:2]
+    divisor = meta['pad_size_divisor']
+    rows, cols = static or (-(-n // divisor) * divisor for n in (height, width))
+    if meta['bgr_to_rgb']:
+        image = image[..., ::-1]
+    pixels = (image - np.float32(meta['mean'])) / np.float32(meta['std'])
+    padding = (0, max(rows - height, 0)), (0, max(cols - width, 0)), (0, 0)
+    return np.pad(pixels, padding).transpose(2, 0, 1)[None], (height, width)
+
+
+def _apply(step: dict[str, Any], image: np.ndarray) -> np.ndarray:
+    """Does one transform of mmcv, mmdet, mmseg or mmpretrain."""
+    kind = step['type'].split('.')[-1]
+    height, width = image.shape[:2]
+    if kind == 'CenterCrop':
+        cols, rows = _pair(step['crop_size'])
+        top, left = max(0, round((height - rows) / 2)), max(0, round((width - cols) / 2))
+        return image[top : top + rows, left : left + cols]
+    if kind not in _SIZES:
+        raise ModelError(f'the file asks for {kind}, which this version cannot do')
+    size = _SIZES[kind](step, height, width)
+    return _resize(image, size, step.get('interpolation', 'bilinear'), step.get('backend', 'cv2'))
+
+
+def _pair(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value, value]
+
+
+def _scaled(height: int, width: int, factor: float) -> tuple[int, int]:
+    return int(width * factor + 0.5), int(height * factor + 0.5)
+
+
+def _fit(step: dict[str, Any], height: int, width: int) -> tuple[int, int]:
+    """Within a height and width."""
+    return _scaled(height, width, min(step['scale'][0] / height, step['scale'][1] / width))
+
+
+def _by_scale(step: dict[str, Any], height: int, width: int) -> tuple[int, int]:
+    if step.get('scale') is None:
+        by_width, by_height = _pair(step['scale_factor'])
+        scale = [int(width * by_width + 0.5), int(height * by_height + 0.5)]
+    else:
+        scale = _pair(step['scale'])
+    if not step.get('keep_ratio'):
+        return scale[0], scale[1]
+    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+    return _scaled(height, width, factor)
+
+
+def _by_edge(step: dict[str, Any], height: int, width: int) -> tuple[int, int]:
+    edge, scale = step.get('edge', 'short'), step['scale']
+    if (
+        edge == 'width'
+        or (edge == 'short' and width < height)
+        or (edge == 'long' and width > height)
+    ):
+        return scale, int(scale * height / width)
+    return int(scale * width / height), scale
+
+
+def _by_shortest_edge(step: dict[str, Any], height: int, width: int) -> tuple[int, int]:
+    factor = min(_pair(step['scale'])) / min(height, width)
+    if step.get('max_size'):
+        factor = min(factor, step['max_size'] / max(height, width))
+    return _scaled(height, width, factor)
+
+
+# Width and height after the transforms of mmcv, mmdet, mmseg and mmpretrain.
+_SIZES = dict(Fit=_fit, Resize=_by_scale, ResizeEdge=_by_edge, ResizeShortestEdge=_by_shortest_edge)
+
+
+def _resize(image: np.ndarray, size: tuple[int, int], how: str, backend: str) -> np.ndarray:
+    """Resizes to a width and height."""
+    if backend == 'cv2' and how in _INTERPOLATIONS:
+        return cv2.resize(image, size, interpolation=_INTERPOLATIONS[how])
+    if backend != 'pillow' or how not in ('bilinear', 'bicubic'):
+        raise ModelError(f'the file asks for {how!r} by {backend!r}, which this version cannot do')
+    # Pillow goes along rows first, and rounds after each direction.
+    for axis, n in ((1, size[0]), (0, size[1])):
+        if image.shape[axis] != n:
+            weights = _filter(how, image.shape[axis], n)
+            image = np.moveaxis(np.tensordot(weights, image, (1, axis)), 0, axis)
+            image = np.clip(np.floor(image + 0.5), 0, 255).astype(np.uint8)
+    return image
+
+
+def _filter(how: str, old: int, new: int) -> np.ndarray:
+    """The (new, old) matrix of Pillow's filters, which average when an image becomes smaller."""
+    ratio = old / new
+    reach = max(ratio, 1.0)
+    distance = (np.arange(old) + 0.5 - (np.arange(new)[:, None] + 0.5) * ratio) / reach
+    x = np.abs(distance)
+    if how == 'bilinear':
+        weights = np.maximum(1 - x, 0)
+    else:  # cubic convolution with a = -0.5
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+    return weights / weights.sum(1, keepdims=True)

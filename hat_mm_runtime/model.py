@@ -176,10 +176,11 @@ def _detections(
     score_thr: float,
 ) -> Detections:
     height, width = common['image'].shape[:2]
-    scale = np.float32([size[1] / width, size[0] / height] * 2)
+    scale = np.array([size[1] / width, size[0] / height] * 2, np.float32)
     dets, labels = outputs['dets'][0], outputs['labels'][0]
     good = dets[:, 4] >= score_thr
-    boxes = np.clip(dets[good, :4], 0, np.float32([size[1], size[0]] * 2)) / scale
+    limit = np.array([size[1], size[0]] * 2, np.float32)
+    boxes = np.clip(dets[good, :4], 0, limit) / scale
     masks = None
     if 'masks' in outputs:
         masks = np.zeros((len(boxes), height, width), bool)
@@ -205,9 +206,9 @@ def _paste(
     weights, inside = [], []
     sides = zip(box[[1, 0]], box[[3, 2]], target.shape, mask.shape, strict=True)
     for start, end, pixels, cells in sides:
-        first = max(0, int(start - (end - start) / cells))
-        last = min(pixels, int(np.ceil(end + (end - start) / cells)))
-        at = (np.arange(first, last) + 0.5 - start) / (end - start) * cells - 0.5
+        cell = max(end - start, 1e-6) / cells
+        first, last = max(0, int(start - cell)), min(pixels, int(np.ceil(end + cell)))
+        at = (np.arange(first, last) + 0.5 - start) / cell - 0.5
         weights.append(np.maximum(1 - np.abs(at[:, None] - np.arange(cells)), 0))
         inside.append(slice(first, last))
     target[tuple(inside)] = weights[0] @ mask @ weights[1].T >= threshold

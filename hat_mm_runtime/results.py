@@ -24,14 +24,14 @@ class Result:
 
     def name(self, label: int) -> str:
         """Name of a class."""
-        known = self.classes is not None and label < len(self.classes)
-        return str(self.classes[label]) if known else f'class {label}'
+        known = self.classes or ()
+        return known[label] if label < len(known) else f'class {label}'
 
     def color(self, label: int) -> tuple[int, ...]:
         """Colour of a class, BGR."""
-        if self.palette is not None and label < len(self.palette):
+        if self.palette and label < len(self.palette):
             return tuple(int(n) for n in reversed(self.palette[label]))
-        hue = np.uint8([[[label * 67 % 180, 200, 255]]])  # neighbours differ
+        hue = np.array([[[label * 67 % 180, 200, 255]]], np.uint8)  # neighbours differ
         return tuple(int(n) for n in cv2.cvtColor(hue, cv2.COLOR_HSV2BGR)[0, 0])
 
 

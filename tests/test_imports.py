@@ -29,6 +29,7 @@ ALLOWED = {
         *HIGHEST,
         'mmcv.transforms',
         'cv2',
+        'hat_mm_runtime',
         'hat_mm.compat',
         'hat_mm.registry',
         'hat_mm.engine',
@@ -81,6 +82,19 @@ def test_direction_holds_in_every_module():
     files = sorted(PACKAGE.rglob('*.py'))
     assert {*ALLOWED} <= {file.relative_to(PACKAGE).parts[0] for file in files}
     assert [line for file in files for line in violations(file)] == []
+
+
+def test_the_runtime_knows_nothing_of_the_rest():
+    own = ('numpy', 'cv2', 'onnxruntime', 'openvino', 'hat_mm_runtime')
+    files = sorted((ROOT / 'hat_mm_runtime').rglob('*.py'))
+    found = [
+        f'{file}:{line}: {name}'
+        for file in files
+        for line, name in imported_names(file.read_text(encoding='utf-8'), 'hat_mm_runtime')
+        if not is_within(name, (*sys.stdlib_module_names, *own))
+    ]
+    assert files
+    assert found == []
 
 
 @pytest.mark.parametrize(

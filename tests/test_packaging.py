@@ -16,6 +16,7 @@ import hat_mm
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ('configs', 'demo', 'tools', 'model-index.yml')
+PACKAGES = ('hat_mm', 'hat_mm_runtime')
 METADATA = ('pyproject.toml', 'setup.py', 'MANIFEST.in', 'LICENSE', 'README.md')
 
 
@@ -34,7 +35,7 @@ def shipped_files() -> set[str]:
 def copy_sources(target: Path) -> Path:
     """Copy what a package is built from, links as links; the tests may run beside each other."""
     target.mkdir()
-    for name in ('hat_mm', *SHIPPED, *METADATA):
+    for name in (*PACKAGES, *SHIPPED, *METADATA):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, target / name, symlinks=True)
         else:
@@ -86,8 +87,8 @@ def test_the_wheel_holds_the_package_and_what_mim_looks_for(archives):
     files = contents(archives[1])
     shipped = {name for name in files if name.startswith('hat_mm/.mim/')}
     assert shipped == {f'hat_mm/.mim/{name}' for name in shipped_files()}
-    package = {f'hat_mm/{name}' for name in files_below(ROOT / 'hat_mm')}
-    assert {name for name in files if '.dist-info/' not in name} == package | shipped
+    packages = {f'{p}/{name}' for p in PACKAGES for name in files_below(ROOT / p)}
+    assert {name for name in files if '.dist-info/' not in name} == packages | shipped
     for name in shipped:
         assert files[name] == (ROOT / name.removeprefix('hat_mm/.mim/')).read_bytes(), name
 

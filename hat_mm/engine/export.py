@@ -405,5 +405,6 @@ def _check(
         )
         return
     raise UserError(
-        f'the file differs from PyTorch in {share}, see above; it was not kept (--no-check keeps it)'
+        f'the file differs from PyTorch in {share}, see above; it was not kept (--no-check keeps '
+        'it)'
     )

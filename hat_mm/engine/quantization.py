@@ -131,9 +131,10 @@ def _by_onnxruntime(
     source: Path, target: Path, meta: dict[str, Any], pictures: Sequence[Path]
 ) -> None:
     onnx = importlib.import_module('onnx')
-    library = importlib.import_module('onnxruntime.quantization')
+    library: Any = importlib.import_module('onnxruntime.quantization')
+    base: Any = library.CalibrationDataReader
 
-    class Reader(library.CalibrationDataReader):
+    class Reader(base):
         batches = _batches(pictures, meta)
 
         def get_next(self) -> dict[str, np.ndarray] | None:

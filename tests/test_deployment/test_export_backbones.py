@@ -6,7 +6,7 @@ import torch
 from test_backbones.archs import FAMILIES
 
 import hat_mm
-from hat_mm.engine.exported import ExportedFile
+from hat_mm_runtime import Model
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def test_onnx(case, tmp_path):
     model = build(case)
     # Images of three sizes are compared there, too.
     path = hat_mm.export(model, None, tmp_path / 'model.onnx')
-    file = ExportedFile(path)
+    file = Model(path)
     assert_as_exact(lambda x: file.run(x.numpy()).values(), model)
     assert_as_exact(lambda x: file.run(x.numpy()).values(), model, [(97, 211)], batch=3)
 

@@ -128,9 +128,8 @@ def _resize(image: np.ndarray, size: tuple[int, int], how: str, backend: str) ->
         return cv2.resize(image, size, interpolation=_INTERPOLATIONS[how])
     if backend != 'pillow' or how not in ('bilinear', 'bicubic'):
         raise ModelError(f'the file asks for {how!r} by {backend!r}, which this version cannot do')
-    # Pillow begins with the side that shrinks more, and rounds after each side.
-    sides = [(1, size[0]), (0, size[1])]
-    for axis, n in sorted(sides, key=lambda side: side[1] / image.shape[side[0]]):
+    # Pillow rounds after each side. It may begin with the other one, which changes the rounding.
+    for axis, n in ((1, size[0]), (0, size[1])):
         if image.shape[axis] != n:
             weights = _filter(how, image.shape[axis], n)
             image = np.moveaxis(np.tensordot(weights, image, (1, axis)), 0, axis)

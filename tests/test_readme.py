@@ -21,6 +21,7 @@ from mmengine.registry import DefaultScope
 import hat_mm
 from hat_mm.engine import cli
 from hat_mm.engine.build import build_model
+from hat_mm_runtime import __main__ as runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -56,6 +57,8 @@ def test_command_exists(command):
         )
         assert done.returncode == 0, done.stderr
         return
+    if words[0] == 'pip' or words[:3] == ['python', '-m', 'hat_mm_runtime']:
+        return  # tested below, or not ours
     assert words[0] in ('python', 'bash')
     assert (ROOT / words[1]).is_file()
     if words[1].endswith('.py'):
@@ -101,6 +104,7 @@ def test_the_pages_have_commands():
     programs = {words[0].rpartition('/')[2] for words in PROGRAMS}
     assert programs >= {'shapes.py', 'get_flops.py', 'padding_effect.py', 'publish_model.py'}
     assert len(BENCHMARKS) >= 6
+    assert len(RUNTIME) >= 2
     text = (ROOT / 'docs/configs.md').read_text()
     assert len(re.findall(r'^(?:python|bash) ', text, re.MULTILINE)) >= 10
 
@@ -169,6 +173,14 @@ PROGRAMS = [
 def test_programs_take_the_arguments_of_the_pages(words, monkeypatch):
     monkeypatch.setattr(sys, 'argv', words)
     importlib.import_module(Path(words[0]).stem).parse_args()
+
+
+RUNTIME = tool_commands(('hat_mm_runtime',))
+
+
+@pytest.mark.parametrize('words', RUNTIME, ids=lambda words: '-'.join(words)[-60:])
+def test_the_runtime_takes_the_arguments_of_the_pages(words):
+    assert runtime.parse_args(words[1:]).images
 
 
 BENCHMARKS = [words[1:] for words in tool_commands(('analysis_tools/benchmark',))]

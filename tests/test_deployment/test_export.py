@@ -5,6 +5,7 @@ import json
 import logging
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import onnx
 import openvino
@@ -139,6 +140,36 @@ def test_tested_with_a_config(exported, kind):
         else:
             torch.testing.assert_close(result.pred_score, expected.pred_score)
             assert torch.equal(result.pred_label, expected.pred_label)
+
+
+@of_kinds('mask_rcnn', 'dino', 'upernet', 'classifier')
+@torch.no_grad()
+def test_run_without_pytorch(exported, kind):
+    """The runtime finds in a picture what the model's own test step finds."""
+    model, path = exported(kind)
+    rng = np.random.default_rng(0)
+    image = cv2.resize(rng.integers(0, 256, (9, 13, 3), np.uint8), (200, 150))
+    found = Model(path)(image)
+    scope = KINDS[kind][0]
+    structure = dict(mmdet='DetDataSample', mmseg='SegDataSample', mmpretrain='DataSample')[scope]
+    sample = getattr(__import__(f'{scope}.structures').structures, structure)(
+        metainfo=dict(ori_shape=(150, 200), img_shape=(150, 200), scale_factor=(1.0, 1.0))
+    )
+    if scope == 'mmseg':
+        model.data_preprocessor.size = (150, 200)
+    tensor = torch.from_numpy(image.transpose(2, 0, 1).copy())
+    [expected] = model.test_step(dict(inputs=[tensor], data_samples=[sample]))
+    if scope == 'mmdet':
+        expected = expected.pred_instances
+        assert len(found) == len(expected) > 0
+        np.testing.assert_allclose(found.boxes, expected.bboxes.numpy(), atol=1e-2)
+        np.testing.assert_array_equal(found.labels, expected.labels.numpy())
+        if 'masks' in expected:
+            assert (found.masks == expected.masks.numpy()).mean() > 0.999
+    elif scope == 'mmseg':
+        assert (found.map == expected.pred_sem_seg.data[0].numpy()).mean() > 0.99
+    else:
+        np.testing.assert_allclose(found.scores, expected.pred_score.numpy(), atol=1e-5)
 
 
 def test_the_comparison_sees_what_is_wrong(exported):

@@ -22,7 +22,9 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from test_backbones.archs import FAMILIES
+from test_deployment.tiny_models import TwoConvs
 
+import hat_mm
 from hat_mm.engine.analysis import count
 from hat_mm.engine.cli import UserError
 from hat_mm.engine.environment import circumstances
@@ -67,6 +69,23 @@ def table(text):
 
 def prepare(text, size=(64, 64), batch=1, training=False):
     return candidates.prepare(Setting(text, size, batch, training, 'cpu'))
+
+
+def test_exported_files(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / 'net.onnx'
+    hat_mm.export(TwoConvs().eval(), None, path, check=False)
+    maps = prepare(str(path)).forward()
+    assert {name: array.shape for name, array in maps.items()} == {
+        'stage0': (1, 16, 16, 16),
+        'stage1': (1, 32, 8, 8),
+    }
+    assert candidates.complexity(str(path), (64, 64)) == (None, None)
+    for wrong in (dict(batch=2), dict(training=True)):
+        with pytest.raises(UserError, match='a file runs forward on one image at a time'):
+            prepare(str(path), **wrong)
+    with pytest.raises(UserError, match='takes no flags'):
+        prepare(f'{path}@deploy')
 
 
 # --- measuring.py ---------------------------------------------------------------------------------
@@ -369,11 +388,14 @@ def test_published_accuracy(text, top1, box_ap):
     assert report.published(parse(text)) == dict(top1=top1, box_ap=box_ap)
 
 
-@pytest.mark.parametrize('name', ['benchmark', 'training'])
+@pytest.mark.parametrize(
+    'name', [path.stem for path in sorted((ROOT / 'docs/performance').glob('*.json'))]
+)
 def test_results_of_the_docs_are_reported_once_more(name, tmp_path):
     shutil.copy(ROOT / f'docs/performance/{name}.json', tmp_path)
     run('report', str(tmp_path / f'{name}.json'))
-    page = (ROOT / 'docs/performance.md').read_text()
+    files = name.startswith('deployment')
+    page = (ROOT / f'docs/{"deployment" if files else "performance"}.md').read_text()
     rows = table((tmp_path / f'{name}.md').read_text())
     assert rows
     for cells in rows:
@@ -381,6 +403,7 @@ def test_results_of_the_docs_are_reported_once_more(name, tmp_path):
         digits = f'{float(figure):.3f}' if 'median s' in cells else f'{float(figure):.0f}'
         assert f'| {digits} |' in page
     assert (tmp_path / 'accuracy.png').exists() is (name == 'benchmark')
+    assert (tmp_path / 'engines.png').exists() is files
 
 
 def test_cells_of_a_row():

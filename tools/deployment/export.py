@@ -79,7 +79,9 @@ def main(argv: list[str] | None = None) -> None:
         check=not args.no_check,
         images=args.images,
     )
-    print(f'{path}: {path.stat().st_size / 2**20:.1f} MiB')
+    parts = [path, path.with_suffix('.bin'), path.with_name(f'{path.name}.data')]
+    size = sum(part.stat().st_size for part in parts if part.exists())
+    print(f'{path}: {size / 2**20:.1f} MiB')
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import attention
+import numpy as np
 import torch
 from measuring import Work
 
@@ -18,6 +19,7 @@ import hat_mm
 from hat_mm import compat
 from hat_mm.engine.build import build_model, build_type, read_type
 from hat_mm.engine.cli import UserError
+from hat_mm_runtime import ENDS, Model, images
 
 Size = tuple[int, int]
 
@@ -67,6 +69,11 @@ class Candidate:
     def is_config(self) -> bool:
         """Whether it is a config, that is a whole model."""
         return self.name.endswith('.py')
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file that hat_mm.export wrote."""
+        return self.name.endswith(ENDS)
 
     @property
     def channels(self) -> int:
@@ -221,6 +228,21 @@ class Setting:
     device: str
 
 
+def _prepare_file(candidate: Candidate, setting: Setting) -> Work:
+    """The work of an exported file: the network and, as for a config, its post-processing."""
+    if candidate.flags or setting.training or setting.batch > 1 or setting.device != 'cpu':
+        raise UserError(
+            f'{candidate.text}: a file runs forward on one image at a time, on the CPU, and takes '
+            'no flags'
+        )
+    model = Model(candidate.name, threads=torch.get_num_threads())
+    image = np.random.default_rng(0).integers(0, 256, (*setting.size, 3), np.uint8)
+    inputs, size = images.prepare(image, dict(model.meta, resize=[]))
+    if model.meta['task'] == 'features':
+        return Work(lambda: model.run(inputs))
+    return Work(lambda: model.finish(image, model.run(inputs), size=size))
+
+
 def prepare(setting: Setting) -> Work:
     """Builds a candidate and prepares its forward pass or training step.
 
@@ -231,6 +253,8 @@ def prepare(setting: Setting) -> Work:
         UserError: The candidate cannot be built, or its flags do not fit it.
     """
     candidate, training = parse(setting.text), setting.training
+    if candidate.is_file:
+        return _prepare_file(candidate, setting)
     flags, size = candidate.flags, setting.size
     misplaced = 'deploy' if training else 'cp'
     if misplaced in flags:
@@ -283,7 +307,7 @@ def prepare(setting: Setting) -> Work:
 
 
 @cache
-def complexity(base: str, size: Size) -> tuple[int, int | None]:
+def complexity(base: str, size: Size) -> tuple[int | None, int | None]:
     """Counts the parameters, and the MACs of the forward pass of one image.
 
     The position MLPs are left out; in deploy form, those of windows do not run.
@@ -293,11 +317,13 @@ def complexity(base: str, size: Size) -> tuple[int, int | None]:
         size: Height and width of the image in pixels.
 
     Returns:
-        Both numbers; the second is None if the pass cannot be traced.
+        Both numbers; the second is None if the pass cannot be traced, both are for a file.
     """
     from hat_mm.engine.analysis import count
 
     candidate = parse(base)
+    if candidate.is_file:
+        return None, None
     model, _ = build(candidate, size)
     parameters = sum(p.numel() for p in model.parameters())
     try:

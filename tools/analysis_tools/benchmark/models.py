@@ -3,7 +3,7 @@
 A candidate is NAME[:KEY=VALUE,...][@FLAG+FLAG...]; NAME is a registered type such as
 hat_mm.FasterViT, a config (KEYs are settings of its model; SCOPE::CONFIG is one that a toolbox
 ships, such as mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py), timm/MODEL,
-authors/faster_vit_0_any_res (the authors' FasterViT), or one of
+authors/faster_vit_0_any_res (the authors' FasterViT), an exported file (.onnx, .xml), or one of
   {peers}.
 FLAGs:
 {flags}

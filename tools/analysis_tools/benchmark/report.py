@@ -158,7 +158,8 @@ def _cells(row: dict[str, Any], results: dict[str, Any]) -> dict[str, str]:
         if ratio is not None:
             cells[f'{"of" if memory else "speed-up over"} {label(peer)}'] = f'{ratio:.2f}'
     if not memory:
-        cells['params M'] = f'{row["parameters"] / 1e6:.1f}'
+        parameters = row['parameters']
+        cells['params M'] = '' if parameters is None else f'{parameters / 1e6:.1f}'
         cells['MACs G'] = '' if row['macs'] is None else f'{row["macs"] / 1e9:.3g}'
     return cells
 
@@ -251,13 +252,44 @@ def plot_accuracy(results: dict[str, Any], path: Path) -> bool:
     return True
 
 
+def plot_engines(results: dict[str, Any], path: Path) -> bool:
+    """Draws the seconds of networks in PyTorch and as files, at the first size.
+
+    Returns:
+        Whether there are files among the candidates.
+    """
+    done = [row for row in results['rows'] if row['mode'] == 'forward' and 'seconds' in row]
+    done = [row for row in done if row['size'] == done[0]['size']]
+    if not any(parse(row['candidate']).is_file for row in done):
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.8 + 0.4 * len(done)), layout='constrained')
+    axes = figure.subplots()
+    names = [Path(row['candidate'].partition(':test_cfg')[0]).name for row in done]
+    colors = ['C0' if parse(row['candidate']).is_file else 'C7' for row in done]
+    bars = axes.barh(range(len(done)), [cost(row) for row in done], color=colors)
+    axes.bar_label(bars, [f'{cost(row):.2f} s' for row in done], padding=3)
+    axes.set_yticks(range(len(done)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    height, width = done[0]['size']
+    axes.set_xlabel(f'seconds for an image of {height}×{width}')
+    figure.savefig(path, dpi=110)
+    return True
+
+
 def plot(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws growth with the pixels, if sizes allow, and accuracy against throughput.
+    """Draws growth with the pixels, accuracy against throughput, and files beside PyTorch.
 
     Returns:
         The PNGs that were written.
     """
-    plots = {'growth.png': plot_growth, 'accuracy.png': plot_accuracy}
+    plots = {
+        'growth.png': plot_growth,
+        'accuracy.png': plot_accuracy,
+        'engines.png': plot_engines,
+    }
     return [folder / name for name, draw in plots.items() if draw(results, folder / name)]
 
 

@@ -148,15 +148,15 @@ def test_run_without_pytorch(exported, kind):
     """The runtime finds in a picture what the model's own test step finds."""
     model, path = exported(kind)
     rng = np.random.default_rng(0)
-    image = cv2.resize(rng.integers(0, 256, (9, 13, 3), np.uint8), (200, 150))
+    image = cv2.resize(rng.integers(0, 256, (9, 13, 3), np.uint8), (224, 160))
     found = Model(path)(image)
     scope = KINDS[kind][0]
     structure = dict(mmdet='DetDataSample', mmseg='SegDataSample', mmpretrain='DataSample')[scope]
     sample = getattr(__import__(f'{scope}.structures').structures, structure)(
-        metainfo=dict(ori_shape=(150, 200), img_shape=(150, 200), scale_factor=(1.0, 1.0))
+        metainfo=dict(ori_shape=(160, 224), img_shape=(160, 224), scale_factor=(1.0, 1.0))
     )
     if scope == 'mmseg':
-        model.data_preprocessor.size = (150, 200)
+        model.data_preprocessor.size = (160, 224)
     tensor = torch.from_numpy(image.transpose(2, 0, 1).copy())
     [expected] = model.test_step(dict(inputs=[tensor], data_samples=[sample]))
     if scope == 'mmdet':

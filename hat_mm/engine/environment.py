@@ -14,6 +14,7 @@ import torch
 from .allocator import objection, tune_allocator
 
 MODULES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'fastervit')
+MODULES += ('onnxruntime', 'openvino')
 
 
 def processor() -> str:

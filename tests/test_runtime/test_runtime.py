@@ -295,6 +295,18 @@ def test_pictures_that_cannot_be_read_are_left_out(files, capsys):
     assert "c.png' cannot be read: it is no image, or is damaged" in error
 
 
+def test_no_picture_is_replaced(files, capsys):
+    (files / 'more').mkdir()
+    cv2.imwrite(str(files / 'more' / 'a.jpg'), picture(50, 60))
+    before = (files / 'a.png').read_bytes()
+    model, one, other = (str(files / name) for name in ('model.onnx', 'a.png', 'more/a.jpg'))
+    assert main([model, one, '--out', str(files)]) == 1
+    assert 'a.png would replace the picture' in capsys.readouterr().err
+    assert main([model, one, other, '--out', str(files / 'out')]) == 1
+    assert 'would have the same name, a.png' in capsys.readouterr().err
+    assert (files / 'a.png').read_bytes() == before
+
+
 def test_models_that_cannot_be_run(files, capsys):
     assert main([str(files / 'no.onnx'), str(files / 'a.png')]) == 1
     assert "no.onnx' does not exist" in capsys.readouterr().err

@@ -266,8 +266,9 @@ def plot_engines(results: dict[str, Any], path: Path) -> bool:
 
     figure = Figure(figsize=(9, 0.8 + 0.4 * len(done)), layout='constrained')
     axes = figure.subplots()
-    names = [Path(row['candidate'].partition(':test_cfg')[0]).name for row in done]
-    colors = ['C0' if parse(row['candidate']).is_file else 'C7' for row in done]
+    shown = [parse(row['candidate']) for row in done]
+    names = ['@'.join([Path(one.name).name, *one.flags]) for one in shown]
+    colors = ['C0' if one.is_file else 'C7' for one in shown]
     bars = axes.barh(range(len(done)), [cost(row) for row in done], color=colors)
     axes.bar_label(bars, [f'{cost(row):.2f} s' for row in done], padding=3)
     axes.set_yticks(range(len(done)), names, fontsize=8)

@@ -13,8 +13,8 @@ import torch
 
 from .allocator import objection, tune_allocator
 
-MODULES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'fastervit')
-MODULES += ('onnxruntime', 'openvino')
+TOOLBOXES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
+MODULES = ('torch', *TOOLBOXES, 'timm', 'fastervit', 'onnxruntime', 'openvino')
 
 
 def processor() -> str:

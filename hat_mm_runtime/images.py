@@ -47,8 +47,9 @@ def prepare(image: np.ndarray, meta: dict[str, Any]) -> tuple[np.ndarray, tuple[
         ModelError: The test pipeline resizes in a way that is not known here.
     """
     steps, static = meta['resize'], meta.get('static')
-    if static and meta['task'] in ('detection', 'segmentation'):
-        steps = [dict(type='Fit', scale=static)]
+    if static:  # classifiers crop first, which may already give this size
+        fit = dict(type='Fit', scale=static)
+        steps = [*steps, fit] if meta['task'] == 'classification' else [fit]
     for step in steps:
         image = _apply(step, image)
     height, width = image.shape[:2]

@@ -102,6 +102,8 @@ class Model:
             ValueError: It is no picture.
             ModelError: The file cannot run on a picture of this size, or is a bare backbone.
         """
+        if self.meta['task'] == 'features':
+            raise ModelError(f'{self.path} is a backbone; only run() can run it')
         if not isinstance(image, np.ndarray):
             image = images.read(image)
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
@@ -132,9 +134,7 @@ class Model:
             return _detections(common, outputs, size, self.meta, score_thr)
         if self.meta['task'] == 'segmentation':
             return _segmentation(common, outputs['output'][0], size, self.meta)
-        if self.meta['task'] == 'classification':
-            return Classification(**common, scores=outputs['output'][0])
-        raise ModelError(f'{self.path} is a backbone; only run() can run it')
+        return Classification(**common, scores=outputs['output'][0])
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Runs the file on normalised images.

@@ -99,6 +99,8 @@ def export(
     built, cfg = _build(model)
     examples = find_pictures(calibration, cfg, samples) if precision == 'int8' else []
     built = built.cpu().float()
+    if precision == 'int8' and sum(x.nbytes for x in built.parameters()) > _LARGEST:
+        raise UserError('int8 is for models of less than 2 GiB in float32; fp16 is for any')
     saved = {} if checkpoint is None else _load(built, checkpoint)
     built = revert_sync_batchnorm(built.eval().requires_grad_(False))
     graph = inference_graph(_folded(built), scores=scores, paste_masks=paste_masks)

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +122,9 @@ def _float_modules(nodes: Iterable[Any], sensitive: Sequence[str]) -> list[str]:
     return sorted({name.rpartition('/')[0] for name in first + kept})
 
 
-def _batches(pictures: Sequence[Path], meta: dict[str, Any]) -> Iterator[np.ndarray]:
-    for path in pictures:
-        yield images.prepare(read_image(path), meta)[0]
+def _batch(path: Path, meta: dict[str, Any]) -> np.ndarray:
+    """A picture as the network is given it, (1, 3, H, W)."""
+    return images.prepare(read_image(path), meta)[0]
 
 
 def _by_onnxruntime(
@@ -135,10 +135,11 @@ def _by_onnxruntime(
     base: Any = library.CalibrationDataReader
 
     class Reader(base):
-        batches = _batches(pictures, meta)
+        paths = iter(pictures)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(({'input': batch} for batch in self.batches), None)
+            path = next(self.paths, None)
+            return None if path is None else {'input': _batch(path, meta)}
 
     names = [node.name for node in onnx.load(source, load_external_data=False).graph.node]
     library.quantize_static(
@@ -166,7 +167,7 @@ def _by_nncf(source: Path, target: Path, meta: dict[str, Any], pictures: Sequenc
     patterns = [f'{re.escape(module)}/' for module in meta['float']]
     model = nncf.quantize(
         openvino.Core().read_model(source),
-        nncf.Dataset(list(_batches(pictures, meta))),
+        nncf.Dataset(pictures, lambda path: _batch(path, meta)),
         subset_size=len(pictures),
         # Nodes that belong to no module are post-processing.
         ignored_scope=nncf.IgnoredScope(patterns=['[^/]*$', *patterns], validate=False),

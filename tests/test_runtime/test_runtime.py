@@ -133,11 +133,15 @@ def test_normalization_and_padding_are_the_toolboxes(divisor):
 
 @pytest.mark.parametrize(('height', 'width', 'fitted'), [(60, 80, (48, 64)), (99, 33, (64, 21))])
 def test_a_file_of_one_size_gets_it(height, width, fitted):
-    meta = dict(DETECTING, static=[64, 64])
-    batch, size = images.prepare(picture(height, width), meta)
-    assert batch.shape == (1, 3, 64, 64)
-    assert size == fitted
-    assert not batch[..., fitted[0] :, :].any()
+    for meta in (DETECTING, SEGMENTING, CLASSIFYING, dict(META, task='features')):
+        meta = dict(meta, static=[64, 64])
+        batch, size = images.prepare(picture(height, width), meta)
+        assert batch.shape == (1, 3, 64, 64)
+        assert size == fitted
+        assert not batch[..., fitted[0] :, :].any()
+    crop = dict(CLASSIFYING, static=[40, 40], resize=[dict(type='CenterCrop', crop_size=30)])
+    _, size = images.prepare(picture(height, width), crop)
+    assert size == (40, 40)
 
 
 def test_unknown_transforms():

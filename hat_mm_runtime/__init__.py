@@ -7,7 +7,12 @@
 >>> picture = found.draw()
 """
 
-from .images import ModelError
+import os
+
+# onnxruntime reports its use to a server, and reads this when it is imported.
+os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
+
+from .images import ModelError, PictureError
 from .model import ENDS, META, Model
 from .results import Classification, Detections, Segmentation
 
@@ -18,5 +23,6 @@ __all__ = [
     'Detections',
     'Model',
     'ModelError',
+    'PictureError',
     'Segmentation',
 ]

@@ -19,17 +19,23 @@ class ModelError(Exception):
     """A model file cannot be opened or run; the message says why."""
 
 
+class PictureError(ValueError):
+    """A picture cannot be read or used; the message says why."""
+
+
 def read(path: str | Path) -> np.ndarray:
     """Reads a picture, (H, W, 3), BGR.
 
     Raises:
-        ValueError: It cannot be read.
+        PictureError: It cannot be read.
     """
     if not Path(path).is_file():
-        raise ValueError(f'image {str(path)!r} does not exist')
-    image = cv2.imread(str(path))
+        why = 'is a folder' if Path(path).is_dir() else 'does not exist'
+        raise PictureError(f'image {str(path)!r} {why}')
+    content = np.fromfile(path, np.uint8)  # imread fails for names that are not UTF-8
+    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
     if image is None:
-        raise ValueError(f'image {str(path)!r} cannot be read: it is no image, or is damaged')
+        raise PictureError(f'image {str(path)!r} cannot be read: it is no image, or is damaged')
     return image
 
 
@@ -44,15 +50,22 @@ def prepare(image: np.ndarray, meta: dict[str, Any]) -> tuple[np.ndarray, tuple[
         The batch of one image, (1, 3, H, W), float32, and its height and width without padding.
 
     Raises:
-        ModelError: The test pipeline resizes in a way that is not known here.
+        ModelError: The test pipeline resizes in a way that is not known here, or to another size
+            than that of a file of one size.
+        PictureError: The picture is too thin.
     """
     steps, static = meta['resize'], meta.get('static')
-    if static:  # classifiers crop first, which may already give this size
-        fit = dict(type='Fit', scale=static)
-        steps = [*steps, fit] if meta['task'] == 'classification' else [fit]
+    if static and meta['task'] != 'classification':
+        steps = [dict(type='Fit', scale=static)]
     for step in steps:
         image = _apply(step, image)
     height, width = image.shape[:2]
+    # Padding would change what a classifier sees.
+    if static and meta['task'] == 'classification' and [height, width] != [*static]:
+        raise ModelError(
+            f'the file takes {static[0]}x{static[1]} (height x width), its test pipeline gives '
+            f'{height}x{width}'
+        )
     divisor = meta['pad_size_divisor']
     rows, cols = static or (-(-n // divisor) * divisor for n in (height, width))
     if meta['bgr_to_rgb']:
@@ -125,6 +138,9 @@ _SIZES = dict(Fit=_fit, Resize=_by_scale, ResizeEdge=_by_edge, ResizeShortestEdg
 
 def _resize(image: np.ndarray, size: tuple[int, int], how: str, backend: str) -> np.ndarray:
     """Resizes to a width and height."""
+    if 0 in size:
+        height, width = image.shape[:2]
+        raise PictureError(f'a picture of {width}x{height} would have {size[0]}x{size[1]} pixels')
     if backend == 'cv2' and how in _INTERPOLATIONS:
         return cv2.resize(image, size, interpolation=_INTERPOLATIONS[how])
     if backend != 'pillow' or how not in ('bilinear', 'bicubic'):

@@ -9,13 +9,14 @@ import cv2
 import numpy as np
 
 from . import images
-from .images import ModelError
+from .images import ModelError, PictureError
 from .results import Classification, Detections, Segmentation
 
 # Key of the file's metadata, a JSON text.
 META = 'hat_mm'
 # Ends of the names of model files.
 ENDS = ('.onnx', '.xml')
+_NEEDED = {'task', 'classes', 'palette', 'mean', 'std', 'bgr_to_rgb', 'pad_size_divisor', 'resize'}
 
 
 class Model:
@@ -87,6 +88,8 @@ class Model:
         if text is None:
             raise ModelError(f'model {str(self.path)!r} was not written by hat_mm.export')
         self.meta = json.loads(text)
+        if not {*self.meta} >= _NEEDED:
+            raise ModelError(f'model {str(self.path)!r} was written by another version of hat_mm')
 
     def __call__(self, image: str | Path | np.ndarray, score_thr: float = 0.0) -> Any:
         """Finds what is in a picture.
@@ -99,7 +102,7 @@ class Model:
             :class:`Detections`, :class:`Segmentation` or :class:`Classification`.
 
         Raises:
-            ValueError: It is no picture.
+            PictureError: It is no picture, or is too thin.
             ModelError: The file cannot run on a picture of this size, or is a bare backbone.
         """
         if self.meta['task'] == 'features':
@@ -107,7 +110,7 @@ class Model:
         if not isinstance(image, np.ndarray):
             image = images.read(image)
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(
+            raise PictureError(
                 f'an image must be (H, W, 3) of uint8, got {image.shape} of {image.dtype}'
             )
         batch, size = images.prepare(image, self.meta)

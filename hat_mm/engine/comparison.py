@@ -119,7 +119,7 @@ def _detection(found: dict, model: Any, image: Tensor, meta: dict) -> Difference
     precision = meta['precision']
     apart = (scores[index, 0] - expected.scores).abs()
     paired = (iou >= _IOU[precision]) & (apart <= _SCORES[precision])
-    text += f', {int(paired.sum())} of them equal'
+    text += f', {len(index[paired].unique())} of them equal'
     # A detection with one of the lowest scores may be in only one of them.
     edge = min(float(scores.min()), float(expected.scores.min())) + _SCORES[precision]
     extra = torch.ones(len(boxes), dtype=torch.bool)

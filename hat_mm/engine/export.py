@@ -33,7 +33,7 @@ from .comparison import compare
 from .environment import versions
 from .exported import open_file
 from .graphs import Graph, inference_graph
-from .quantization import find_pictures, quantize, read_image
+from .quantization import find_pictures, quantize, read_image, require_nncf
 
 OPSET = 20
 PRECISIONS = ('fp32', 'fp16', 'bf16', 'int8')
@@ -125,9 +125,12 @@ def export(
         else:
             _write(traced, written, meta, half=precision != 'fp32')
         _check(written, built, pictures, sizes)
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == out.name):
+        parts = sorted(Path(folder).iterdir(), key=lambda path: path.name == out.name)
+        for path in parts:
             fileio.sync(path)
             os.replace(path, out.with_name(path.name))
+        if len(parts) == 1:  # the weights of the file that was replaced
+            out.with_name(f'{out.name}.data').unlink(missing_ok=True)
     return out
 
 
@@ -159,7 +162,7 @@ def _check_arguments(
     if out.suffix == '.xml':
         compat.require('openvino')
         if precision == 'int8':
-            compat.require('nncf')
+            require_nncf()
     return out
 
 
@@ -398,9 +401,8 @@ def _check(
     if not wrong:
         return
     share = f'{wrong} of {len(pictures) * len(sizes)} images'
-    if (
-        precision == 'int8'
-    ):  # the float file was equal; how close int8 should be is the user's choice
+    if precision == 'int8':
+        # The float file was equal. How close int8 has to be is the user's choice.
         print(
             f'warning: int8 is far from PyTorch in {share}; measure it with tools/test.py, and try '
             'other pictures for the calibration'

@@ -41,6 +41,16 @@ def read_image(path: str | Path) -> np.ndarray:
         raise UserError(str(error)) from error
 
 
+def require_nncf() -> Any:
+    """Imports NNCF.
+
+    Raises:
+        hat_mm.compat.DependencyError: It is not installed.
+    """
+    os.environ.setdefault('NNCF_CI', '1')  # it would report its use to a server
+    return compat.require('nncf')
+
+
 def find_pictures(source: str | Path, cfg: Any, samples: int) -> list[Path]:
     """Chooses pictures for calibration, evenly spaced.
 
@@ -56,7 +66,8 @@ def find_pictures(source: str | Path, cfg: Any, samples: int) -> list[Path]:
     if str(source) != 'dataset':
         if not os.path.isdir(source):
             raise UserError(f"calibration={str(source)!r} is neither a folder nor 'dataset'")
-        found = [path for path in Path(source).rglob('*') if path.suffix.lower() in _PICTURES]
+        files = (path for path in Path(source).rglob('*') if path.is_file())
+        found = [path for path in files if path.suffix.lower() in _PICTURES]
     elif cfg is None or 'train_dataloader' not in cfg:
         raise UserError("calibration='dataset' needs a config with a train_dataloader")
     else:
@@ -68,7 +79,12 @@ def find_pictures(source: str | Path, cfg: Any, samples: int) -> list[Path]:
                 f'the training images cannot be had ({error}); name a folder of pictures by '
                 'calibration'
             ) from error
-        found = [data.get_data_info(i)['img_path'] for i in _spaced(len(data), samples)]
+        found = [data.get_data_info(i).get('img_path') for i in _spaced(len(data), samples)]
+        if None in found:
+            raise UserError(
+                'the training images are not in files of their own; name a folder of pictures by '
+                'calibration'
+            )
     if not found:
         raise UserError(f'calibration={str(source)!r} has no pictures')
     found = sorted(Path(path) for path in found)
@@ -117,9 +133,8 @@ def _float_modules(nodes: Iterable[Any], sensitive: Sequence[str]) -> list[str]:
     """The modules with products that stay in float."""
     products = [node.name for node in nodes if node.op_type in _PRODUCTS]
     pattern = '|'.join([*_POSITIONS, *sensitive])
-    kept = [name for name in products if re.search(pattern, name)]
-    first = products[:1]
-    return sorted({name.rpartition('/')[0] for name in first + kept})
+    kept = products[:1] + [name for name in products if re.search(pattern, name)]
+    return sorted({name.rpartition('/')[0] for name in kept if '/' in name})
 
 
 def _batch(path: Path, meta: dict[str, Any]) -> np.ndarray:
@@ -141,13 +156,15 @@ def _by_onnxruntime(
             path = next(self.paths, None)
             return None if path is None else {'input': _batch(path, meta)}
 
-    names = [node.name for node in onnx.load(source, load_external_data=False).graph.node]
+    names = [node.name for node in onnx.load(source).graph.node]
+    # Nodes that belong to no module are post-processing.
+    kept = [n for n in names if '/' not in n or n.rpartition('/')[0] in meta['float']]
     library.quantize_static(
         source,
         target,
         Reader(),
         op_types_to_quantize=_PRODUCTS,
-        nodes_to_exclude=[name for name in names if name.rpartition('/')[0] in meta['float']],
+        nodes_to_exclude=kept,
         per_channel=True,
         # Processors without VNNI add up pairs of products in 16 bits.
         reduce_range=True,
@@ -156,12 +173,15 @@ def _by_onnxruntime(
     )
     model = onnx.load(target)
     onnx.helper.set_model_props(model, {META: json.dumps(meta)})
+    # onnxruntime also names sets of operators that no node uses.
+    used = [item for item in model.opset_import if not item.domain]
+    del model.opset_import[:]
+    model.opset_import.extend(used)
     onnx.save(model, target)
 
 
 def _by_nncf(source: Path, target: Path, meta: dict[str, Any], pictures: Sequence[Path]) -> None:
-    os.environ.setdefault('NNCF_CI', '1')  # it would report its use to a server
-    nncf = compat.require('nncf')
+    nncf = require_nncf()
     openvino = importlib.import_module('openvino')
     nncf.set_log_level(logging.ERROR)
     patterns = [f'{re.escape(module)}/' for module in meta['float']]
@@ -169,7 +189,6 @@ def _by_nncf(source: Path, target: Path, meta: dict[str, Any], pictures: Sequenc
         openvino.Core().read_model(source),
         nncf.Dataset(pictures, lambda path: _batch(path, meta)),
         subset_size=len(pictures),
-        # Nodes that belong to no module are post-processing.
         ignored_scope=nncf.IgnoredScope(patterns=['[^/]*$', *patterns], validate=False),
         advanced_parameters=nncf.AdvancedQuantizationParameters(
             overflow_fix=nncf.OverflowFix.ENABLE

@@ -1,5 +1,8 @@
 """Files in 8 bits: what is quantized, what is not, and that the results stay."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -103,6 +106,26 @@ def test_what_is_quantized_by_onnxruntime(files):
     }
 
 
+def test_int8_has_only_standard_operators(files):
+    assert {item.domain for item in onnx.load(files['onnx']).opset_import} == {''}
+
+
+def test_nncf_reports_nothing():
+    """pytest would switch it off as well."""
+    code = (
+        'from hat_mm.engine.quantization import require_nncf\n'
+        'require_nncf()\n'
+        'from nncf.telemetry import wrapper\n'
+        'print(type(wrapper.telemetry).__name__)'
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith('PYTEST')}
+    environment.pop('NNCF_CI', None)
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.splitlines()[-1:] == ['MagicMock'], done.stderr
+
+
 def test_what_is_quantized_by_nncf(files):
     model = openvino.Core().read_model(files['openvino'])
     weights = {}
@@ -117,6 +140,7 @@ def test_what_is_quantized_by_nncf(files):
 def test_pictures_of_a_folder(folder, tmp_path):
     found = find_pictures(folder, None, 3)
     assert [path.name for path in found] == ['1.png', '2.png', '4.png']
+    (folder / 'folder.png').mkdir(exist_ok=True)
     assert len(find_pictures(str(folder), None, 64)) == 5
     with pytest.raises(UserError, match="neither a folder nor 'dataset'"):
         find_pictures(folder / '1.png', None, 3)

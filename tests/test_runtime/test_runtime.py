@@ -20,7 +20,7 @@ from test_deployment.tiny_models import config
 
 import hat_mm
 import hat_mm_runtime
-from hat_mm_runtime import Model, ModelError, images
+from hat_mm_runtime import Model, ModelError, PictureError, images
 from hat_mm_runtime.__main__ import main
 from hat_mm_runtime.results import encode
 
@@ -133,15 +133,29 @@ def test_normalization_and_padding_are_the_toolboxes(divisor):
 
 @pytest.mark.parametrize(('height', 'width', 'fitted'), [(60, 80, (48, 64)), (99, 33, (64, 21))])
 def test_a_file_of_one_size_gets_it(height, width, fitted):
-    for meta in (DETECTING, SEGMENTING, CLASSIFYING, dict(META, task='features')):
+    for meta in (DETECTING, SEGMENTING, dict(META, task='features')):
         meta = dict(meta, static=[64, 64])
         batch, size = images.prepare(picture(height, width), meta)
         assert batch.shape == (1, 3, 64, 64)
         assert size == fitted
         assert not batch[..., fitted[0] :, :].any()
-    crop = dict(CLASSIFYING, static=[40, 40], resize=[dict(type='CenterCrop', crop_size=30)])
+    crop = dict(CLASSIFYING, static=[30, 30], resize=[dict(type='CenterCrop', crop_size=30)])
     _, size = images.prepare(picture(height, width), crop)
-    assert size == (40, 40)
+    assert size == (30, 30)
+    with pytest.raises(ModelError, match=r'takes 40x30 .* its test pipeline gives 30x30'):
+        images.prepare(picture(height, width), dict(crop, static=[40, 30]))
+
+
+def test_pictures_that_are_too_thin():
+    with pytest.raises(PictureError, match='a picture of 2x400 would have 0x50 pixels'):
+        step = dict(type='Resize', scale=[50, 50], keep_ratio=True)
+        images.prepare(picture(400, 2), dict(META, task='detection', resize=[step]))
+
+
+def test_names_that_are_no_unicode(tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b'a\xff.png')
+    Path(os.fsdecode(path)).write_bytes(cv2.imencode('.png', picture(20, 30))[1].tobytes())
+    np.testing.assert_array_equal(images.read(os.fsdecode(path)), picture(20, 30))
 
 
 def test_unknown_transforms():
@@ -279,8 +293,8 @@ def test_command(files, capsys):
     assert [line.partition(' (')[0] for line in lines] == [
         f'{files / name}: 2 cat, 3 dog, 1 élan' for name in ('a.png', 'b.png')
     ]
-    assert cv2.imread(str(files / 'out' / 'a.png')).shape == (90, 135, 3)
-    assert cv2.imread(str(files / 'out' / 'b.png')).shape == (50, 60, 3)
+    assert cv2.imread(str(files / 'out' / 'a_result.png')).shape == (90, 135, 3)
+    assert cv2.imread(str(files / 'out' / 'b_result.png')).shape == (50, 60, 3)
     assert main([*arguments, '--json', '--score-thr', '0.5']) == 0
     first, _ = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     found = Model(files / 'model.onnx')(files / 'a.png', 0.5)
@@ -291,24 +305,28 @@ def test_command(files, capsys):
 
 def test_pictures_that_cannot_be_read_are_left_out(files, capsys):
     (files / 'c.png').write_bytes(b'no picture')
-    names = ('model.onnx', 'no.png', 'c.png', 'a.png')
+    (files / 'd.png').touch()
+    names = ('model.onnx', 'no.png', 'c.png', 'd.png', '.', 'a.png')
     assert main([str(files / name) for name in names]) == 1
     out, error = capsys.readouterr()
     assert out.startswith(f'{files / "a.png"}: ')
     assert "no.png' does not exist" in error
     assert "c.png' cannot be read: it is no image, or is damaged" in error
+    assert "d.png' cannot be read: it is no image, or is damaged" in error
+    assert "' is a folder" in error
 
 
 def test_no_picture_is_replaced(files, capsys):
     (files / 'more').mkdir()
     cv2.imwrite(str(files / 'more' / 'a.jpg'), picture(50, 60))
-    before = (files / 'a.png').read_bytes()
+    cv2.imwrite(str(files / 'a_result.png'), picture(20, 30))
+    before = {path: path.read_bytes() for path in files.glob('*.*')}
     model, one, other = (str(files / name) for name in ('model.onnx', 'a.png', 'more/a.jpg'))
-    assert main([model, one, '--out', str(files)]) == 1
+    assert main([model, one, str(files / 'a_result.png'), '--out', str(files)]) == 1
     assert 'a.png would replace the picture' in capsys.readouterr().err
     assert main([model, one, other, '--out', str(files / 'out')]) == 1
-    assert 'would have the same name, a.png' in capsys.readouterr().err
-    assert (files / 'a.png').read_bytes() == before
+    assert 'would have the same name, a_result.png' in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in files.glob('*.*')} == before
 
 
 def test_models_that_cannot_be_run(files, capsys):
@@ -324,6 +342,9 @@ def test_models_that_cannot_be_run(files, capsys):
     onnx.save(model, files / 'other.onnx')
     with pytest.raises(ModelError, match=r'was not written by hat_mm\.export'):
         Model(files / 'other.onnx')
+    write(files / 'older.onnx', dict(task='detection'), dets=boxes_in(9, 9))
+    with pytest.raises(ModelError, match='was written by another version of hat_mm'):
+        Model(files / 'older.onnx')
     for suffix in ('.onnx', '.xml'):
         (files / f'broken{suffix}').write_bytes(b'no model')
         with pytest.raises(ModelError, match='cannot be opened'):
@@ -355,7 +376,10 @@ def test_without_torch(files, tmp_path):
                 (packages / folder.name).symlink_to(folder)
     (packages / 'hat_mm_runtime').symlink_to(ROOT / 'hat_mm_runtime')
     python = tmp_path / 'venv' / 'bin' / 'python'
-    environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    unwanted = ('PYTHONPATH', 'ORT_DISABLE_TELEMETRY')
+    environment = {key: value for key, value in os.environ.items() if key not in unwanted}
+    environment['HOME'] = str(tmp_path / 'home')
+    (tmp_path / 'home').mkdir()
 
     def run(*arguments):
         return subprocess.run(
@@ -378,6 +402,7 @@ def test_without_torch(files, tmp_path):
         assert done.returncode == 0, done.stderr
         found = [json.loads(line) for line in done.stdout.splitlines()]
         assert found == json.loads(json.dumps(expected))
+    assert list((tmp_path / 'home').iterdir()) == []  # where onnxruntime keeps what it reports
     (packages / 'onnxruntime').unlink()
     done = run('-m', 'hat_mm_runtime', 'model.onnx', 'a.png')
     assert done.returncode == 1

@@ -84,6 +84,10 @@ def test_exported_files(tmp_path):
     for wrong in (dict(batch=2), dict(training=True)):
         with pytest.raises(UserError, match='a file runs forward on one image at a time'):
             prepare(str(path), **wrong)
+    hat_mm.export(TwoConvs().eval(), None, path, check=False, static=(32, 64))
+    assert prepare(str(path), size=(32, 64)).forward()['stage0'].shape == (1, 16, 8, 16)
+    with pytest.raises(UserError, match='is for 32x64'):
+        prepare(str(path))
     with pytest.raises(UserError, match='takes no flags'):
         prepare(f'{path}@deploy')
 

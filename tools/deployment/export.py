@@ -79,8 +79,10 @@ def main(argv: list[str] | None = None) -> None:
         check=not args.no_check,
         images=args.images,
     )
-    parts = [path, path.with_suffix('.bin'), path.with_name(f'{path.name}.data')]
-    size = sum(part.stat().st_size for part in parts if part.exists())
+    weights = (
+        path.with_suffix('.bin') if path.suffix == '.xml' else path.with_name(f'{path.name}.data')
+    )
+    size = sum(part.stat().st_size for part in (path, weights) if part.exists())
     print(f'{path}: {size / 2**20:.1f} MiB')
 
 

@@ -236,6 +236,9 @@ def _prepare_file(candidate: Candidate, setting: Setting) -> Work:
             'no flags'
         )
     model = Model(candidate.name, threads=torch.get_num_threads())
+    fixed = model.meta.get('static')
+    if fixed and tuple(fixed) != setting.size:
+        raise UserError(f'{candidate.text} is for {fixed[0]}x{fixed[1]} (height x width) only')
     image = np.random.default_rng(0).integers(0, 256, (*setting.size, 3), np.uint8)
     inputs, size = images.prepare(image, dict(model.meta, resize=[]))
     if model.meta['task'] == 'features':

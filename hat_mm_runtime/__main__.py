@@ -36,12 +36,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         targets = _targets(args.images, args.out) if args.out else {}
         model = Model(args.model, args.threads)
+        if model.meta['task'] == 'features':
+            raise ModelError(f'{args.model} is a backbone, which finds nothing in a picture')
         for path in args.images:
             start = time.perf_counter()
             try:
                 found = model(path, args.score_thr)
             except (PictureError, ModelError) as error:  # and on to the next
-                print(f'error: {path}: {error}', file=sys.stderr)
+                known = str(path) in str(error)
+                print(f'error: {error}' if known else f'error: {path}: {error}', file=sys.stderr)
                 failed = True
                 continue
             seconds = time.perf_counter() - start

@@ -13,6 +13,8 @@ _INTERPOLATIONS = {
     'area': cv2.INTER_AREA,
     'lanczos': cv2.INTER_LANCZOS4,
 }
+# Pixels of an image; a very thin picture would be resized to more, or to none.
+_LARGEST = 2**28
 
 
 class ModelError(Exception):
@@ -32,8 +34,12 @@ def read(path: str | Path) -> np.ndarray:
     if not Path(path).is_file():
         why = 'is a folder' if Path(path).is_dir() else 'does not exist'
         raise PictureError(f'image {str(path)!r} {why}')
-    content = np.fromfile(path, np.uint8)  # imread fails for names that are not UTF-8
-    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
+    try:
+        content = np.fromfile(path, np.uint8)  # imread fails for names that are not UTF-8
+        image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
+    except (OSError, cv2.error) as error:
+        cause = ' '.join(str(error).split())
+        raise PictureError(f'image {str(path)!r} cannot be read: {cause}') from error
     if image is None:
         raise PictureError(f'image {str(path)!r} cannot be read: it is no image, or is damaged')
     return image
@@ -57,6 +63,8 @@ def prepare(image: np.ndarray, meta: dict[str, Any]) -> tuple[np.ndarray, tuple[
     steps, static = meta['resize'], meta.get('static')
     if static and meta['task'] != 'classification':
         steps = [dict(type='Fit', scale=static)]
+    elif static and not steps:
+        steps = [dict(type='Resize', scale=[static[1], static[0]])]
     for step in steps:
         image = _apply(step, image)
     height, width = image.shape[:2]
@@ -138,7 +146,7 @@ _SIZES = dict(Fit=_fit, Resize=_by_scale, ResizeEdge=_by_edge, ResizeShortestEdg
 
 def _resize(image: np.ndarray, size: tuple[int, int], how: str, backend: str) -> np.ndarray:
     """Resizes to a width and height."""
-    if 0 in size:
+    if not 0 < size[0] * size[1] <= _LARGEST:
         height, width = image.shape[:2]
         raise PictureError(f'a picture of {width}x{height} would have {size[0]}x{size[1]} pixels')
     if backend == 'cv2' and how in _INTERPOLATIONS:

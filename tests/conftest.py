@@ -22,6 +22,8 @@ CPUS = len(os.sched_getaffinity(0)) // int(os.environ.get('PYTEST_XDIST_WORKER_C
 torch.set_num_threads(min(CPUS, 4))
 # Programs that the tests start share the processor as well.
 os.environ.setdefault('OMP_NUM_THREADS', str(torch.get_num_threads()))
+# onnxruntime reads this when it is imported.
+os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
 # Tools that run in this process are not to keep the memory that they free.
 os.environ.setdefault('HAT_MM_NO_MALLOPT', '1')
 

@@ -33,7 +33,7 @@ from .comparison import compare
 from .environment import versions
 from .exported import open_file
 from .graphs import Graph, inference_graph
-from .quantization import find_pictures, quantize, read_image, require_nncf
+from .quantization import find_pictures, prepare, quantize, read_image, require_nncf
 
 OPSET = 20
 PRECISIONS = ('fp32', 'fp16', 'bf16', 'int8')
@@ -113,6 +113,8 @@ def export(
         checkpoint_sha256=None if checkpoint is None else fileio.sha256(checkpoint),
         versions=versions(),
     )
+    for path in examples:  # an error is better now than after minutes
+        prepare(path, meta)
     traced = _trace(graph, static=static, opset=opset)
     sizes = [static] if static else SIZES
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as folder:
@@ -125,11 +127,12 @@ def export(
         else:
             _write(traced, written, meta, half=precision != 'fp32')
         _check(written, built, pictures, sizes)
+        existed = out.exists()
         parts = sorted(Path(folder).iterdir(), key=lambda path: path.name == out.name)
         for path in parts:
             fileio.sync(path)
             os.replace(path, out.with_name(path.name))
-        if len(parts) == 1:  # the weights of the file that was replaced
+        if existed and len(parts) == 1:  # the weights of the file that was replaced
             out.with_name(f'{out.name}.data').unlink(missing_ok=True)
     return out
 

@@ -61,13 +61,13 @@ def find_pictures(source: str | Path, cfg: Any, samples: int) -> list[Path]:
         samples: Their number, if there are as many.
 
     Raises:
-        UserError: There are none, or one cannot be read.
+        UserError: There are none.
     """
     if str(source) != 'dataset':
         if not os.path.isdir(source):
             raise UserError(f"calibration={str(source)!r} is neither a folder nor 'dataset'")
-        files = (path for path in Path(source).rglob('*') if path.is_file())
-        found = [path for path in files if path.suffix.lower() in _PICTURES]
+        named = (path for path in Path(source).rglob('*') if path.suffix.lower() in _PICTURES)
+        found = [path for path in named if path.is_file()]
     elif cfg is None or 'train_dataloader' not in cfg:
         raise UserError("calibration='dataset' needs a config with a train_dataloader")
     else:
@@ -88,10 +88,7 @@ def find_pictures(source: str | Path, cfg: Any, samples: int) -> list[Path]:
     if not found:
         raise UserError(f'calibration={str(source)!r} has no pictures')
     found = sorted(Path(path) for path in found)
-    chosen = [found[i] for i in _spaced(len(found), samples)]
-    for path in chosen:  # an error is better now than after minutes
-        read_image(path)
-    return chosen
+    return [found[i] for i in _spaced(len(found), samples)]
 
 
 def _spaced(number: int, samples: int) -> list[int]:
@@ -137,9 +134,16 @@ def _float_modules(nodes: Iterable[Any], sensitive: Sequence[str]) -> list[str]:
     return sorted({name.rpartition('/')[0] for name in kept if '/' in name})
 
 
-def _batch(path: Path, meta: dict[str, Any]) -> np.ndarray:
-    """A picture as the network is given it, (1, 3, H, W)."""
-    return images.prepare(read_image(path), meta)[0]
+def prepare(path: Path, meta: dict[str, Any]) -> np.ndarray:
+    """Reads a picture as the network is given it, (1, 3, H, W).
+
+    Raises:
+        UserError: It cannot be read, or is of no use for the file.
+    """
+    try:
+        return images.prepare(images.read(path), meta)[0]
+    except (images.PictureError, images.ModelError) as error:
+        raise UserError(f'calibration with {str(path)!r}: {error}') from error
 
 
 def _by_onnxruntime(
@@ -154,9 +158,9 @@ def _by_onnxruntime(
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             path = next(self.paths, None)
-            return None if path is None else {'input': _batch(path, meta)}
+            return None if path is None else {'input': prepare(path, meta)}
 
-    names = [node.name for node in onnx.load(source).graph.node]
+    names = [node.name for node in onnx.load(source, load_external_data=False).graph.node]
     # Nodes that belong to no module are post-processing.
     kept = [n for n in names if '/' not in n or n.rpartition('/')[0] in meta['float']]
     library.quantize_static(
@@ -174,7 +178,8 @@ def _by_onnxruntime(
     model = onnx.load(target)
     onnx.helper.set_model_props(model, {META: json.dumps(meta)})
     # onnxruntime also names sets of operators that no node uses.
-    used = [item for item in model.opset_import if not item.domain]
+    domains = {'', *(node.domain for node in model.graph.node)}
+    used = [item for item in model.opset_import if item.domain in domains]
     del model.opset_import[:]
     model.opset_import.extend(used)
     onnx.save(model, target)
@@ -187,7 +192,7 @@ def _by_nncf(source: Path, target: Path, meta: dict[str, Any], pictures: Sequenc
     patterns = [f'{re.escape(module)}/' for module in meta['float']]
     model = nncf.quantize(
         openvino.Core().read_model(source),
-        nncf.Dataset(pictures, lambda path: _batch(path, meta)),
+        nncf.Dataset(pictures, lambda path: prepare(path, meta)),
         subset_size=len(pictures),
         ignored_scope=nncf.IgnoredScope(patterns=['[^/]*$', *patterns], validate=False),
         advanced_parameters=nncf.AdvancedQuantizationParameters(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from export import main
 from mmengine.config import Config
+from mmpretrain.datasets import CustomDataset
 from test_deployment.tiny_models import TwoConvs
 
 import hat_mm
@@ -147,18 +148,23 @@ def test_pictures_of_a_folder(folder, tmp_path):
     with pytest.raises(UserError, match='has no pictures'):
         find_pictures(tmp_path, None, 3)
     (tmp_path / 'a.png').write_bytes(b'no picture')
-    with pytest.raises(UserError, match=r"a\.png' cannot be read: it is no image"):
-        find_pictures(tmp_path, None, 3)
+    with pytest.raises(UserError, match=r"calibration with .*a\.png' cannot be read"):
+        hat_mm.export(TwoConvs(), None, tmp_path / 'a.onnx', precision='int8', calibration=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['a.png']
     with pytest.raises(UserError, match='needs a config with a train_dataloader'):
         find_pictures('dataset', None, 3)
 
 
-def test_pictures_of_a_config(folder):
+def test_pictures_of_a_config(folder, monkeypatch):
     dataset = dict(type='CustomDataset', data_prefix=str(folder), with_label=False)
     wrapped = dict(type='RepeatDataset', times=2, dataset=dataset)
     cfg = Config(dict(default_scope='mmpretrain', train_dataloader=dict(dataset=wrapped)))
     assert len(find_pictures('dataset', cfg, 64)) == 5
     assert len(find_pictures('dataset', cfg, 2)) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(CustomDataset, 'get_data_info', lambda *args: dict(img=0))
+        with pytest.raises(UserError, match='not in files of their own'):
+            find_pictures('dataset', cfg, 2)
     dataset['data_prefix'] = 'no/such/folder'
     cfg = Config(dict(default_scope='mmpretrain', train_dataloader=dict(dataset=dataset)))
     with pytest.raises(UserError, match=r'training images cannot be had .*no/such/folder'):

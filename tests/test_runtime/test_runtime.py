@@ -142,6 +142,8 @@ def test_a_file_of_one_size_gets_it(height, width, fitted):
     crop = dict(CLASSIFYING, static=[30, 30], resize=[dict(type='CenterCrop', crop_size=30)])
     _, size = images.prepare(picture(height, width), crop)
     assert size == (30, 30)
+    batch, _ = images.prepare(picture(height, width), dict(crop, resize=[]))
+    assert batch.shape == (1, 3, 30, 30)
     with pytest.raises(ModelError, match=r'takes 40x30 .* its test pipeline gives 30x30'):
         images.prepare(picture(height, width), dict(crop, static=[40, 30]))
 
@@ -150,6 +152,25 @@ def test_pictures_that_are_too_thin():
     with pytest.raises(PictureError, match='a picture of 2x400 would have 0x50 pixels'):
         step = dict(type='Resize', scale=[50, 50], keep_ratio=True)
         images.prepare(picture(400, 2), dict(META, task='detection', resize=[step]))
+    with pytest.raises(PictureError, match='a picture of 1x9000 would have 256x2304000 pixels'):
+        step = dict(type='ResizeEdge', scale=256, backend='pillow', interpolation='bicubic')
+        images.prepare(picture(9000, 1), dict(CLASSIFYING, resize=[step]))
+
+
+def test_pictures_that_the_system_does_not_give(files, capsys, monkeypatch):
+    def fail(*args):
+        raise PermissionError(13, 'Permission denied')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, 'fromfile', fail)
+        assert main([str(files / name) for name in ('model.onnx', 'a.png', 'b.png')]) == 1
+    error = capsys.readouterr().err
+    assert error.count('cannot be read: [Errno 13] Permission denied') == 2
+    large = bytearray((files / 'a.png').read_bytes())
+    large[16:24] = (60000).to_bytes(4) * 2  # width and height in a PNG's header
+    (files / 'large.png').write_bytes(large)
+    with pytest.raises(PictureError, match=r"large\.png' cannot be read"):
+        images.read(files / 'large.png')
 
 
 def test_names_that_are_no_unicode(tmp_path):
@@ -337,6 +358,12 @@ def test_models_that_cannot_be_run(files, capsys):
     write(files / 'backbone.onnx', dict(META, task='features'), stage0=np.zeros(1, np.float32))
     with pytest.raises(ModelError, match='is a backbone'):
         Model(files / 'backbone.onnx')(files / 'a.png')
+    assert main([str(files / name) for name in ('backbone.onnx', 'a.png', 'b.png')]) == 1
+    assert capsys.readouterr().err.count('is a backbone') == 1
+    for threads in ('0', '-1', 'x'):
+        with pytest.raises(SystemExit):
+            main([str(files / 'model.onnx'), str(files / 'a.png'), f'--threads={threads}'])
+        assert 'is not a positive integer' in capsys.readouterr().err
     model = onnx.load(files / 'model.onnx')
     del model.metadata_props[:]
     onnx.save(model, files / 'other.onnx')
@@ -376,7 +403,7 @@ def test_without_torch(files, tmp_path):
                 (packages / folder.name).symlink_to(folder)
     (packages / 'hat_mm_runtime').symlink_to(ROOT / 'hat_mm_runtime')
     python = tmp_path / 'venv' / 'bin' / 'python'
-    unwanted = ('PYTHONPATH', 'ORT_DISABLE_TELEMETRY')
+    unwanted = ('PYTHONPATH', 'ORT_DISABLE_TELEMETRY', 'XDG_CACHE_HOME')
     environment = {key: value for key, value in os.environ.items() if key not in unwanted}
     environment['HOME'] = str(tmp_path / 'home')
     (tmp_path / 'home').mkdir()

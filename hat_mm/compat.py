@@ -36,7 +36,7 @@ from torch.torch_version import TorchVersion
 __all__ = ['BREAKAGES', 'Breakage', 'DependencyError', 'apply', 'reading', 'require']
 
 MINIMUM_TORCH = '2.6'
-# Package of a config's `default_scope` -> extra of the hat_mm distribution that installs it.
+# Package that is not required -> extra of the hat_mm distribution that installs it.
 EXTRAS = {
     'mmdet': 'det',
     'mmseg': 'seg',

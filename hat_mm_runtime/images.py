@@ -94,7 +94,8 @@ def _apply(step: dict[str, Any], image: np.ndarray) -> np.ndarray:
     if kind not in _SIZES:
         raise ModelError(f'the file asks for {kind}, which this version cannot do')
     size = _SIZES[kind](step, height, width)
-    return _resize(image, size, step.get('interpolation', 'bilinear'), step.get('backend', 'cv2'))
+    how, backend = step.get('interpolation', 'bilinear'), step.get('backend', 'cv2')
+    return _resize(image, size, how=how, backend=backend)
 
 
 def _pair(value: Any) -> list[Any]:
@@ -144,7 +145,7 @@ def _by_shortest_edge(step: dict[str, Any], height: int, width: int) -> tuple[in
 _SIZES = dict(Fit=_fit, Resize=_by_scale, ResizeEdge=_by_edge, ResizeShortestEdge=_by_shortest_edge)
 
 
-def _resize(image: np.ndarray, size: tuple[int, int], how: str, backend: str) -> np.ndarray:
+def _resize(image: np.ndarray, size: tuple[int, int], *, how: str, backend: str) -> np.ndarray:
     """Resizes to a width and height."""
     if not 0 < size[0] * size[1] <= _LARGEST:
         height, width = image.shape[:2]

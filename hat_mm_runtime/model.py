@@ -134,9 +134,11 @@ class Model:
         """
         common = dict(image=image, classes=self.meta['classes'], palette=self.meta['palette'])
         if self.meta['task'] == 'detection':
-            return _detections(common, outputs, size, self.meta, score_thr)
+            threshold = self.meta.get('mask_threshold', 0.5)
+            return _detections(common, outputs, size=size, score_thr=score_thr, mask_thr=threshold)
         if self.meta['task'] == 'segmentation':
-            return _segmentation(common, outputs['output'][0], size, self.meta)
+            threshold = self.meta['threshold']
+            return _segmentation(common, outputs['output'][0], size=size, threshold=threshold)
         return Classification(**common, scores=outputs['output'][0])
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -174,9 +176,10 @@ class Model:
 def _detections(
     common: dict[str, Any],
     outputs: dict[str, np.ndarray],
+    *,
     size: tuple[int, int],
-    meta: dict[str, Any],
     score_thr: float,
+    mask_thr: float,
 ) -> Detections:
     height, width = common['image'].shape[:2]
     scale = np.array([size[1] / width, size[0] / height] * 2, np.float32)
@@ -188,7 +191,7 @@ def _detections(
     if 'masks' in outputs:
         masks = np.zeros((len(boxes), height, width), bool)
         for target, mask, box in zip(masks, outputs['masks'][0][good], boxes, strict=True):
-            _paste(target, mask, box, size, meta['mask_threshold'])
+            _paste(target, mask, box, size=size, threshold=mask_thr)
     return Detections(**common, boxes=boxes, scores=dets[good, 4], labels=labels[good], masks=masks)
 
 
@@ -196,6 +199,7 @@ def _paste(
     target: np.ndarray,
     mask: np.ndarray,
     box: np.ndarray,
+    *,
     size: tuple[int, int],
     threshold: float,
 ) -> None:
@@ -218,7 +222,7 @@ def _paste(
 
 
 def _segmentation(
-    common: dict[str, Any], output: np.ndarray, size: tuple[int, int], meta: dict[str, Any]
+    common: dict[str, Any], output: np.ndarray, *, size: tuple[int, int], threshold: float
 ) -> Segmentation:
     height, width = common['image'].shape[:2]
     output = output[:, : size[0], : size[1]]
@@ -226,8 +230,8 @@ def _segmentation(
     if output.dtype != np.float32:  # one map of classes
         planes = ((int(label), output[0] == label) for label in np.unique(output))
     elif len(output) == 1:  # one map of scores, which are to exceed a threshold
-        threshold = np.log(meta['threshold'] / (1 - meta['threshold']))
-        planes = enumerate([np.full_like(output[0], threshold), output[0]])
+        least = np.log(threshold / (1 - threshold))
+        planes = enumerate([np.full_like(output[0], least), output[0]])
     else:
         planes = enumerate(output)
     best = np.full((height, width), -np.inf, np.float32)

@@ -77,7 +77,7 @@ class Detections(Result):
             x1, y1, x2, y2 = (round(float(x)) for x in self.boxes[i])
             cv2.rectangle(picture, (x1, y1), (x2, y2), color, max(1, round(2 * size)))
             text = f'{self.name(self.labels[i])} {self.scores[i]:.2f}'
-            _write(picture, text, (x1, y1), color)
+            _write(picture, text, corner=(x1, y1), color=color)
         return picture
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -142,7 +142,7 @@ class Classification(Result):
     def draw(self) -> np.ndarray:
         """The picture with the best class and its probability, (H, W, 3), uint8, BGR."""
         picture = self.image.copy()
-        _write(picture, str(self), (0, 0), self.color(self.label))
+        _write(picture, str(self), corner=(0, 0), color=self.color(self.label))
         return picture
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ class Classification(Result):
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
-    """A mask (H, W) as COCO's RLE that is not compressed: runs along columns, zeros first."""
+    """A mask (H, W) in COCO's uncompressed RLE: runs along columns, zeros first."""
     pixels = mask.ravel(order='F')
     starts = np.flatnonzero(np.diff(pixels)) + 1
     runs = np.diff(np.concatenate([[0], starts, [pixels.size]]))
@@ -162,7 +162,9 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
     return dict(size=list(mask.shape), counts=counts)
 
 
-def _write(picture: np.ndarray, text: str, corner: tuple[int, int], color: Sequence[int]) -> None:
+def _write(
+    picture: np.ndarray, text: str, *, corner: tuple[int, int], color: Sequence[int]
+) -> None:
     """Writes dark text on a bar above the corner, or below it at the border of the picture."""
     font, scale = cv2.FONT_HERSHEY_SIMPLEX, max(0.35, max(picture.shape[:2]) / 2000)
     (width, height), below = cv2.getTextSize(text, font, scale, 1)

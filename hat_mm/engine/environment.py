@@ -13,8 +13,10 @@ import torch
 
 from .allocator import objection, tune_allocator
 
-TOOLBOXES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
-MODULES = ('torch', *TOOLBOXES, 'timm', 'fastervit', 'onnxruntime', 'openvino')
+MODULES = (
+    *('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'fastervit'),
+    *('onnxruntime', 'openvino', 'nncf'),
+)
 
 
 def processor() -> str:

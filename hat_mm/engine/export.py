@@ -25,6 +25,7 @@ from hat_mm import compat
 from hat_mm.layers import Deployable, switch_to_deploy
 from hat_mm.weights import fileio, loading
 from hat_mm_runtime import ENDS, META
+from hat_mm_runtime.images import prepare as normalised
 
 from . import onnx_ops
 from .build import build_model, build_type, read_type
@@ -393,11 +394,8 @@ def _check(
     precision, wrong = file.meta['precision'], 0
     for picture in pictures:
         for height, width in sizes:
-            image = cv2.resize(picture, (width, height)).astype(np.float32)
-            if file.meta['bgr_to_rgb']:
-                image = image[..., ::-1]
-            image = (image - np.float32(file.meta['mean'])) / np.float32(file.meta['std'])
-            batch = np.ascontiguousarray(image.transpose(2, 0, 1)[None])
+            image = cv2.resize(picture, (width, height))
+            batch, _ = normalised(image, dict(file.meta, resize=[], pad_size_divisor=1))
             difference = compare(file.run(batch), model, torch.from_numpy(batch), file.meta)
             print(f'{precision}, {height}x{width}: {difference.text}')
             wrong += not difference.small

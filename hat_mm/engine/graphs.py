@@ -32,7 +32,7 @@ class Graph(nn.Module):
         task: ``'features'``, ``'classification'``, ``'segmentation'`` or ``'detection'``.
         output_names: Names of the outputs of ``forward``.
         batched: Whether it takes any number of images.
-        final: Modules that make the results, whose errors nothing evens out; parts of their names.
+        final: Regular expressions for the names of the last layers, which int8 leaves in float.
     """
 
     task: str

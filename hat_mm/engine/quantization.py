@@ -110,7 +110,8 @@ def quantize(
         target: File to write; its end decides the format.
         meta: Metadata of the source.
         pictures: For the calibration.
-        sensitive: Modules that stay in float, beside those of all models: parts of their names.
+        sensitive: Regular expressions for the names of modules that stay in float, beside those
+            of all models.
     """
     onnx = importlib.import_module('onnx')
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -123,7 +124,7 @@ def quantize(
         kept = _float_modules(nodes, sensitive)
         meta = dict(meta, precision='int8', samples=len(pictures), float=kept)
         write = _by_onnxruntime if target.suffix == '.onnx' else _by_nncf
-        write(ready, target, meta, pictures)
+        write(ready, target, meta=meta, pictures=pictures)
 
 
 def _float_modules(nodes: Iterable[Any], sensitive: Sequence[str]) -> list[str]:
@@ -147,7 +148,7 @@ def prepare(path: Path, meta: dict[str, Any]) -> np.ndarray:
 
 
 def _by_onnxruntime(
-    source: Path, target: Path, meta: dict[str, Any], pictures: Sequence[Path]
+    source: Path, target: Path, *, meta: dict[str, Any], pictures: Sequence[Path]
 ) -> None:
     onnx = importlib.import_module('onnx')
     library: Any = importlib.import_module('onnxruntime.quantization')
@@ -185,7 +186,7 @@ def _by_onnxruntime(
     onnx.save(model, target)
 
 
-def _by_nncf(source: Path, target: Path, meta: dict[str, Any], pictures: Sequence[Path]) -> None:
+def _by_nncf(source: Path, target: Path, *, meta: dict[str, Any], pictures: Sequence[Path]) -> None:
     nncf = require_nncf()
     openvino = importlib.import_module('openvino')
     nncf.set_log_level(logging.ERROR)

@@ -1,0 +1,307 @@
+"""Reads a user's own data: what is in it, what is wrong with it, how large its objects are.
+
+Detection takes COCO's JSON; YOLO's and Pascal VOC's files become such JSON first, through the
+``supervision`` package. Semantic segmentation takes a folder of label maps, classification a folder
+for each class.
+"""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hat_mm import compat
+
+from .cli import UserError
+
+IGNORED = 255
+"""Value of unlabelled pixels in label maps."""
+SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with the data.
+
+    Attributes:
+        text: What is wrong.
+        cases: Names of all that it concerns.
+        fatal: Whether a training would fail or learn something else.
+    """
+
+    text: str
+    cases: Sequence[Any]
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        shown = ', '.join(map(str, self.cases[:3])) + (', …' if len(self.cases) > 3 else '')
+        return f'{"error" if self.fatal else "warning"}: {self.text}: {len(self.cases)} ({shown})'
+
+
+@dataclass
+class Split:
+    """What one part of the data holds.
+
+    Attributes:
+        source: Annotation file, folder of label maps, or folder of classes.
+        images: Folder of the pictures.
+        classes: Names of the classes, in the order of their numbers.
+        pictures: Number of pictures.
+        objects: Number of objects, of each class.
+        most: Number of objects in the fullest picture.
+        sides: Square roots of the areas of all boxes, in pixels.
+        sizes: Height and width of each picture in pixels; empty if not known.
+        suffix: Suffix of the pictures beside label maps.
+        findings: What is wrong.
+    """
+
+    source: Path
+    images: Path
+    classes: tuple[str, ...]
+    pictures: int = 0
+    objects: Counter = field(default_factory=Counter)
+    most: int = 0
+    sides: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    suffix: str = ''
+    findings: list[Finding] = field(default_factory=list)
+
+    def find(self, text: str, cases: Iterable[Any], *, fatal: bool = True) -> None:
+        """Notes something that is wrong, unless it has no cases."""
+        cases = list(cases)
+        if cases:
+            self.findings.append(Finding(text, cases, fatal))
+
+    def find_empty_classes(self) -> None:
+        """Notes classes without any example."""
+        empty = [name for name in self.classes if not self.objects[name]]
+        self.find('classes without an example', empty, fatal=False)
+
+    def report(self) -> str:
+        """What is in the split, and what is wrong, in lines."""
+        counts = ', '.join(f'{name} {self.objects[name]}' for name in self.classes[:10])
+        more = f' and {len(self.classes) - 10} more' if len(self.classes) > 10 else ''
+        lines = [f'{self.source}: {self.pictures} pictures; {counts}{more}']
+        if len(self.sides):
+            quantiles = ', '.join(f'{q:.0f}' for q in np.quantile(self.sides, (0.05, 0.5, 0.95)))
+            lines.append(f'side of a box, 5, 50 and 95 %: {quantiles} pixels')
+        return '\n  '.join([*lines, *map(str, self.findings)])
+
+
+# --- detection --------------------------------------------------------------------------------
+
+
+def read_coco(source: Path, images: Path, *, masks: bool) -> Split:
+    """Reads and checks a JSON file in COCO's format.
+
+    Args:
+        source: JSON file.
+        images: Folder that its file names start from.
+        masks: Whether every object needs a mask.
+
+    Raises:
+        UserError: The file is not of this format.
+    """
+    try:
+        coco = json.loads(source.read_text(encoding='utf-8'))
+        pictures = {image['id']: image for image in coco['images']}
+        names = {category['id']: str(category['name']) for category in coco['categories']}
+        annotations = coco['annotations']
+        sizes = [(int(image['height']), int(image['width'])) for image in coco['images']]
+        files = {image['id']: str(image['file_name']) for image in coco['images']}
+        boxes = np.array([a['bbox'] for a in annotations], dtype=float).reshape(-1, 4)
+        owners = [(a['id'], a['image_id'], a['category_id']) for a in annotations]
+    except OSError as error:
+        raise UserError(f'{source} cannot be read: {error.strerror}') from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{source} is not in COCO's format: {error!r}") from error
+    split = Split(source, images, tuple(names.values()), len(coco['images']), sizes=sizes)
+    split.find('image ids that occur twice', _twice(image['id'] for image in coco['images']))
+    split.find('annotation ids that occur twice', _twice(number for number, *_ in owners))
+    split.find('class names that occur twice', _twice(names.values()))
+    split.find(
+        f'pictures that are not in {images}',
+        [name for name in files.values() if not (images / name).is_file()],
+    )
+    strangers = [n for n, image, name in owners if image not in pictures or name not in names]
+    split.find('objects of an unknown picture or class', strangers)
+    if strangers:
+        return split
+    split.objects = Counter(names[name] for *_, name in owners)
+    split.most = max(Counter(image for _, image, _ in owners).values(), default=0)
+    split.sides = np.sqrt(np.clip(boxes[:, 2], 0, None) * np.clip(boxes[:, 3], 0, None))
+    limits = np.array(
+        [(pictures[image]['width'], pictures[image]['height']) for _, image, _ in owners]
+    ).reshape(-1, 2)
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    # mmdet drops what is empty or outside, and does not clip the rest.
+    gone = (high <= low).any(1) | (high <= 0).any(1) | (low >= limits).any(1)
+    beyond = ~gone & ((low < -1).any(1) | (high > limits + 1).any(1))
+    ids = np.array([number for number, *_ in owners], dtype=object)
+    split.find('boxes that are empty or outside of their picture', ids[gone], fatal=False)
+    split.find('boxes that reach beyond their picture', ids[beyond], fatal=False)
+    if masks:
+        without = [a['id'] for a in annotations if not a.get('segmentation')]
+        split.find('objects without a mask, which the model needs', without)
+    used = {image for _, image, _ in owners}
+    split.find(
+        'pictures without an object', [files[i] for i in pictures if i not in used], fatal=False
+    )
+    split.find_empty_classes()
+    if not owners:
+        split.find('no object at all in', [source])
+    return split
+
+
+def _twice(values: Iterable[Any]) -> list[Any]:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def to_coco(sources: dict[Path, tuple[Path, Path]], classes: Path | None) -> None:
+    """Writes YOLO's or Pascal VOC's annotations as JSON files in COCO's format.
+
+    Args:
+        sources: For each file to write, folder of the annotations and folder of the pictures.
+        classes: YOLO's ``data.yaml``, or a text file with a name a line. Pascal VOC's files have
+            the names in them.
+
+    Raises:
+        UserError: ``supervision`` is not installed, or cannot read the files.
+    """
+    try:
+        import supervision
+    except ImportError as error:
+        raise UserError(
+            'files of YOLO and Pascal VOC are read by the supervision package: '
+            'pip install supervision'
+        ) from error
+    found: dict[Path, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for target, (labels, images) in sources.items():
+            try:
+                if any(labels.glob('*.xml')):
+                    dataset = supervision.DetectionDataset.from_pascal_voc(str(images), str(labels))
+                elif classes is None:
+                    raise UserError("YOLO's files have no names of classes: give --classes")
+                else:
+                    names = Path(folder, 'data.yaml')
+                    names.write_text(_yolo_names(classes), encoding='utf-8')
+                    dataset = supervision.DetectionDataset.from_yolo(
+                        str(images), str(labels), str(names)
+                    )
+                dataset.as_coco(annotations_path=str(target))
+            except (ValueError, KeyError, OSError, SyntaxError) as error:
+                raise UserError(f'supervision cannot read {labels}: {error}') from error
+            found[target] = json.loads(target.read_text(encoding='utf-8'))
+    # Pascal VOC's classes are numbered as they occur, which differs between the splits.
+    every = {c['name']: None for coco in found.values() for c in coco['categories']}
+    numbers = {name: i for i, name in enumerate(every, start=1)}
+    for target, coco in found.items():
+        old = {c['id']: numbers[c['name']] for c in coco['categories']}
+        for annotation in coco['annotations']:
+            annotation['category_id'] = old[annotation['category_id']]
+        coco['categories'] = [dict(id=number, name=name) for name, number in numbers.items()]
+        target.write_text(json.dumps(coco), encoding='utf-8')
+
+
+def _yolo_names(classes: Path) -> str:
+    if classes.suffix in ('.yaml', '.yml'):
+        return classes.read_text(encoding='utf-8')
+    return json.dumps({'names': list(read_classes(classes))})  # JSON is YAML, too
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Reads names of classes from a text file, one a line.
+
+    Raises:
+        UserError: The file cannot be read, is empty, or a name occurs twice.
+    """
+    try:
+        lines = path.read_text(encoding='utf-8').splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path} cannot be read: {error}') from error
+    names = tuple(line.strip() for line in lines if line.strip())
+    if not names or _twice(names):
+        raise UserError(f'{path} must have a name of a class in each line, none of them twice')
+    return names
+
+
+# --- segmentation and classification ----------------------------------------------------------
+
+
+def read_label_maps(source: Path, images: Path, classes: tuple[str, ...]) -> Split:
+    """Reads and checks pictures and label maps, which are PNG files with the same stems.
+
+    The objects of the split are the pictures that a class occurs in.
+
+    Args:
+        source: Folder of the label maps: a class number for each pixel, or 255 for none.
+        images: Folder of the pictures.
+        classes: Names of the classes, from number 0.
+
+    Raises:
+        UserError: A folder is missing or empty.
+    """
+    imread = compat.require('mmcv').imread
+    pictures, maps = _pictures(images), {path.stem: path for path in _pictures(source)}
+    split = Split(source, images, classes, len(pictures), suffix=pictures[0].suffix)
+    split.find(
+        f'pictures without a PNG in {source}', [p.name for p in pictures if p.stem not in maps]
+    )
+    split.find(
+        'pictures of another suffix than the first one',
+        [path.name for path in pictures if path.suffix != pictures[0].suffix],
+    )
+    wrong, other = [], []
+    for path in pictures:
+        if path.stem not in maps:
+            continue
+        labels = imread(str(maps[path.stem]), flag='unchanged', backend='pillow')
+        size = labels.shape[:2]
+        split.sizes.append(size)
+        if imread(str(path)).shape[:2] != size:
+            other.append(path.name)
+        numbers = np.unique(labels) if labels.ndim == 2 else np.array([-1])
+        if (((numbers < 0) | (numbers >= len(classes))) & (numbers != IGNORED)).any():
+            wrong.append(f'{maps[path.stem].name} with {numbers.max()}')
+        split.objects.update(classes[n] for n in numbers if 0 <= n < len(classes))
+    split.find('label maps of another size than their picture', other)
+    split.find(f'label maps with other values than 0 to {len(classes) - 1} and 255', wrong)
+    split.find_empty_classes()
+    return split
+
+
+def _pictures(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f'there is no folder {folder}')
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UserError(f'{folder} has no pictures ({", ".join(SUFFIXES)})')
+    return found
+
+
+def read_folders(source: Path) -> Split:
+    """Reads and checks a folder that has a folder of pictures for each class.
+
+    Raises:
+        UserError: The folder is missing or has no folders.
+    """
+    if not source.is_dir():
+        raise UserError(f'there is no folder {source}')
+    folders = sorted(path for path in source.iterdir() if path.is_dir())
+    if not folders:
+        raise UserError(f'{source} has no folders, one for each class')
+    split = Split(source, source, tuple(folder.name for folder in folders))
+    for folder in folders:
+        found = [path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES]
+        split.objects[folder.name] = len(found)
+    split.pictures = split.objects.total()
+    split.find_empty_classes()
+    if not split.pictures:
+        split.find('no picture at all in', [source])
+    return split

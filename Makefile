@@ -49,7 +49,7 @@ demo-cascade: setup ## instance segmentation: Cascade Mask R-CNN with a tiny Fas
 	@$(IN_VENV) $(PY) demo/shapes_demo.py configs/toy/cascade-mask-rcnn_fastervit-tiny_fpn_shapes.py \
 	  --work-dir work_dirs/demo-cascade-$(STACK) $(ARGS)
 
-study: setup ## train networks with and without global attention, 21 runs, an hour on two cores
+study: setup ## train networks with and without global attention, 24 runs, over an hour on two cores
 	@$(IN_VENV) $(PY) tools/analysis_tools/plugin_study.py $(ARGS)
 
 bench: setup ## time and memory beside Swin-T, ConvNeXt-T, ResNet-50; 15 minutes on two cores

@@ -5,8 +5,6 @@ They follow the protocol of mmcv's plugin layers: a network such as mmdet's or m
 anywhere else on a map (B, C, H, W).
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -144,12 +142,10 @@ class HATPlugin(_Plugin):
             num_heads,
             window_size=window_size,
             carrier_size=carrier_size,
+            carrier_bias=8.0,  # level with the tokens at the start
             propagate=True,
             mlp_ratio=mlp_ratio,
         )
-        # The biases of a window's tokens start at about 8; so the carriers start level with them.
-        block: Any = self.attn.blocks[0]
-        block.window_attn.attn.bias.prefix_bias = 8.0
         _initialize(self)
 
 

@@ -55,6 +55,9 @@ class FasterViTArch:
         window_size: Window size in tokens, one int or one for each stage.
         carrier_size: Carrier size c; each window has c x c carriers.
         carriers: True for carriers in stage 2, False for none, or the stages that have them.
+        carrier_bias: Attention bias between carriers and tokens. The biases between tokens start
+            at about 8, so the published 0 gives carriers hardly any attention at first; 8 starts
+            them level.
         layer_scale: Initial value of the per-channel factors of residual branches; None for none.
         propagate: Adds the carriers to their tokens at the end of a stage.
         drop_path_rate: Drop-path rate of the last block in training.
@@ -70,6 +73,7 @@ class FasterViTArch:
     window_size: int | tuple[int, ...] = 7
     carrier_size: int = 2
     carriers: bool | tuple[int, ...] = True
+    carrier_bias: float = 0.0
     layer_scale: float | None = None
     propagate: bool = False
     drop_path_rate: float = 0.2
@@ -214,6 +218,7 @@ class HATBlock(Deployable):
         num_heads: Heads of both attentions.
         window_size: Window size w.
         carrier_size: Carrier size c; 0 for no carriers.
+        carrier_bias: As in :class:`FasterViTArch`.
         drop_path_rate: Probability that a window (for the carriers: an image) skips a branch in
             training.
         layer_scale: Initial value of the per-channel factors of the branches; None for none.
@@ -229,6 +234,7 @@ class HATBlock(Deployable):
         *,
         window_size: int,
         carrier_size: int = 0,
+        carrier_bias: float = 0.0,
         drop_path_rate: float = 0.0,
         layer_scale: float | None = None,
         propagate: bool = False,
@@ -247,6 +253,7 @@ class HATBlock(Deployable):
             dim,
             num_heads,
             num_prefix=carrier_size**2,
+            prefix_bias=carrier_bias,
             positions_by_tokens=positions_by_tokens,
             **options,
         )
@@ -348,6 +355,7 @@ class HATStage(nn.Module):
         num_heads: Attention heads.
         window_size: Window size w.
         carrier_size: Carrier size c; 0 for no carriers.
+        carrier_bias: As in :class:`FasterViTArch`.
         drop_path_rates: Drop-path rate of each block.
         layer_scale: Initial value of the per-channel factors; None for none.
         propagate: Adds the carriers to their tokens at the end of the stage.
@@ -364,6 +372,7 @@ class HATStage(nn.Module):
         *,
         window_size: int,
         carrier_size: int,
+        carrier_bias: float = 0.0,
         drop_path_rates: Sequence[float] = (0.0,),
         layer_scale: float | None = None,
         propagate: bool = False,
@@ -383,6 +392,7 @@ class HATStage(nn.Module):
                 num_heads,
                 window_size=window_size,
                 carrier_size=carrier_size,
+                carrier_bias=carrier_bias,
                 drop_path_rate=rate,
                 layer_scale=layer_scale,
                 propagate=propagate and carrier_size > 0 and i == last,
@@ -512,6 +522,7 @@ class FasterViT(HierarchicalBackbone):
                     spec.num_heads[i],
                     window_size=spec.window_size[i],
                     carrier_size=spec.carrier_size if i in spec.carriers else 0,
+                    carrier_bias=spec.carrier_bias,
                     drop_path_rates=rates[i],
                     layer_scale=spec.layer_scale,
                     propagate=spec.propagate,

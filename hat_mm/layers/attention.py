@@ -90,6 +90,7 @@ class TransformerLayer(Deployable):
         dim: Channels C.
         num_heads: Heads G.
         num_prefix: Prefix tokens before the grid, which have no position.
+        prefix_bias: Attention bias of pairs with prefix tokens.
         drop_path_rate: Probability that an entry of the first axis skips a residual branch in
             training.
         layer_scale: Initial value of the per-channel factors of both branches; None for none.
@@ -107,6 +108,7 @@ class TransformerLayer(Deployable):
         num_heads: int,
         *,
         num_prefix: int = 0,
+        prefix_bias: float = 0.0,
         drop_path_rate: float = 0.0,
         layer_scale: float | None = None,
         mlp_ratio: float = 4,
@@ -115,7 +117,8 @@ class TransformerLayer(Deployable):
         super().__init__()
         self.pos_embed: nn.Module = AbsolutePositionEmbedding(dim, positions_by_tokens)
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = SelfAttention(dim, num_heads, RelativePositionBias(num_heads, num_prefix))
+        bias = RelativePositionBias(num_heads, num_prefix, prefix_bias)
+        self.attn = SelfAttention(dim, num_heads, bias)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path_rate)

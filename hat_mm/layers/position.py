@@ -140,8 +140,6 @@ class RelativePositionBias(PositionMlp):
     Args:
         num_heads: Heads G.
         num_prefix: Prefix tokens p before the grid.
-
-    Attributes:
         prefix_bias: Bias of pairs with prefix tokens; 0 as published. The biases of other pairs
             start at about 8, so with 0 the prefix gets little attention at first.
 
@@ -151,10 +149,10 @@ class RelativePositionBias(PositionMlp):
         model's dtype.
     """
 
-    def __init__(self, num_heads: int, num_prefix: int = 0) -> None:
+    def __init__(self, num_heads: int, num_prefix: int = 0, prefix_bias: float = 0.0) -> None:
         super().__init__(num_heads)
         self.num_prefix = num_prefix
-        self.prefix_bias = 0.0
+        self.prefix_bias = prefix_bias
 
     def forward(self, grid_size: tuple[int, int], queries: slice = _ALL) -> Tensor:
         """Computes the bias for a grid size."""

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -41,8 +42,15 @@ BACKBONES = {
     'SwinHAT': 'swin-hat-toy',
     'FasterViT without carriers': 'fastervit-no-carriers-toy',
     'FasterViT': 'fastervit-toy',
+    'FasterViT, carrier bias 8': 'fastervit-carrier-bias-toy',
 }
-GLOBAL = ('ResNet + HAT', 'ResNet + H-MHSA', 'SwinHAT', 'FasterViT')
+GLOBAL = (
+    'ResNet + HAT',
+    'ResNet + H-MHSA',
+    'SwinHAT',
+    'FasterViT',
+    'FasterViT, carrier bias 8',
+)
 """Backbones with global attention; the others are compared with them."""
 
 
@@ -52,6 +60,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument(
+        '--only', nargs='+', choices=BACKBONES, default=list(BACKBONES), metavar='BACKBONE'
+    )
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/plugin_study'))
     parser.add_argument('--jobs', type=int, default=2, help='runs at once, of one thread each')
     parser.add_argument('--out', type=Path, default=Path('docs/plugin_study.json'))
@@ -161,16 +172,19 @@ def marker_right(truth: dict, predictions: list[dict]) -> float:
     return statistics.fmean(right) if right else float('nan')
 
 
-def costs(overrides: dict, rounds: int = 15) -> dict[str, dict[str, float]]:
+def costs(
+    backbones: Iterable[str], overrides: dict, rounds: int = 15
+) -> dict[str, dict[str, float]]:
     """Times a training step of each detector, in turns and on one thread.
 
     Args:
+        backbones: Some of :data:`BACKBONES`.
         overrides: Changes to the configs.
         rounds: Timed steps of each.
 
     Returns:
-        For each of :data:`BACKBONES`, ``parameters`` of the backbone and ``seconds`` of a step
-        (median): loss, gradient and update; loading the images is not included.
+        For each of them, ``parameters`` of the backbone and ``seconds`` of a step (median): loss,
+        gradient and update; loading the images is not included.
     """
     registry = compat.require('mmdet.registry')
     compat.require('mmdet.utils').register_all_modules()
@@ -179,14 +193,14 @@ def costs(overrides: dict, rounds: int = 15) -> dict[str, dict[str, float]]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     found, steps = {}, {}
-    for name, backbone in BACKBONES.items():
-        cfg = load_config(backbone, overrides)
+    for name in backbones:
+        cfg = load_config(BACKBONES[name], overrides)
         model = registry.MODELS.build(cfg.model).train()
         images = registry.DATASETS.build(cfg.train_dataloader.dataset)
         batch = collate([images[i] for i in range(cfg.train_dataloader.batch_size)])
         steps[name] = (model, build_optim_wrapper(model, cfg.optim_wrapper), batch)
         found[name] = {'parameters': sum(p.numel() for p in model.backbone.parameters())}
-    seconds: dict[str, list[float]] = {name: [] for name in BACKBONES}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, (model, optimizer, batch) in steps.items():
             start = time.perf_counter()
@@ -264,7 +278,7 @@ def study(args: argparse.Namespace, command: str) -> dict:
     allocator = tune()
     subprocess.run([sys.executable, ROOT / 'demo/shapes.py', '--relation'], check=True)
     os.environ['OMP_NUM_THREADS'] = '1'  # for the processes that train
-    backbones: dict[str, dict] = {name: {'runs': {}} for name in BACKBONES}
+    backbones: dict[str, dict] = {name: {'runs': {}} for name in args.only}
     one_process_a_run = dict(mp_context=multiprocessing.get_context('spawn'), max_tasks_per_child=1)
     with ProcessPoolExecutor(args.jobs, initializer=tune, **one_process_a_run) as pool:
         jobs = {
@@ -272,7 +286,7 @@ def study(args: argparse.Namespace, command: str) -> dict:
                 *(train, args.work_dir.absolute() / f'seed-{seed}' / BACKBONES[name]),
                 *(BACKBONES[name], seed, args.cfg_options),
             )
-            for seed, name in itertools.product(args.seeds, BACKBONES)
+            for seed, name in itertools.product(args.seeds, args.only)
         }
         try:
             for (seed, name), job in jobs.items():
@@ -281,7 +295,7 @@ def study(args: argparse.Namespace, command: str) -> dict:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    for name, cost in costs(args.cfg_options).items():
+    for name, cost in costs(args.only, args.cfg_options).items():
         backbones[name] = {**cost, **backbones[name]}
     cfg = load_config(BACKBONES['ResNet'], args.cfg_options)
     measured = (

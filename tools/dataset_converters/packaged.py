@@ -103,8 +103,10 @@ def is_made(out: Path, parameters: dict) -> bool:
         return False
     try:
         found = json.loads((out / MARKER).read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        raise UserError(f'{out} exists and holds no {MARKER} of this program: choose another --out')
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f'{out} exists and holds no {MARKER} of this program: choose another --out'
+        ) from error
     if found != parameters:
         raise UserError(
             f'{out} was made with {found}, not {parameters}: choose another --out, or delete it'

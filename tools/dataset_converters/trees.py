@@ -1,8 +1,8 @@
 """Makes a dataset of tree crowns seen from the air, in COCO's format.
 
 The pictures are in the wheel of DeepForest 2.1.0 (MIT licence, DATA.md). A large one is for
-training, cut into overlapping tiles; another one of the same region is for validation, whole; one of
-another region is for the test.
+training, cut into overlapping tiles; another one of the same region is for validation, whole; one
+of another region is for the test.
 """
 
 import argparse

@@ -1,0 +1,307 @@
+"""Trains small backbones from random weights on real pictures, and compares them.
+
+Each run gets the config that tools/misc/new_config.py writes for its backbone, so recipe, detector
+and number of steps are the same, and trains in a process of its own, on one thread. All backbones
+run with one seed before the next seed starts. The result of a run goes to a JSON file as soon as it
+ends; runs that have one are skipped, and an interrupted run is resumed. Prints a Markdown table and
+draws a plot of all results that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from coco_scores import score
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from hat_mm import compat
+from hat_mm.engine.analysis import count
+from hat_mm.engine.cli import run_tool
+from hat_mm.engine.environment import circumstances, describe, tune
+
+NEW_CONFIG = Path(__file__).resolve().parents[1] / 'misc/new_config.py'
+BACKBONES = {
+    'FasterViT': 'fastervit-toy',
+    'FasterViT without carriers': 'fastervit-no-carriers-toy',
+    'Swin': 'swin-toy',
+    'ResNet': 'resnet-small',
+    'FasterViT, carrier bias 8': 'fastervit-carrier-bias-toy',
+    'HAT-Net': 'hat-net-toy',
+    'SwinHAT': 'swin-hat-toy',
+    'ConvNeXt': 'convnext-toy',
+}
+SCALES = (0.5, 1.0, 2.0)
+"""Sizes of the validation pictures, as multiples of that in training."""
+METRICS = ('ap', 'ap50', 'ap75')
+
+
+class Data(NamedTuple):
+    """A dataset and what is trained on it.
+
+    Attributes:
+        model: Model of ``new_config.py``.
+        epochs: Epochs of a run, for at least ten minutes on one thread.
+        kind: What is scored, ``'bbox'`` or ``'segm'``.
+    """
+
+    model: str
+    epochs: int
+    kind: str
+
+
+DATA = {'trees': Data('retinanet', 70, 'bbox'), 'nuclei': Data('mask-rcnn', 8, 'segm')}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--data', nargs='+', choices=DATA, default=list(DATA))
+    parser.add_argument(
+        '--backbones', nargs='+', choices=BACKBONES.values(), default=list(BACKBONES.values())
+    )
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--epochs', type=int, help='(default: by the data)')
+    parser.add_argument('--jobs', type=int, default=2, help='runs at once')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/real_study'))
+    parser.add_argument('--out', type=Path, default=Path('docs/real_images'), metavar='FOLDER')
+    parser.add_argument('--plot', type=Path, default=Path('docs/images/real_study.png'))
+    parser.add_argument(
+        '--render', action='store_true', help='only table and plot, of the results in --out'
+    )
+    args = parser.parse_args(argv)
+    if args.jobs < 1 or min(args.seeds) < 0 or (args.epochs or 1) < 1:
+        parser.error('--jobs and --epochs must be at least 1, --seeds at least 0')
+    return args
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def make_config(data: str, backbone: str, seed: int, epochs: int, folder: Path) -> Any:
+    """Writes the config of a run and reads it."""
+    path = folder / 'config.py'
+    splits = {
+        f'--{split}': (f'data/{data}/annotations/{split}.json', f'data/{data}/{split}')
+        for split in ('train', 'val')
+    }
+    words = [word for flag, pair in splits.items() for word in (flag, *pair)]
+    words += ['--model', DATA[data].model, '--backbone', backbone, '--epochs', str(epochs)]
+    words += ['--flip', 'horizontal', 'vertical', 'diagonal', '--out', str(path), '--force']
+    subprocess.run([sys.executable, NEW_CONFIG, *words], check=True, capture_output=True)
+    cfg = compat.require('mmengine').Config.fromfile(path)
+    cfg.data = data
+    cfg.work_dir = str(folder)
+    cfg.randomness.seed = seed
+    cfg.resume = True
+    # The training process loads the pictures itself, on its one thread.
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.update(num_workers=0, persistent_workers=False)
+    cfg.train_cfg.val_interval = epochs
+    return cfg
+
+
+def train(*, data: str, backbone: str, seed: int, epochs: int, folder: Path) -> dict:
+    """Trains, tests and measures one backbone.
+
+    Returns:
+        ``val`` and ``test``, AP, AP50 and AP75 of the splits, the former for each of
+        :data:`SCALES`; ``step`` and ``picture``, median seconds of a training step and of the
+        first validation picture; ``parameters`` of the backbone, and its ``macs`` for 512x512
+        pixels; ``steps``; ``measured``, hardware and versions.
+    """
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        (folder / 'output.log').open('a', encoding='utf-8') as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
+        cfg = make_config(data, backbone, seed, epochs, folder)
+        runner = compat.require('mmengine.registry').RUNNERS.build(cfg)
+        runner.train()
+        checkpoint = (folder / 'last_checkpoint').read_text(encoding='utf-8').strip()
+        found: dict[str, Any] = {'data': data, 'backbone': backbone, 'seed': seed}
+        found |= {'steps': runner.iter, 'val': {}}
+        for scale in SCALES:
+            scores, seconds = test(cfg, checkpoint, 'val', scale)
+            found['val'][str(scale)] = scores
+            if scale == 1:
+                found['picture'] = seconds
+        found['test'], _ = test(cfg, checkpoint, 'test', 1.0)
+        complexity = count(runner.model.backbone, (512, 512)).whole
+        found |= {'parameters': complexity.parameters, 'macs': complexity.flops}
+        found |= {'step': step_seconds(folder), 'measured': describe(circumstances('cpu', tune()))}
+    return found
+
+
+def test(cfg: Any, checkpoint: str, split: str, scale: float) -> tuple[dict, float]:
+    """Scores a checkpoint on a split at a multiple of the training's scale.
+
+    Returns:
+        AP, AP50 and AP75; median seconds of the first picture.
+    """
+    cfg = copy.deepcopy(cfg)
+    folder = Path(cfg.work_dir, f'{split}-{scale}')
+    annotations = Path(cfg.val_evaluator.ann_file).with_name(f'{split}.json')
+    cfg.update(load_from=checkpoint, resume=False, work_dir=str(folder))
+    dataset = cfg.test_dataloader.dataset
+    dataset.ann_file = str(annotations)
+    dataset.data_prefix.img = str(annotations.parents[1] / split)
+    [resize] = [step for step in dataset.pipeline if step.type == 'Resize']
+    resize.scale_factor *= scale
+    cfg.test_evaluator.update(ann_file=str(annotations), outfile_prefix=str(folder / 'found'))
+    runner = compat.require('mmengine.runner').Runner.from_cfg(cfg)
+    runner.test()
+    kind = DATA[cfg.data].kind
+    found = folder / f'found.{kind}.json'
+    # mmdet writes no file if nothing was found.
+    detections = json.loads(found.read_text(encoding='utf-8')) if found.exists() else []
+    scores = score(annotations, detections, kind)
+    batch = next(iter(runner.test_dataloader))
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with torch.inference_mode():
+            runner.model.test_step(batch)
+        seconds.append(time.perf_counter() - start)
+    return {name: getattr(scores, name) for name in METRICS}, statistics.median(seconds)
+
+
+def step_seconds(folder: Path) -> float:
+    """Median seconds of a training step, by the logs of a run."""
+    lines = [
+        json.loads(line)
+        for path in folder.glob('*/vis_data/scalars.json')
+        for line in path.read_text(encoding='utf-8').splitlines()
+    ]
+    return statistics.median(line['time'] for line in lines if 'lr' in line)
+
+
+# --- output ---------------------------------------------------------------------------------------
+
+
+def read_results(folder: Path) -> dict[str, dict[str, list[dict]]]:
+    """The results of a folder by dataset and name of the backbone, in the order of the tables."""
+    runs = [json.loads(path.read_text(encoding='utf-8')) for path in sorted(folder.glob('*.json'))]
+    return {
+        data: {
+            name: found
+            for name, backbone in BACKBONES.items()
+            if (found := [r for r in runs if (r['data'], r['backbone']) == (data, backbone)])
+        }
+        for data in DATA
+    }
+
+
+def mean_sd(values: list[float]) -> str:
+    """Mean and sample standard deviation; the value alone if there is only one."""
+    mean = statistics.mean(values)
+    return f'{mean:.3f} ± {statistics.stdev(values):.3f}' if len(values) > 1 else f'{mean:.3f}'
+
+
+def table(rows: dict[str, list[dict]]) -> str:
+    """The Markdown table of one dataset."""
+    text = [
+        {
+            'backbone': name,
+            'seeds': len(runs),
+            **{
+                f'AP50 at {scale}×': mean_sd([run['val'][str(scale)]['ap50'] for run in runs])
+                for scale in SCALES
+            },
+            'AP': mean_sd([run['val']['1.0']['ap'] for run in runs]),
+            'AP50, test': mean_sd([run['test']['ap50'] for run in runs]),
+            'step, s': f'{statistics.median(run["step"] for run in runs):.2f}',
+            'picture, s': f'{statistics.median(run["picture"] for run in runs):.2f}',
+            'parameters, M': f'{runs[0]["parameters"] / 1e6:.2f}',
+            'MACs, G': f'{runs[0]["macs"] / 1e9:.2f}',
+        }
+        for name, runs in rows.items()
+    ]
+    return tabulate(text, headers='keys', tablefmt='github', disable_numparse=True)
+
+
+def plot(results: dict[str, dict[str, list[dict]]], out: Path) -> None:
+    """Draws AP50 of each run and their mean, one dataset beside the other."""
+    shown = {data: rows for data, rows in results.items() if rows}
+    figure = Figure(figsize=(5 * len(shown), 4), layout='constrained')
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, (data, rows) in zip(axes, shown.items(), strict=True):
+        for i, runs in enumerate(rows.values()):
+            values = [run['val']['1.0']['ap50'] for run in runs]
+            axis.plot([i] * len(values), values, 'o', color='tab:blue', alpha=0.5)
+            axis.plot(i, statistics.mean(values), '_', color='black', markersize=20)
+        names = [name.replace(' without ', '\nwithout ') for name in rows]
+        axis.set_xticks(range(len(rows)), names, rotation=30, ha='right', fontsize=8)
+        axis.set_title(data)
+        axis.set_ylabel('AP50: seeds and mean')
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=100)
+
+
+# --- the study ------------------------------------------------------------------------------------
+
+
+def study(args: argparse.Namespace) -> None:
+    """Makes the runs that have no result yet."""
+    os.environ['OMP_NUM_THREADS'] = '1'  # for the processes that train
+    args.out.mkdir(parents=True, exist_ok=True)
+    one_process_a_run = dict(mp_context=multiprocessing.get_context('spawn'), max_tasks_per_child=1)
+    with ProcessPoolExecutor(args.jobs, initializer=tune, **one_process_a_run) as pool:
+        jobs = {}
+        for data, seed, backbone in itertools.product(args.data, args.seeds, args.backbones):
+            name = f'{data}_{backbone}_{seed}'
+            if (args.out / f'{name}.json').exists():
+                continue
+            run = pool.submit(
+                train,
+                data=data,
+                backbone=backbone,
+                seed=seed,
+                epochs=args.epochs or DATA[data].epochs,
+                folder=args.work_dir / name,
+            )
+            jobs[run] = name
+        try:
+            for run in as_completed(jobs):
+                text = json.dumps(run.result(), indent=1) + '\n'
+                (args.out / f'{jobs[run]}.json').write_text(text, encoding='utf-8')
+                print(f'{jobs[run]}: done', flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Makes the missing runs; prints the tables and draws the plot."""
+    args = parse_args(argv)
+    if not args.render:
+        study(args)
+    results = read_results(args.out)
+    for data, rows in results.items():
+        if rows:
+            print(f'\n{data}\n\n{table(rows)}')
+    plot(results, args.plot)
+
+
+if __name__ == '__main__':
+    sys.exit(run_tool(main, 'real_study.py'))

@@ -12,7 +12,8 @@ PY := $(VENV)/bin/python
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hat-net demo-seg demo-cls demo-cascade study bench test \
+.PHONY: help setup demo demo-hat-net demo-seg demo-cls demo-cascade demo-trees \
+  demo-nuclei study study-real bench test \
   test-slow lint format clean
 
 help: ## list the targets
@@ -49,8 +50,17 @@ demo-cascade: setup ## instance segmentation: Cascade Mask R-CNN with a tiny Fas
 	@$(IN_VENV) $(PY) demo/shapes_demo.py configs/toy/cascade-mask-rcnn_fastervit-tiny_fpn_shapes.py \
 	  --work-dir work_dirs/demo-cascade-$(STACK) $(ARGS)
 
+demo-trees: setup ## real pictures: trees from the air, RetinaNet with a tiny FasterViT, 25 minutes
+	@$(IN_VENV) bash demo/trees.sh work_dirs/demo-trees-$(STACK)
+
+demo-nuclei: setup ## real pictures: nuclei under the microscope, Mask R-CNN and UPerNet, 25 minutes
+	@$(IN_VENV) bash demo/nuclei.sh work_dirs/demo-nuclei-$(STACK)
+
 study: setup ## train networks with and without global attention, 24 runs, over an hour on two cores
 	@$(IN_VENV) $(PY) tools/analysis_tools/plugin_study.py $(ARGS)
+
+study-real: setup ## train small networks on real pictures, 48 runs of ten minutes or more, resumable
+	@$(IN_VENV) $(PY) tools/analysis_tools/real_study.py $(ARGS)
 
 bench: setup ## time and memory beside Swin-T, ConvNeXt-T, ResNet-50; 15 minutes on two cores
 	@$(IN_VENV) $(PY) tools/analysis_tools/benchmark models --rounds 3 --processes 2 --out work_dirs/benchmark $(ARGS)

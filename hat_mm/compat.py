@@ -46,6 +46,8 @@ EXTRAS = {
     'onnxruntime': 'deploy',
     'openvino': 'deploy',
     'nncf': 'deploy',
+    'sahi': 'large',
+    'supervision': 'data',
 }
 
 logger = logging.getLogger(__name__)

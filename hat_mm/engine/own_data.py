@@ -171,15 +171,10 @@ def to_coco(sources: dict[Path, tuple[Path, Path]], classes: Path | None) -> Non
             the names in them.
 
     Raises:
-        UserError: ``supervision`` is not installed, or cannot read the files.
+        DependencyError: ``supervision`` is not installed.
+        UserError: It cannot read the files.
     """
-    try:
-        import supervision
-    except ImportError as error:
-        raise UserError(
-            'files of YOLO and Pascal VOC are read by the supervision package: '
-            'pip install supervision'
-        ) from error
+    supervision = compat.require('supervision')
     found: dict[Path, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for target, (labels, images) in sources.items():

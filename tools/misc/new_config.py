@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import pprint
 import re
 import sys
@@ -180,7 +181,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'{args.model} needs --classes, a file with a name in each line')
     if args.backbone not in backbones():
         parser.error(f'argument --backbone: {args.backbone!r} is none of {", ".join(backbones())}')
-    if min(args.epochs or 1, args.batch_size or 1) < 1:
+    if any(number is not None and number < 1 for number in (args.epochs, args.batch_size)):
         parser.error('--epochs and --batch-size must be at least 1')
     if args.out.suffix != '.py' or not re.fullmatch(r'[\w-]+', args.out.stem):
         parser.error(f'--out must be a .py file without further dots, not {args.out}')
@@ -461,8 +462,9 @@ def write_config(args: argparse.Namespace, splits: dict[str, Split]) -> str:
     body = {'detection': DETECTION, 'segmentation': SEGMENTATION}.get(model.task, CLASSIFICATION)
     length = ITERATIONS if model.task == 'segmentation' else EPOCHS
     settings = model.settings.format(maps=model.maps if published else '')
+    paths = [os.path.relpath(BASES / f'{base}.py', args.out.parent) for base in bases]
     lines = {
-        'bases': ''.join(f'    {f"hat_mm::_base_/{base}.py"!r},\n' for base in bases),
+        'bases': ''.join(f'    {base!r},\n' for base in paths),
         'classes': pprint.pformat(train.classes, width=80),
         'settings': textwrap.indent(settings + limits, '    '),
         'with_mask': ', with_mask=True' if model.masks else '',
@@ -472,7 +474,7 @@ def write_config(args: argparse.Namespace, splits: dict[str, Split]) -> str:
         # Each direction as often as none.
         'probability': len(args.flip) / (len(args.flip) + 1),
         'interval': max(1, epochs // 10),
-        'warm_up': min(100, epochs * steps // 10),
+        'warm_up': min(100, max(1, epochs * steps // 10)),
     }
     return (HEAD + body + length).format(
         **lines,

@@ -10,7 +10,9 @@ width = 32
 norm_cfg = dict(type='BN')
 head = dict(channels=width, norm_cfg=norm_cfg)
 model = dict(pretrained=None, backbone=dict(_delete_=True), decode_head=head, auxiliary_head=head)
-optim_wrapper = dict(optimizer=dict(lr=4e-4, weight_decay=0.05), clip_grad=dict(max_norm=10.0))
+optim_wrapper = dict(
+    optimizer=dict(lr=4e-4, weight_decay=0.05), clip_grad=dict(_delete_=True, max_norm=10.0)
+)
 auto_scale_lr = dict(base_batch_size=4)
 # A training that was interrupted, or killed, is resumed exactly.
 runner_type = 'hat_mm.ExactResumeRunner'

@@ -3,15 +3,14 @@
 # repeated quickly, an interrupted training goes on.
 set -euo pipefail
 work=${1:-work_dirs/trees}
-epochs=130
 set -x
 python tools/dataset_converters/trees.py
 python tools/misc/new_config.py --force --out "$work/config.py" \
   --train data/trees/annotations/train.json data/trees/train \
   --val data/trees/annotations/val.json data/trees/val \
-  --model retinanet --backbone fastervit-toy --flip horizontal vertical diagonal --epochs $epochs
+  --model retinanet --backbone fastervit-toy --flip horizontal vertical diagonal
 python tools/train.py "$work/config.py" --work-dir "$work" --resume
-python tools/test.py "$work/config.py" "$work/epoch_$epochs.pth" --work-dir "$work/test" \
+python tools/test.py "$work/config.py" "$(cat "$work/last_checkpoint")" --work-dir "$work/test" \
   --show-dir pictures
-python tools/analysis_tools/whole_and_tiles.py "$work/config.py" "$work/epoch_$epochs.pth" \
+python tools/analysis_tools/whole_and_tiles.py "$work/config.py" "$(cat "$work/last_checkpoint")" \
   --out "$work/whole_and_tiles"

@@ -100,6 +100,8 @@ class FasterViTArch:
                 f'not {carriers!r}'
             )
         object.__setattr__(self, 'carriers', tuple(carriers))
+        if not isinstance(self.carrier_bias, int | float):
+            raise ValueError(f'carrier_bias must be a number, not {self.carrier_bias!r}')
         for i in _ATTENTION_STAGES:
             if self.dims[i] % self.num_heads[i]:
                 raise ValueError(

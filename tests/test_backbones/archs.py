@@ -41,6 +41,7 @@ def _plain_fastervit(state, backbone):
         spec.propagate,
         spec.pad_every_stage,
         spec.positions_by_tokens,
+        spec.carrier_bias,
     )
 
 

@@ -21,6 +21,7 @@ class PlainFasterViT:
         propagate: Whether carriers are added to their tokens at the end of stage 2.
         pad_all: Whether stages 0 and 1 pad their maps, too.
         by_tokens: Whether absolute positions in windows count by the tokens of a window.
+        carrier_bias: Attention bias of every pair with a carrier in it.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class PlainFasterViT:
         propagate,
         pad_all=False,
         by_tokens=False,
+        carrier_bias=0.0,
     ):
         self.state = state
         self.depths, self.heads, self.windows = depths, num_heads, window_size
         self.c, self.propagate = carrier_size, propagate
         self.pad_all, self.by_tokens = pad_all, by_tokens
+        self.carrier_bias = carrier_bias
 
     def __call__(self, x):
         s = self.state
@@ -186,6 +189,8 @@ class PlainFasterViT:
             )
             logits = q @ k.T / math.sqrt(size)
             logits[prefix:, prefix:] += bias[h]
+            logits[:prefix] += self.carrier_bias
+            logits[prefix:, :prefix] += self.carrier_bias
             outputs.append(torch.softmax(logits, -1) @ v)
         return self._linear(torch.cat(outputs, 1), f'{name}.proj')
 

@@ -18,6 +18,7 @@ VARIANTS = {
         'FasterViT',
         dict(window_size=5, carrier_size=3, propagate=True, layer_scale=0.5),
     ),
+    'carrier-bias': ('FasterViT', dict(carrier_bias=8.0, propagate=True)),
     'no-carriers': ('FasterViT', dict(carriers=False, layer_scale=0.5)),
     'dino': (
         'FasterViT',

@@ -45,6 +45,7 @@ OWN = {
         (dict(arch=dict(num_heads=(2, 4, 7, 16))), ValueError, r'num_heads\[2\] = 7.*256 channels'),
         (dict(arch=dict(carriers=(1,))), ValueError, r'carriers.*\(1,\)'),
         (dict(arch=dict(carriers=None)), ValueError, 'carriers.*not None'),
+        (dict(arch=dict(carrier_bias='8')), ValueError, "carrier_bias must be a number, not '8'"),
         (dict(window_size=1), ValueError, 'window_size.2. = 1 is smaller than carrier_size = 2'),
         (dict(window_size=(7, 7)), ValueError, r'window_size must be 4 positive ints'),
         (dict(window_size=0), ValueError, 'window_size'),

@@ -86,7 +86,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--render', action='store_true', help='only table and plot, of the results in --out'
     )
     args = parser.parse_args(argv)
-    if args.jobs < 1 or min(args.seeds) < 0 or (args.epochs or 1) < 1:
+    numbers = [args.jobs] if args.epochs is None else [args.jobs, args.epochs]
+    if min(numbers) < 1 or min(args.seeds) < 0:
         parser.error('--jobs and --epochs must be at least 1, --seeds at least 0')
     return args
 

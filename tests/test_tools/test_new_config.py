@@ -317,6 +317,7 @@ def test_a_model_without_a_small_recipe_says_which_have_one(data, tmp_path):
         (['--out', 'a.b.py'], 'without further dots'),
         (['--out', 'a.json'], 'must be a .py file'),
         (['--epochs', '0'], 'at least 1'),
+        (['--scale', '0'], 'above 0'),
         (['--val', 'x'], '--val takes 2 paths'),
         (['--model', 'upernet'], 'needs --classes'),
     ],

@@ -71,6 +71,8 @@ def result(tmp_path_factory):
         made = (folder / 'results/trees_resnet-small_3.json').read_text()
         patch.setattr(study, 'train', lambda **_: pytest.fail('trained again'))
         study.main(words)
+        with pytest.raises(study.UserError, match='is of 1 epochs, not 2'):
+            study.main([*words, '--epochs', '2'])
         yield folder, json.loads(made)
 
 
@@ -107,7 +109,7 @@ def test_all_have_one_recipe(tmp_path, monkeypatch, result):
 def test_whole_and_tiles(result, capsys, tmp_path, monkeypatch):
     folder, _ = result
     monkeypatch.chdir(folder)
-    run = folder / 'work/trees_resnet-small_3'
+    run = folder / 'work/trees_resnet-small_3_1'
     words = [str(run / 'config.py'), str(run / 'epoch_1.pth'), '--out', str(tmp_path / 'out')]
     whole_and_tiles.main([*words, '--tile', '64'])
     table = capsys.readouterr().out

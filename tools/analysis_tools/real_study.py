@@ -31,7 +31,7 @@ from tabulate import tabulate
 
 from hat_mm import compat
 from hat_mm.engine.analysis import count
-from hat_mm.engine.cli import run_tool
+from hat_mm.engine.cli import UserError, run_tool
 from hat_mm.engine.environment import circumstances, describe, tune
 
 NEW_CONFIG = Path(__file__).resolve().parents[1] / 'misc/new_config.py'
@@ -139,7 +139,7 @@ def train(*, data: str, backbone: str, seed: int, epochs: int, folder: Path) -> 
         runner.train()
         checkpoint = (folder / 'last_checkpoint').read_text(encoding='utf-8').strip()
         found: dict[str, Any] = {'data': data, 'backbone': backbone, 'seed': seed}
-        found |= {'steps': runner.iter, 'val': {}}
+        found |= {'epochs': epochs, 'steps': runner.iter, 'val': {}}
         for scale in SCALES:
             scores, seconds = test(cfg, checkpoint, 'val', scale)
             found['val'][str(scale)] = scores
@@ -271,15 +271,22 @@ def study(args: argparse.Namespace) -> None:
         jobs = {}
         for data, seed, backbone in itertools.product(args.data, args.seeds, args.backbones):
             name = f'{data}_{backbone}_{seed}'
-            if (args.out / f'{name}.json').exists():
+            epochs = args.epochs or DATA[data].epochs
+            path = args.out / f'{name}.json'
+            if path.exists():
+                made = json.loads(path.read_text(encoding='utf-8'))['epochs']
+                if made != epochs:
+                    raise UserError(
+                        f'{path} is of {made} epochs, not {epochs}: choose another --out'
+                    )
                 continue
             run = pool.submit(
                 train,
                 data=data,
                 backbone=backbone,
                 seed=seed,
-                epochs=args.epochs or DATA[data].epochs,
-                folder=args.work_dir / name,
+                epochs=epochs,
+                folder=args.work_dir / f'{name}_{epochs}',
             )
             jobs[run] = name
         try:

@@ -159,6 +159,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--classes', type=Path, help="names of the classes: one a line, or YOLO's data.yaml"
     )
+    parser.add_argument(
+        '--scale', type=float, help='size of the pictures (default: by the size of the objects)'
+    )
     parser.add_argument('--epochs', type=int, help='(default: by the number of pictures)')
     parser.add_argument('--batch-size', type=int, help='pictures a step (default: by the model)')
     parser.add_argument(
@@ -183,6 +186,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'argument --backbone: {args.backbone!r} is none of {", ".join(backbones())}')
     if any(number is not None and number < 1 for number in (args.epochs, args.batch_size)):
         parser.error('--epochs and --batch-size must be at least 1')
+    if args.scale is not None and not 0 < args.scale <= 8:
+        parser.error(f'--scale must be above 0 and at most 8, not {args.scale}')
     if args.out.suffix != '.py' or not re.fullmatch(r'[\w-]+', args.out.stem):
         parser.error(f'--out must be a .py file without further dots, not {args.out}')
     return args
@@ -456,7 +461,7 @@ def write_config(args: argparse.Namespace, splits: dict[str, Split]) -> str:
     most = max(split.most for split in splits.values())
     limits = model.limits.format(before=max(1000, 4 * most), most=2 * most) if most > 50 else ''
     median = float(np.median(train.sides)) if len(train.sides) else 0.0
-    scale = choose_scale(train) if train.sizes else 1.0
+    scale = args.scale or (choose_scale(train) if train.sizes else 1.0)
     largest = max((max(size) for size in train.sizes), default=0) * scale
     crop = min(model.crop if published else SMALL_CROP, math.ceil(largest / 32) * 32)
     body = {'detection': DETECTION, 'segmentation': SEGMENTATION}.get(model.task, CLASSIFICATION)

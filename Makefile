@@ -50,10 +50,10 @@ demo-cascade: setup ## instance segmentation: Cascade Mask R-CNN with a tiny Fas
 	@$(IN_VENV) $(PY) demo/shapes_demo.py configs/toy/cascade-mask-rcnn_fastervit-tiny_fpn_shapes.py \
 	  --work-dir work_dirs/demo-cascade-$(STACK) $(ARGS)
 
-demo-trees: setup ## real pictures: trees from the air, RetinaNet with a tiny FasterViT, 25 minutes
+demo-trees: setup ## real pictures: trees from the air, RetinaNet with a tiny FasterViT
 	@$(IN_VENV) bash demo/trees.sh work_dirs/demo-trees-$(STACK)
 
-demo-nuclei: setup ## real pictures: nuclei under the microscope, Mask R-CNN and UPerNet, 25 minutes
+demo-nuclei: setup ## real pictures: nuclei under the microscope, Mask R-CNN and UPerNet
 	@$(IN_VENV) bash demo/nuclei.sh work_dirs/demo-nuclei-$(STACK)
 
 study: setup ## train networks with and without global attention, 24 runs, over an hour on two cores

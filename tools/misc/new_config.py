@@ -30,9 +30,9 @@ from hat_mm.engine.own_data import Split
 
 BASES = Path(__file__).resolve().parents[2] / 'configs/_base_'
 SMALL_SIDE = 32
-"""Pictures are enlarged until the median side of the objects has this many pixels."""
+"""Side of the median object in pixels, from which pictures are not enlarged."""
 LONG_SIDE = 1333
-"""Larger pictures are shrunk to this side, unless the median object falls below that."""
+"""Longer side of pictures that are not shrunk."""
 
 SMALL_CROP, SMALL_BATCH = 256, 4
 """Side of a training picture and pictures a step for the small backbones."""
@@ -54,7 +54,7 @@ class Model:
         batch_size: Pictures a step.
         epochs: Fewest epochs.
         small: Recipe for the small backbones, which learn from a random start; None if none.
-        limits: Lines of ``model`` for pictures with more than 100 objects.
+        limits: Lines of ``model`` for pictures with more than 50 objects.
         masks: Whether objects need masks.
         task: Kind of data.
     """
@@ -153,14 +153,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         required=True,
         metavar='NAME',
         help='a file of configs/_base_/backbones: fastervit-0, hat-net-small, swin-hat-tiny … '
-        'start from published weights; those named toy or tiny start at random, with a small model',
+        'start from published weights; fastervit-tiny and those that end in -toy, from random '
+        'ones, with a small model',
     )
     parser.add_argument('--out', required=True, type=Path, metavar='FILE', help='config to write')
     parser.add_argument(
         '--classes', type=Path, help="names of the classes: one a line, or YOLO's data.yaml"
     )
     parser.add_argument(
-        '--scale', type=float, help='size of the pictures (default: by the size of the objects)'
+        '--scale',
+        type=float,
+        help='factor for the size of the pictures (default: by the size of the objects)',
     )
     parser.add_argument('--epochs', type=int, help='(default: by the number of pictures)')
     parser.add_argument('--batch-size', type=int, help='pictures a step (default: by the model)')
@@ -186,6 +189,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'argument --backbone: {args.backbone!r} is none of {", ".join(backbones())}')
     if any(number is not None and number < 1 for number in (args.epochs, args.batch_size)):
         parser.error('--epochs and --batch-size must be at least 1')
+    if MODELS[args.model].task == 'classification' and (args.scale or args.flip != ['horizontal']):
+        parser.error('a classifier takes no --scale and no --flip: its pictures are of one size')
     if args.scale is not None and not 0 < args.scale <= 8:
         parser.error(f'--scale must be above 0 and at most 8, not {args.scale}')
     if args.out.suffix != '.py' or not re.fullmatch(r'[\w-]+', args.out.stem):
@@ -203,16 +208,16 @@ def read_data(args: argparse.Namespace) -> dict[str, Split]:
         UserError: The data would not train, or would teach something else.
     """
     model = MODELS[args.model]
-    splits = {}
-    converted = {
-        args.out.with_name(f'{args.out.stem}_{name}.json'): getattr(args, name)
-        for name in ('train', 'val')
-    }
+    pairs = {name: getattr(args, name) for name in ('train', 'val')}
     if model.task == 'detection' and args.train[0].is_dir():
+        converted = {converted_file(args.out, name): pair for name, pair in pairs.items()}
         own_data.to_coco(converted, args.classes)
-        args.train[0], args.val[0] = converted
-    for name in ('train', 'val'):
-        source, *images = getattr(args, name)
+        pairs = {
+            name: [file, pair[1]]
+            for (name, pair), file in zip(pairs.items(), converted, strict=True)
+        }
+    splits = {}
+    for name, (source, *images) in pairs.items():
         if model.task == 'detection':
             splits[name] = own_data.read_coco(source, images[0], masks=model.masks)
         elif model.task == 'segmentation':
@@ -222,7 +227,11 @@ def read_data(args: argparse.Namespace) -> dict[str, Split]:
             splits[name] = own_data.read_folders(source)
     train, val = splits.values()
     if train.classes != val.classes:
-        train.find('classes that differ from those of --val, or in their order', train.classes)
+        one = sorted({*train.classes} ^ {*val.classes})
+        train.find('classes of --train or --val alone', one)
+        train.find('classes in another order in --val', [] if one else train.classes)
+    if train.source.resolve() == val.source.resolve():
+        train.find('same annotations for --train and --val', [train.source], fatal=False)
     for name, split in splits.items():
         print(f'{name}: {split.report()}')
     if any(finding.fatal for split in splits.values() for finding in split.findings):
@@ -230,13 +239,19 @@ def read_data(args: argparse.Namespace) -> dict[str, Split]:
     return splits
 
 
+def converted_file(out: Path, split: str) -> Path:
+    """Where the annotations of YOLO or Pascal VOC are written in COCO's format."""
+    return out.with_name(f'{out.stem}_{split}.json')
+
+
 def choose_scale(split: Split) -> float:
     """Factor for the size of all pictures, by the size of the objects.
 
-    Pictures are shrunk to a longer side of ``LONG_SIDE``, but not so far that the median object
-    gets smaller than ``SMALL_SIDE``; those with smaller objects are enlarged, at most twofold.
+    Pictures are shrunk so that the median of their longer sides is at most ``LONG_SIDE``, but only
+    as far as the median object keeps ``SMALL_SIDE``; those with smaller objects are enlarged, at
+    most twofold.
     """
-    scale = min(1.0, LONG_SIDE / max(max(size) for size in split.sizes))
+    scale = min(1.0, LONG_SIDE / float(np.median([max(size) for size in split.sizes])))
     if len(split.sides):
         median = float(np.median(split.sides))
         if median * scale < SMALL_SIDE:
@@ -259,13 +274,8 @@ model = dict(
 {settings})
 """
 
-DETECTION = """
-# The median side of an object is {median:.0f} pixels; at this scale it is {scaled:.0f}.
-scale = {scale}
-crop_size = ({crop}, {crop})
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True{with_mask}),
+# Shrunk and enlarged again, pictures are less sharp, as those of another camera may be.
+SIZES = """\
     dict(
         type='RandomChoice',
         transforms=[
@@ -277,7 +287,16 @@ train_pipeline = [
             for sharpness in (1.0, 0.5, 0.35)
         ],
     ),
-    dict(type='RandomCrop', crop_size=crop_size, allow_negative_crop=True),
+"""
+
+DETECTION = """
+# The median side of an object is {median:.0f} pixels; at this scale it is {scaled:.0f}.
+scale = {scale}
+crop_size = ({crop}, {crop})
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True{with_mask}),
+{sizes}    dict(type='RandomCrop', crop_size=crop_size, allow_negative_crop=True),
     dict(type='RandomFlip', prob={probability:.2f}, direction={flips!r}),
     dict(type='PhotoMetricDistortion'),
     dict(type='PackDetInputs'),
@@ -326,18 +345,7 @@ model.update(data_preprocessor=data_preprocessor)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(
-        type='RandomChoice',
-        transforms=[
-            [
-                dict(type='Resize', scale_factor=scale * factor * sharpness, keep_ratio=True),
-                dict(type='Resize', scale_factor=1 / sharpness, keep_ratio=True),
-            ]
-            for factor in (0.7, 0.85, 1.0, 1.2, 1.4)
-            for sharpness in (1.0, 0.5, 0.35)
-        ],
-    ),
-    dict(type='RandomCrop', crop_size=crop_size),
+{sizes}    dict(type='RandomCrop', crop_size=crop_size),
     dict(type='RandomFlip', prob={probability:.2f}, direction={flips!r}),
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
@@ -354,7 +362,7 @@ train_dataloader = dict(
         _delete_=True,
         type='BaseSegDataset',
         data_prefix=dict(img_path={train_images!r}, seg_map_path={train_source!r}),
-        img_suffix={suffix!r},
+        img_suffix={train_suffix!r},
         metainfo=metainfo,
         pipeline=train_pipeline,
     ),
@@ -364,7 +372,7 @@ val_dataloader = dict(
         _delete_=True,
         type='BaseSegDataset',
         data_prefix=dict(img_path={val_images!r}, seg_map_path={val_source!r}),
-        img_suffix={suffix!r},
+        img_suffix={val_suffix!r},
         metainfo=metainfo,
         pipeline=test_pipeline,
     ),
@@ -467,8 +475,9 @@ def write_config(args: argparse.Namespace, splits: dict[str, Split]) -> str:
     body = {'detection': DETECTION, 'segmentation': SEGMENTATION}.get(model.task, CLASSIFICATION)
     length = ITERATIONS if model.task == 'segmentation' else EPOCHS
     settings = model.settings.format(maps=model.maps if published else '')
-    paths = [os.path.relpath(BASES / f'{base}.py', args.out.parent) for base in bases]
+    paths = [os.path.relpath(BASES / f'{base}.py', args.out.parent.resolve()) for base in bases]
     lines = {
+        'sizes': SIZES,
         'bases': ''.join(f'    {base!r},\n' for base in paths),
         'classes': pprint.pformat(train.classes, width=80),
         'settings': textwrap.indent(settings + limits, '    '),
@@ -489,7 +498,8 @@ def write_config(args: argparse.Namespace, splits: dict[str, Split]) -> str:
         train_images=str(train.images),
         val_source=str(val.source),
         val_images=str(val.images),
-        suffix=train.suffix,
+        train_suffix=train.suffix,
+        val_suffix=val.suffix,
         objects=train.objects.total(),
         median=median,
         scaled=median * scale,
@@ -506,8 +516,10 @@ def write_config(args: argparse.Namespace, splits: dict[str, Split]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Checks the data and writes the config."""
     args = parse_args(argv)
-    if args.out.exists() and not args.force:
-        raise UserError(f'{args.out} exists: choose another --out, or --force to replace it')
+    written = [args.out, *(converted_file(args.out, split) for split in ('train', 'val'))]
+    there = [str(path) for path in written if path.exists()]
+    if there and not args.force:
+        raise UserError(f'{there[0]} exists: choose another --out, or --force to replace it')
     args.out.parent.mkdir(parents=True, exist_ok=True)
     text = write_config(args, read_data(args))
     args.out.write_text(text, encoding='utf-8')

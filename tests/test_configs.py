@@ -182,7 +182,7 @@ TOY_TOOLBOXES |= dict.fromkeys(
         f'faster-rcnn_{backbone}_fpn_relation'
         for backbone in (
             *('resnet-toy', 'resnet-hat-toy', 'resnet-hmhsa-toy', 'swin-toy', 'swin-hat-toy'),
-            *('fastervit-no-carriers-toy', 'fastervit-toy'),
+            *('fastervit-no-carriers-toy', 'fastervit-toy', 'fastervit-carrier-bias-toy'),
         )
     ),
     'mmdet',

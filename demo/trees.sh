@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trees from the air: sections 1 to 4 of docs/own_pictures.md, one after the other. Finished steps are
-# repeated quickly, an interrupted training goes on.
+# Trees from the air: sections 1 to 4 of docs/own_pictures.md, one after the other. Finished steps
+# are repeated quickly, an interrupted training goes on.
 set -euo pipefail
 work=${1:-work_dirs/trees}
 set -x

@@ -116,7 +116,9 @@ def read_coco(source: Path, images: Path, *, masks: bool) -> Split:
         names = {category['id']: str(category['name']) for category in coco['categories']}
         annotations = coco['annotations']
         owners = [(a['id'], a['image_id'], a['category_id']) for a in annotations]
-        boxes = np.array([a['bbox'] for a in annotations], dtype=float).reshape(len(owners), 4)
+        numbers = [[value + 0 for value in a['bbox']] for a in annotations]
+        boxes = np.array(numbers, dtype=float).reshape(len(owners), 4)
+        hash(tuple(owners))
         # The toolbox and COCO's evaluation read both.
         areas = np.array([a['area'] + 0 * a['iscrowd'] for a in annotations], dtype=float)
     except OSError as error:
@@ -130,12 +132,12 @@ def read_coco(source: Path, images: Path, *, masks: bool) -> Split:
     for what in ('images', 'categories', 'annotations'):
         split.find(f'ids of {what} that occur twice', _twice(one['id'] for one in coco[what]))
     split.find('class names that occur twice', _twice(names.values()))
-    split.find(
-        'objects with the id 0, which COCO takes for none', [n for n, *_ in owners if n == 0]
-    )
+    # COCO's evaluation does: such an object never counts as found.
+    zero = [number for number, *_ in owners if number == 0]
+    split.find('objects with the id 0, which COCO takes for none', zero, fatal=False)
     split.find(
         'pictures without height and width',
-        [files[i] for i, size in sizes.items() if not min(size) >= 1],
+        [files[i] for i, size in sizes.items() if not 1 <= min(size) <= max(size) < np.inf],
     )
     split.find(
         f'pictures that are not in {images}',
@@ -155,22 +157,23 @@ def read_coco(source: Path, images: Path, *, masks: bool) -> Split:
     )
     if not owners:
         split.find('no object at all in', [source])
-    if split.findings:
+    split.objects = Counter(names[name] for *_, name in owners if name in names)
+    if masks:
+        without = [a['id'] for a in annotations if not _is_mask(a.get('segmentation'))]
+        split.find('objects without a mask, which the model needs', without)
+    if any(finding.fatal for finding in split.findings):
         return split
-    split.objects = Counter(names[name] for *_, name in owners)
     split.most = max(Counter(image for _, image, _ in owners).values(), default=0)
-    split.sides = np.sqrt(boxes[:, 2:].clip(0).prod(1))
     limits = np.array([sizes[image][::-1] for _, image, _ in owners])
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     # mmdet drops what is outside, or below a pixel, and does not clip the rest.
     gone = (boxes[:, 2:] < 1).any(1) | (areas <= 0) | (high <= 0).any(1) | (low >= limits).any(1)
     beyond = ~gone & ((low < -1).any(1) | (high > limits + 1).any(1))
+    split.sides = np.sqrt(boxes[~gone, 2:].prod(1))
     ids = np.array([number for number, *_ in owners], dtype=object)
-    split.find('objects that are empty or outside of their picture', ids[gone], fatal=False)
+    empty = 'objects that are empty or outside of their picture'
+    split.find(empty, ids[gone], fatal=bool(gone.all()))
     split.find('boxes that reach beyond their picture', ids[beyond], fatal=False)
-    if masks:
-        without = [a['id'] for a in annotations if not _is_mask(a.get('segmentation'))]
-        split.find('objects without a mask, which the model needs', without)
     used = {image for _, image, _ in owners}
     split.find(
         'pictures without an object', [files[i] for i in files if i not in used], fatal=False
@@ -182,8 +185,12 @@ def read_coco(source: Path, images: Path, *, masks: bool) -> Split:
 def _is_mask(segmentation: Any) -> bool:
     """Whether it is a run-length code or polygons of three corners and more."""
     if isinstance(segmentation, dict):
-        return {'size', 'counts'} <= segmentation.keys()
-    return bool(segmentation) and all(len(polygon) >= 6 for polygon in segmentation)
+        return 'size' in segmentation and isinstance(segmentation.get('counts'), list | str)
+    return (
+        isinstance(segmentation, list)
+        and bool(segmentation)
+        and all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation)
+    )
 
 
 def _twice(values: Iterable[Any]) -> list[Any]:
@@ -312,11 +319,12 @@ def read_label_maps(source: Path, images: Path, classes: tuple[str, ...]) -> Spl
 
 
 def _read(path: Path, flag: str) -> np.ndarray | None:
-    """A picture; None if it cannot be read."""
+    """A picture ('color') or a label map ('unchanged'); None if it cannot be read."""
+    # As mmseg reads them: label maps by Pillow, because OpenCV would turn a palette into colours.
+    backend = 'pillow' if flag == 'unchanged' else 'cv2'
     try:
-        # Label maps can have a palette, which OpenCV would turn into colours.
-        return compat.require('mmcv').imread(str(path), flag=flag, backend='pillow')
-    except (OSError, SyntaxError, ValueError):
+        return compat.require('mmcv').imread(str(path), flag=flag, backend=backend)
+    except Exception:  # Pillow has many errors for damaged files
         return None
 
 

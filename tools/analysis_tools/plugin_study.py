@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=BACKBONES,
         default=list(BACKBONES),
         metavar='NAME',
-        help=f'some of {", ".join(BACKBONES)}; the results of others stay in the file of --out',
+        help=f'some of {", ".join(BACKBONES)}; needs an --out of its own',
     )
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/plugin_study'))
     parser.add_argument('--jobs', type=int, default=2, help='runs at once, of one thread each')
@@ -84,6 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='override the configs',
     )
     args = parser.parse_args(argv)
+    if len(args.only) < len(BACKBONES) and args.out == parser.get_default('out'):
+        parser.error(f'--only needs --out: {args.out} holds the results of all')
     if args.jobs < 1 or min(args.seeds) < 0:
         parser.error('--jobs must be at least 1, --seeds at least 0')
     if len(set(args.seeds)) < max(len(args.seeds), 2):
@@ -319,9 +321,6 @@ def main(argv: list[str] | None = None) -> None:
     else:
         words = shlex.join(sys.argv[1:] if argv is None else argv)
         results = study(args, f'python tools/analysis_tools/plugin_study.py {words}'.strip())
-        if len(args.only) < len(BACKBONES) and args.out.exists():
-            earlier = json.loads(args.out.read_text(encoding='utf-8'))['backbones']
-            results['backbones'] = {**earlier, **results['backbones']}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
     print(table(results))

@@ -87,7 +87,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     numbers = [args.jobs] if args.epochs is None else [args.jobs, args.epochs]
-    args.seeds = list(dict.fromkeys(args.seeds))
+    for name in ('data', 'backbones', 'seeds'):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if min(numbers) < 1 or min(args.seeds) < 0:
         parser.error('--jobs and --epochs must be at least 1, --seeds at least 0')
     return args

@@ -189,6 +189,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'argument --backbone: {args.backbone!r} is none of {", ".join(backbones())}')
     if any(number is not None and number < 1 for number in (args.epochs, args.batch_size)):
         parser.error('--epochs and --batch-size must be at least 1')
+    takes_classes = MODELS[args.model].task == 'segmentation' or converts(args)
+    if args.classes is not None and not takes_classes:
+        parser.error('--classes is for YOLO and label maps: other data have the names in them')
     if MODELS[args.model].task == 'classification' and (args.scale or args.flip != ['horizontal']):
         parser.error('a classifier takes no --scale and no --flip: its pictures are of one size')
     if args.scale is not None and not 0 < args.scale <= 8:
@@ -209,7 +212,7 @@ def read_data(args: argparse.Namespace) -> dict[str, Split]:
     """
     model = MODELS[args.model]
     pairs = {name: getattr(args, name) for name in ('train', 'val')}
-    if model.task == 'detection' and args.train[0].is_dir():
+    if converts(args):
         converted = {converted_file(args.out, name): pair for name, pair in pairs.items()}
         own_data.to_coco(converted, args.classes)
         pairs = {
@@ -230,13 +233,18 @@ def read_data(args: argparse.Namespace) -> dict[str, Split]:
         one = sorted({*train.classes} ^ {*val.classes})
         train.find('classes of --train or --val alone', one)
         train.find('classes in another order in --val', [] if one else train.classes)
-    if train.source.resolve() == val.source.resolve():
+    if args.train[0].resolve() == args.val[0].resolve():
         train.find('same annotations for --train and --val', [train.source], fatal=False)
     for name, split in splits.items():
         print(f'{name}: {split.report()}')
     if any(finding.fatal for split in splits.values() for finding in split.findings):
         raise UserError('no config was written: mend the errors above first')
     return splits
+
+
+def converts(args: argparse.Namespace) -> bool:
+    """Whether the annotations are folders, of YOLO or Pascal VOC."""
+    return MODELS[args.model].task == 'detection' and args.train[0].is_dir()
 
 
 def converted_file(out: Path, split: str) -> Path:
@@ -475,10 +483,14 @@ def write_config(args: argparse.Namespace, splits: dict[str, Split]) -> str:
     body = {'detection': DETECTION, 'segmentation': SEGMENTATION}.get(model.task, CLASSIFICATION)
     length = ITERATIONS if model.task == 'segmentation' else EPOCHS
     settings = model.settings.format(maps=model.maps if published else '')
-    paths = [os.path.relpath(BASES / f'{base}.py', args.out.parent.resolve()) for base in bases]
+    folder = args.out.parent
+    # mmengine resolves `..` behind a link in two ways, so there the paths are absolute.
+    is_link = folder.absolute() != folder.resolve()
+    paths = [BASES / f'{base}.py' for base in bases]
+    paths = paths if is_link else [os.path.relpath(path, folder) for path in paths]
     lines = {
         'sizes': SIZES,
-        'bases': ''.join(f'    {base!r},\n' for base in paths),
+        'bases': ''.join(f'    {str(path)!r},\n' for path in paths),
         'classes': pprint.pformat(train.classes, width=80),
         'settings': textwrap.indent(settings + limits, '    '),
         'with_mask': ', with_mask=True' if model.masks else '',
@@ -516,12 +528,18 @@ def write_config(args: argparse.Namespace, splits: dict[str, Split]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Checks the data and writes the config."""
     args = parse_args(argv)
-    written = [args.out, *(converted_file(args.out, split) for split in ('train', 'val'))]
+    converted = [converted_file(args.out, split) for split in ('train', 'val')]
+    written = [args.out, *(converted if converts(args) else [])]
     there = [str(path) for path in written if path.exists()]
     if there and not args.force:
         raise UserError(f'{there[0]} exists: choose another --out, or --force to replace it')
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    text = write_config(args, read_data(args))
+    try:
+        text = write_config(args, read_data(args))
+    except BaseException:
+        for path in written[1:]:
+            path.unlink(missing_ok=True)
+        raise
     args.out.write_text(text, encoding='utf-8')
     print(f'{args.out}: written. Next: python tools/train.py {args.out}')
 

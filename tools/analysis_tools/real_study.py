@@ -34,7 +34,8 @@ from hat_mm.engine.analysis import count
 from hat_mm.engine.cli import UserError, run_tool
 from hat_mm.engine.environment import circumstances, describe, tune
 
-NEW_CONFIG = Path(__file__).resolve().parents[1] / 'misc/new_config.py'
+TOOLS = Path(__file__).resolve().parents[1]
+NEW_CONFIG, CONVERTERS = TOOLS / 'misc/new_config.py', TOOLS / 'dataset_converters'
 BACKBONES = {
     'FasterViT': 'fastervit-toy',
     'FasterViT without carriers': 'fastervit-no-carriers-toy',
@@ -57,14 +58,24 @@ class Data(NamedTuple):
         model: Model of ``new_config.py``.
         epochs: Epochs of a run, for at least ten minutes on one thread.
         kind: What is scored, ``'bbox'`` or ``'segm'``.
+        title: Title of the table.
     """
 
     model: str
     epochs: int
     kind: str
+    title: str
 
 
-DATA = {'trees': Data('retinanet', 70, 'bbox'), 'nuclei': Data('mask-rcnn', 8, 'segm')}
+DATA = {
+    'trees': Data('retinanet', 70, 'bbox', 'trees'),
+    'nuclei': Data(
+        'mask-rcnn',
+        8,
+        'segm',
+        'nuclei, by masks of an automatic segmentation with errors (ERR_SEG)',
+    ),
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -127,10 +138,10 @@ def make_config(data: str, backbone: str, seed: int, epochs: int, folder: Path) 
 def train(*, data: str, backbone: str, seed: int, epochs: int, folder: Path, out: Path) -> None:
     """Trains, tests and measures one backbone, and writes what was found to ``out``.
 
-    It holds ``val`` and ``test``, AP, AP50 and AP75 of the splits, the former for each of
-        :data:`SCALES`; ``step`` and ``picture``, median seconds of a training step and of the
-        first validation picture; ``parameters`` of the backbone, and its ``macs`` for 512x512
-        pixels; ``steps``; ``measured``, hardware and versions.
+    The file holds AP, AP50 and AP75 of ``test``, and of ``val`` at each of :data:`SCALES`; ``step``
+    and ``picture``, median seconds of a training step and of the first validation picture;
+    ``parameters`` of the backbone and its ``macs`` for 512x512 pixels; ``steps``; ``measured``,
+    hardware and versions.
     """
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -285,6 +296,9 @@ def study(args: argparse.Namespace) -> None:
         made = json.loads(out.read_text(encoding='utf-8'))['epochs']
         if made != epochs:
             raise UserError(f'{out} was made with --epochs {made}: choose another --out')
+    for data in {settings['data'] for settings in todo}:
+        if not Path('data', data).exists():
+            subprocess.run([sys.executable, CONVERTERS / f'{data}.py'], check=True)
     os.environ['OMP_NUM_THREADS'] = '1'  # for the processes that train
     args.out.mkdir(parents=True, exist_ok=True)
     one_process_a_run = dict(mp_context=multiprocessing.get_context('spawn'), max_tasks_per_child=1)
@@ -307,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     results = read_results(args.out)
     for data, rows in results.items():
         if rows:
-            print(f'\n{data}\n\n{table(rows)}')
+            print(f'\n{DATA[data].title}\n\n{table(rows)}')
     if not any(results.values()):
         raise UserError(f'{args.out} has no results')
     plot(results, args.plot)

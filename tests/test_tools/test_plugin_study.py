@@ -53,9 +53,8 @@ def overrides(tmp_path_factory) -> dict:
 
 def test_every_detector_trains_and_is_timed(overrides):
     found = study.costs(study.BACKBONES, overrides, rounds=1)
-    assert list(found) == list(
-        json.loads((ROOT / 'docs/plugin_study.json').read_text())['backbones']
-    )
+    shown = json.loads((ROOT / 'docs/plugin_study.json').read_text())['backbones']
+    assert set(shown) <= set(found) == set(study.BACKBONES)
     assert all(0 < row['seconds'] < 60 for row in found.values())
     parameters = {name: row['parameters'] for name, row in found.items()}
     assert parameters['ResNet'] < parameters['ResNet + H-MHSA'] < parameters['ResNet + HAT']

@@ -87,11 +87,23 @@ def test_a_run_is_measured(result, capsys):
         assert all(0 <= value <= 1 for value in scores.values())
     assert 2e6 < run['parameters'] < 3e6
     assert run['macs'] > 1e9
-    assert run['step'] > 0
-    assert run['picture'] > 0
     study.main(['--render', '--out', f'{folder}/results', '--plot', f'{folder}/plot.png'])
     assert '| ResNet ' in capsys.readouterr().out
     assert (folder / 'plot.png').stat().st_size > 5000
+
+
+def test_time_is_measured_apart(result, capsys, monkeypatch):
+    monkeypatch.chdir(result[0])
+    words = ['--data', 'trees', '--backbones', 'resnet-wide-toy', '--out', 'results']
+    study.measure_seconds(study.parse_args(words), rounds=1)
+    seconds = json.loads((result[0] / 'results/seconds.json').read_text())
+    assert 'torch' in seconds['measured']
+    assert set(seconds['trees']) == {'resnet-wide-toy'}
+    step, picture = (seconds['trees']['resnet-wide-toy'][k] for k in ('training_step', 'picture'))
+    assert step > 0
+    assert picture > 0
+    study.main(['--render', '--out', 'results', '--plot', 'plot.png'])
+    assert f'| {step:.2f}' in capsys.readouterr().out
 
 
 @pytest.mark.slow

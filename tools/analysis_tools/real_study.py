@@ -4,7 +4,8 @@ Each run gets the config that tools/misc/new_config.py writes for its backbone, 
 and number of steps are the same, and trains in a process of its own, on one thread. All backbones
 run with one seed before the next seed starts. The result of a run goes to a JSON file as soon as it
 ends; runs that have one are skipped, and an interrupted run is resumed. Prints a Markdown table and
-draws a plot of all results that are there.
+draws a plot of all results that are there. The runs may share the machine with other work: time is
+measured apart, by --seconds.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+from benchmark.measuring import Work, seconds_of
 from coco_scores import score
 from matplotlib.figure import Figure
 from tabulate import tabulate
@@ -49,6 +51,7 @@ BACKBONES = {
 SCALES = (0.5, 1.0, 2.0)
 """Sizes of the validation pictures, as multiples of that in training."""
 METRICS = ('ap', 'ap50', 'ap75')
+SECONDS = 'seconds.json'
 
 
 class Data(NamedTuple):
@@ -94,6 +97,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--out', type=Path, default=Path('docs/real_images'), metavar='FOLDER')
     parser.add_argument('--plot', type=Path, default=Path('docs/images/real_study.png'))
     parser.add_argument(
+        '--seconds',
+        action='store_true',
+        help='train nothing; time a step and a picture of each backbone in turns, on one thread',
+    )
+    parser.add_argument(
         '--render', action='store_true', help='only table and plot, of the results in --out'
     )
     args = parser.parse_args(argv)
@@ -138,8 +146,7 @@ def make_config(data: str, backbone: str, seed: int, epochs: int, folder: Path) 
 def train(*, data: str, backbone: str, seed: int, epochs: int, folder: Path, out: Path) -> None:
     """Trains, tests and measures one backbone, and writes what was found to ``out``.
 
-    The file holds AP, AP50 and AP75 of ``test``, and of ``val`` at each of :data:`SCALES`; ``step``
-    and ``picture``, median seconds of a training step and of the first validation picture;
+    The file holds AP, AP50 and AP75 of ``test``, and of ``val`` at each of :data:`SCALES`;
     ``parameters`` of the backbone and its ``macs`` for 512x512 pixels; ``steps``; ``measured``,
     hardware and versions.
     """
@@ -157,23 +164,16 @@ def train(*, data: str, backbone: str, seed: int, epochs: int, folder: Path, out
         found: dict[str, Any] = {'data': data, 'backbone': backbone, 'seed': seed}
         found |= {'epochs': epochs, 'steps': runner.iter, 'val': {}}
         for scale in SCALES:
-            scores, seconds = test(cfg, checkpoint, 'val', scale)
-            found['val'][str(scale)] = scores
-            if scale == 1:
-                found['picture'] = seconds
-        found['test'], _ = test(cfg, checkpoint, 'test', 1.0)
+            found['val'][str(scale)] = test(cfg, checkpoint, 'val', scale)
+        found['test'] = test(cfg, checkpoint, 'test', 1.0)
         complexity = count(runner.model.backbone, (512, 512)).whole
         found |= {'parameters': complexity.parameters, 'macs': complexity.flops}
-        found |= {'step': step_seconds(folder), 'measured': describe(circumstances('cpu', tune()))}
+        found['measured'] = describe(circumstances('cpu', tune()))
     out.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
 
 
-def test(cfg: Any, checkpoint: str, split: str, scale: float) -> tuple[dict, float]:
-    """Scores a checkpoint on a split at a multiple of the training's scale.
-
-    Returns:
-        AP, AP50 and AP75; median seconds of the first picture.
-    """
+def test(cfg: Any, checkpoint: str, split: str, scale: float) -> dict[str, float]:
+    """AP, AP50 and AP75 of a checkpoint on a split at a multiple of the training's scale."""
     cfg = copy.deepcopy(cfg)
     folder = Path(cfg.work_dir, f'{split}-{scale}')
     annotations = Path(cfg.val_evaluator.ann_file).with_name(f'{split}.json')
@@ -191,32 +191,74 @@ def test(cfg: Any, checkpoint: str, split: str, scale: float) -> tuple[dict, flo
     # mmdet writes no file if nothing was found.
     detections = json.loads(found.read_text(encoding='utf-8')) if found.exists() else []
     scores = score(annotations, detections, kind)
-    batch = next(iter(runner.test_dataloader))
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        with torch.inference_mode():
-            runner.model.test_step(batch)
-        seconds.append(time.perf_counter() - start)
-    return {name: getattr(scores, name) for name in METRICS}, statistics.median(seconds)
+    return {name: getattr(scores, name) for name in METRICS}
 
 
-def step_seconds(folder: Path) -> float:
-    """Median seconds of a training step, by the logs of a run."""
-    lines = [
-        json.loads(line)
-        for path in folder.glob('*/vis_data/scalars.json')
-        for line in path.read_text(encoding='utf-8').splitlines()
-    ]
-    return statistics.median(line['time'] for line in lines if 'lr' in line)
+# --- time -----------------------------------------------------------------------------------------
+
+
+def training_step(settings: dict[str, Any]) -> Work:
+    """A training step of the detector; loading the pictures is not included."""
+    runner = make_runner(**settings)
+    model, batch = runner.model.train(), next(iter(runner.train_dataloader))
+    optimizer = runner.build_optim_wrapper(runner.cfg.optim_wrapper)
+    return Work(lambda: model.train_step(batch, optimizer))
+
+
+def picture(settings: dict[str, Any]) -> Work:
+    """Detection on the first validation picture."""
+    runner = make_runner(**settings)
+    model, batch = runner.model.eval(), next(iter(runner.val_dataloader))
+    return Work(torch.inference_mode()(lambda: model.test_step(batch)))
+
+
+def make_runner(**settings: Any) -> Any:
+    """The runner of a config, in a process that measures on one thread."""
+    torch.set_num_threads(1)
+    cfg = make_config(**settings)
+    cfg.resume = False
+    return compat.require('mmengine.registry').RUNNERS.build(cfg)
+
+
+def measure_seconds(args: argparse.Namespace, rounds: int = 9) -> None:
+    """Writes medians of a training step and of a picture to :data:`SECONDS` in ``args.out``."""
+    found: dict[str, Any] = {'measured': describe(circumstances('cpu', tune()))}
+    for name in args.data:
+        found[name] = {backbone: {} for backbone in args.backbones}
+        for what in (training_step, picture):
+            with TemporaryDirectory() as folder:
+                jobs = {
+                    backbone: (
+                        what,
+                        dict(data=name, backbone=backbone, seed=0, epochs=1)
+                        | dict(folder=Path(folder, backbone)),
+                    )
+                    for backbone in args.backbones
+                }
+                seconds, errors = seconds_of(jobs, rounds, device='cpu', tuned=True)
+            if errors:
+                raise UserError(f'{name}, {what.__name__}: {errors}')
+            for backbone, values in seconds.items():
+                found[name][backbone][what.__name__] = statistics.median(values)
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(found, indent=1)
+    (args.out / SECONDS).write_text(text + '\n', encoding='utf-8')
 
 
 # --- output ---------------------------------------------------------------------------------------
 
 
 def read_results(folder: Path) -> dict[str, dict[str, list[dict]]]:
-    """The results of a folder by dataset and name of the backbone, in the order of the tables."""
-    runs = [json.loads(path.read_text(encoding='utf-8')) for path in sorted(folder.glob('*.json'))]
+    """The results of a folder by dataset and name of the backbone, in the order of the tables.
+
+    Those of :func:`measure_seconds` are added to the runs, as far as they are there.
+    """
+    files = sorted(folder.glob('*_*.json'))
+    runs = [json.loads(path.read_text(encoding='utf-8')) for path in files]
+    path = folder / SECONDS
+    seconds = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    for run in runs:
+        run['seconds'] = seconds.get(run['data'], {}).get(run['backbone'])
     return {
         data: {
             name: found
@@ -245,8 +287,10 @@ def table(rows: dict[str, list[dict]]) -> str:
             },
             'AP': mean_sd([run['val']['1.0']['ap'] for run in runs]),
             'AP50, test': mean_sd([run['test']['ap50'] for run in runs]),
-            'step, s': f'{statistics.median(run["step"] for run in runs):.2f}',
-            'picture, s': f'{statistics.median(run["picture"] for run in runs):.2f}',
+            **{
+                heading: f'{runs[0]["seconds"][what.__name__]:.2f}' if runs[0]['seconds'] else '-'
+                for heading, what in (('step, s', training_step), ('picture, s', picture))
+            },
             'parameters, M': f'{runs[0]["parameters"] / 1e6:.2f}',
             'MACs, G': f'{runs[0]["macs"] / 1e9:.2f}',
         }
@@ -278,6 +322,13 @@ def plot(results: dict[str, dict[str, list[dict]]], out: Path) -> None:
 # --- the study ------------------------------------------------------------------------------------
 
 
+def make_data(names: set[str]) -> None:
+    """Makes the datasets that are not there."""
+    for name in names:
+        if not Path('data', name).exists():
+            subprocess.run([sys.executable, CONVERTERS / f'{name}.py'], check=True)
+
+
 def study(args: argparse.Namespace) -> None:
     """Makes the runs that have no result yet.
 
@@ -296,9 +347,7 @@ def study(args: argparse.Namespace) -> None:
         made = json.loads(out.read_text(encoding='utf-8'))['epochs']
         if made != epochs:
             raise UserError(f'{out} was made with --epochs {made}: choose another --out')
-    for data in {settings['data'] for settings in todo}:
-        if not Path('data', data).exists():
-            subprocess.run([sys.executable, CONVERTERS / f'{data}.py'], check=True)
+    make_data({settings['data'] for settings in todo})
     os.environ['OMP_NUM_THREADS'] = '1'  # for the processes that train
     args.out.mkdir(parents=True, exist_ok=True)
     one_process_a_run = dict(mp_context=multiprocessing.get_context('spawn'), max_tasks_per_child=1)
@@ -316,7 +365,10 @@ def study(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Makes the missing runs; prints the tables and draws the plot."""
     args = parse_args(argv)
-    if not args.render:
+    if args.seconds:
+        make_data(set(args.data))
+        measure_seconds(args)
+    elif not args.render:
         study(args)
     results = read_results(args.out)
     for data, rows in results.items():

@@ -34,6 +34,7 @@ _PUBLIC = {
     'get_model': 'hat_mm.zoo.models',
     'list_models': 'hat_mm.zoo.models',
     'register_model_index': 'hat_mm.zoo.models',
+    'swap_backbone': 'hat_mm.engine.swap',
     'switch_to_deploy': 'hat_mm.layers',
     'tune_allocator': 'hat_mm.engine.allocator',
 }
@@ -61,6 +62,7 @@ __all__ = [
     'get_model',
     'list_models',
     'register_model_index',
+    'swap_backbone',
     'switch_to_deploy',
     'tune_allocator',
 ]

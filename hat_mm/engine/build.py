@@ -13,6 +13,9 @@ from hat_mm import compat
 
 from .cli import UserError
 
+# Settings that load weights, the last one of StrongSORT's trackers.
+_WEIGHTS = ('init_cfg', 'pretrained', 'teacher_ckpt', 'postprocess_model')
+
 
 def read_type(text: str) -> tuple[str, dict[str, Any]]:
     """Reads ``TYPE[:KEY=VALUE,...]``.
@@ -79,10 +82,22 @@ def build_type(kind: str, arguments: dict[str, Any]) -> nn.Module:
 
 def build_model(cfg: Any) -> nn.Module:
     """Builds the model of a config under the config's own scope, with random weights."""
-    scope = cfg.default_scope
-    compat.require(f'{scope}.utils').register_all_modules(init_default_scope=False)
     if cfg.get('data_preprocessor') is not None:  # as mmengine's runner does
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return build_part(cfg.model, cfg.default_scope)
+
+
+def build_part(cfg: Any, scope: str) -> nn.Module:
+    """Builds a model, backbone, neck or head under the scope of a toolbox, with random weights."""
+    compat.require(f'{scope}.utils').register_all_modules(init_default_scope=False)
     scopes = importlib.import_module('mmengine.registry').DefaultScope
     with scopes.overwrite_default_scope(scope):
-        return importlib.import_module(f'{scope}.registry').MODELS.build(cfg.model)
+        return importlib.import_module(f'{scope}.registry').MODELS.build(cfg)
+
+
+def without_weights(cfg: Any) -> Any:
+    """A copy of a config in which nothing loads weights."""
+    if isinstance(cfg, dict):
+        given = {k: without_weights(v) for k, v in cfg.items()}
+        return type(cfg)({k: None if k in _WEIGHTS else v for k, v in given.items()})
+    return [without_weights(v) for v in cfg] if isinstance(cfg, list) else cfg

@@ -167,12 +167,13 @@ def test_parser() -> argparse.ArgumentParser:
 # --- configs -------------------------------------------------------------------------------------
 
 
-def read_config(path: str, options: dict[str, Any] | None = None) -> Any:
+def read_config(path: str, options: dict[str, Any] | None = None, scope: bool = True) -> Any:
     """Reads a config and imports its toolbox.
 
     Args:
         path: The config file.
         options: Settings that override the config's, by dotted name.
+        scope: Whether the config must name its toolbox as ``default_scope``.
 
     Raises:
         UserError: The file is missing or broken, an option does not fit, or the config has no model
@@ -188,10 +189,11 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Any:
         cfg.merge_from_dict(options or {})
     except (TypeError, LookupError) as error:
         raise UserError(f'--cfg-options do not fit the config: {error}', status=2) from error
-    for key in ('model', 'default_scope'):
+    for key in ('model', 'default_scope')[: 1 + scope]:
         if cfg.get(key) is None:
             raise UserError(f'config {path!r} has no {key!r}')
-    compat.require(cfg.default_scope)
+    if scope:
+        compat.require(cfg.default_scope)
     importlib.import_module('hat_mm.registry')
     return cfg
 
@@ -336,6 +338,16 @@ def _set_memory_format(model: torch.nn.Module) -> None:
             module.to(memory_format=torch.channels_last)
 
 
+def _check_maps(cfg: Any, model: Any) -> list[str]:
+    """Checks that the maps of a backbone of hat_mm suit the heads; returns warnings."""
+    if not cfg.get('check_maps', True) or not isinstance(model, torch.nn.Module):
+        return []  # FlexibleRunner has a config until it runs
+    try:
+        return importlib.import_module('hat_mm.engine.maps').check_maps(model)
+    except UserError as error:
+        raise UserError(f'{error}. --cfg-options check_maps=False turns this check off') from error
+
+
 def _accumulated(cfg: Any) -> int:
     """Number of forward passes per optimizer step."""
     return (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
@@ -435,6 +447,8 @@ def train(argv: Sequence[str] | None = None) -> None:
     versions = ', '.join(f'{module.__name__} {module.__version__}' for module in modules)
     runner.logger.info(f'Software: {versions}')
     _check_learning_rate(cfg, runner)
+    for warning in _check_maps(cfg, runner.model):
+        runner.logger.warning(warning)
     if problem:
         runner.logger.warning(f'{problem}; resuming from {cfg.load_from}')
     try:
@@ -483,6 +497,8 @@ def test(argv: Sequence[str] | None = None) -> dict:
     runner = compat.require('mmengine.registry').RUNNERS.build(cfg)
     if isinstance(runner.model, torch.nn.Module):  # FlexibleRunner has a config until it runs
         _set_memory_format(runner.model)
+    for warning in _check_maps(cfg, runner.model):
+        runner.logger.warning(warning)
     if args.deploy:
         if not any(isinstance(module, Deployable) for module in runner.model.modules()):
             raise UserError('--deploy: the model has no backbone or plugin of hat_mm')

@@ -21,7 +21,7 @@ from hat_mm.backbones.base import HierarchicalBackbone
 from .build import build_model, without_weights
 from .cli import UserError
 
-__all__ = ['check_maps', 'check_model']
+__all__ = ['check_maps', 'check_model', 'without_groups']
 
 SIDE = 128
 """Side of the picture that is run, in pixels; the strides of all levels divide it."""
@@ -138,7 +138,7 @@ def check_model(cfg: Any) -> list[str]:
         UserError: The model cannot be built or run.
     """
     cfg = copy.deepcopy(cfg)
-    cfg.model = _without_groups(without_weights(cfg.model))
+    cfg.model = without_groups(without_weights(cfg.model))
     for part in (cfg.model, cfg.model.get('detector') or {}):
         if (part.get('test_cfg') or {}).get('rpn'):
             part.test_cfg.rpn.max_per_img = 5  # thousands of regions would take their time
@@ -162,13 +162,13 @@ def check_model(cfg: Any) -> list[str]:
     return warnings
 
 
-def _without_groups(cfg: Any) -> Any:
+def without_groups(cfg: Any) -> Any:
     """A copy of a config whose norms need no group of processes."""
     if isinstance(cfg, dict):
         kind = 'BN' if cfg.get('type') in ('SyncBN', 'MMSyncBN') else cfg.get('type')
-        given = {k: kind if k == 'type' else _without_groups(v) for k, v in cfg.items()}
+        given = {k: kind if k == 'type' else without_groups(v) for k, v in cfg.items()}
         return type(cfg)(given)
-    return [_without_groups(v) for v in cfg] if isinstance(cfg, list) else cfg
+    return [without_groups(v) for v in cfg] if isinstance(cfg, list) else cfg
 
 
 def _find_teacher(cfg: Any) -> None:
@@ -195,7 +195,11 @@ def forward(model: Any, scope: str) -> None:
     if getattr(model, 'rpn_head', None) is not None:
         model.rpn_head.init_weights()  # the first regions of Sparse R-CNN are weights
     elif scope == 'mmdet':  # Fast R-CNN gets its regions with the picture
-        sample.proposals = InstanceData(bboxes=torch.tensor([[0.0, 0.0, width / 2, height / 2]]))
+        boxes = torch.tensor([[0.0, 0.0, width / 2, height / 2]])
+        sample.proposals = InstanceData(bboxes=boxes)
+    if scope == 'mmdet':  # some read the truth, whatever the mode
+        boxes = torch.tensor([[0.0, 0.0, width / 2, height / 2]])
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([0]))
     image = torch.rand(1, model.backbone.in_channels, height, width)
     if scope == 'mmseg':  # in mode 'tensor' segmentors in steps fail
         model(image, [sample], mode='predict')

@@ -307,7 +307,7 @@ class _Swapper:
         if neck is not None:
             self.set('neck', None, 'the new backbone makes a pyramid itself')
         reads = [
-            (path, head, [stages[i] for i in _indices(head, count)]) for path, head in self.heads()
+            (path, head, [stages[i] for i in self.read(head, count)]) for path, head in self.heads()
         ]
         weighed = [stages for _, head, stages in reads if _kind(head) == 'OCRHead']
         if weighed:  # by what the head before makes of a map, which must have the same size
@@ -338,7 +338,18 @@ class _Swapper:
         new = dict(neck, in_channels=_like(neck.in_channels, wanted))
         arriving = [m.shape[1] for m in _run(new, self.scope, maps)]
         for path, head in self.heads():
-            self.set_channels(path, head, [arriving[i] for i in _indices(head, len(arriving))])
+            self.set_channels(path, head, [arriving[i] for i in self.read(head, len(arriving))])
+
+    @staticmethod
+    def read(head: Any, count: int) -> list[int]:
+        """The places of the maps that a head reads, counted from the first."""
+        several = isinstance(head.in_channels, Sequence)
+        default: Any = list(range(count)) if several else -1
+        found = head.get('in_index', default)
+        found = found if isinstance(found, Sequence) else [found]
+        if _kind(head) == 'EncHead' and not head.get('add_lateral'):
+            found = found[-1:]  # it takes the others, but does not use them
+        return [range(count)[i] for i in found]
 
     def set_indices(self, path: str, head: Any, places: list[int]) -> None:
         old = head.get('in_index')
@@ -625,12 +636,13 @@ def _scope(cfg: Any) -> str:
 
 
 def _types(cfg: Any) -> Iterator[str]:
-    """The types of a config and of all that is in it."""
+    """The types of a config and of all that is in it but the backbones."""
     if isinstance(cfg, dict):
         if 'type' in cfg:
             yield _kind(cfg)
-        for value in cfg.values():
-            yield from _types(value)
+        for key, value in cfg.items():
+            if key != 'backbone':
+                yield from _types(value)
     elif isinstance(cfg, (list, tuple)):
         for value in cfg:
             yield from _types(value)
@@ -652,12 +664,3 @@ def _plain(value: Any) -> Any:
 def _reads_maps(part: Any, old: Sequence[_Map]) -> bool:
     channels = part.get('in_channels') if isinstance(part, dict) else None
     return isinstance(channels, Sequence) and list(channels) == [m.channels for m in old]
-
-
-def _indices(head: Any, count: int) -> list[int]:
-    """The places of the maps that a head of mmseg reads, counted from the first."""
-    several = isinstance(head.in_channels, Sequence)
-    default: Any = list(range(count)) if several else -1
-    found = head.get('in_index', default)
-    found = found if isinstance(found, Sequence) else [found]
-    return [range(count)[i] for i in found]

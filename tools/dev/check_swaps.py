@@ -21,16 +21,24 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
+from check_configs import batch, shorten  # imports hat_mm, which repairs the toolboxes
+from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.logging import MMLogger
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData, PixelData
+from mmseg.structures import SegDataSample
 
 from hat_mm.engine.build import build_model, without_weights
 from hat_mm.engine.cli import UserError
 from hat_mm.engine.config_text import TOOLBOXES, config_text, configs_of
-from hat_mm.engine.maps import check_model
-from hat_mm.engine.swap import plan_swap
+from hat_mm.engine.maps import check_model, without_groups
+from hat_mm.engine.swap import Swap, plan_swap
 
 BACKBONES = ('fastervit-0', 'hat-net-tiny')
+SWAPPED = ('swapped', 'refused', 'failed', 'broken', 'fragment')
+STEPPED = ('stepped', 'did not step')
 SECONDS = 300
 """Most seconds for one config."""
 
@@ -63,6 +71,94 @@ def check(toolbox: str, leaf: str, backbone: str) -> dict[str, Any]:
     finally:
         signal.alarm(0)
     return found | dict(outcome=outcome, why=why[:500], seconds=time.perf_counter() - start)
+
+
+# --- a training step ------------------------------------------------------------------------------
+
+
+def step(toolbox: str, leaf: str, backbone: str) -> dict[str, Any]:
+    """Takes a training step and a prediction with few blocks; returns the like of :func:`check`."""
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(SECONDS)
+    found = dict(toolbox=toolbox, leaf=leaf, backbone=backbone, outcome='stepped', why='')
+    try:
+        _step(plan_swap(Config.fromfile(configs_of(toolbox) / leaf), backbone, check=False))
+    except Exception as error:
+        why = f'{type(error).__name__}: {" ".join(str(error).split())}'[:500]
+        found |= dict(outcome='did not step', why=why)
+    finally:
+        signal.alarm(0)
+    return found
+
+
+def _step(swap: Swap) -> None:
+    cfg = swap.cfg
+    torch.manual_seed(0)
+    if 'detector' in cfg.model:  # of a tracker
+        cfg.model = cfg.model.detector
+    shorten(cfg)
+    model = build_model(Config(dict(cfg, model=without_groups(without_weights(cfg.model)))))
+    model.init_weights()
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        wrapper = {k: v for k, v in cfg.optim_wrapper.items() if k not in ('loss_scale', 'dtype')}
+        optim_wrapper = build_optim_wrapper(model, wrapper | dict(type='OptimWrapper'))
+        reached = set()
+        trained = {k: p for k, p in model.backbone.named_parameters() if p.requires_grad}
+        for name, parameter in trained.items():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: reached.add(name))
+        model.train()
+        losses = model.train_step(some_pictures(cfg, model), optim_wrapper)
+        bad = [name for name, value in losses.items() if not torch.isfinite(value).all()]
+        unused = [name for name in trained if name not in reached]
+        if bad or (unused and not cfg.get('find_unused_parameters')):
+            raise ValueError(f'losses not finite: {bad}; no gradient for: {unused}')
+        model.eval()
+        with torch.no_grad():
+            if hasattr(model, 'with_target_generator'):
+                return  # what trains without labels does not predict
+            model.test_step(some_pictures(cfg, model, count=1))
+
+
+def some_pictures(cfg: Config, model: Any, count: int = 2) -> dict[str, Any]:
+    """Random pictures with truth of all kinds, in the form that a toolbox's loader returns."""
+    classes = min(_numbers_of_classes(cfg.model), default=80)
+    if cfg.default_scope == 'mmpretrain' or type(model).__name__ == 'BaseReID':
+        made = batch(Config(dict(cfg, default_scope='mmpretrain')), count)
+        made['inputs'] = made['inputs'][:, : model.backbone.in_channels]
+        if not hasattr(model, 'with_target_generator'):
+            return made
+        return made | dict(inputs=[made['inputs']] * 2)  # training without labels takes two views
+    if cfg.default_scope == 'mmseg':
+        size = tuple(cfg.model.data_preprocessor.size)
+        samples = [
+            SegDataSample(metainfo=dict(img_shape=size, ori_shape=size)) for _ in range(count)
+        ]
+        for sample in samples:
+            sample.gt_sem_seg = PixelData(data=torch.randint(0, classes, (1, *size)))
+        images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(count)]
+        return dict(inputs=images, data_samples=samples)
+    shapes = [[3, 160, 192], [3, 192, 160]][:count]
+    truth = dict(num_items=[3] * count, with_mask=True, with_semantic=True)
+    made = demo_mm_inputs(count, shapes, num_classes=classes, **truth)
+    if getattr(model, 'rpn_head', None) is None:
+        for sample in made['data_samples']:
+            sample.proposals = InstanceData(bboxes=sample.gt_instances.bboxes.tensor.clone())
+    return made
+
+
+def _numbers_of_classes(cfg: Any) -> Iterator[int]:
+    if isinstance(cfg, dict):
+        for key, value in cfg.items():
+            if key in ('num_classes', 'num_things_classes') and isinstance(value, int):
+                yield value
+            else:
+                yield from _numbers_of_classes(value)
+    elif isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            yield from _numbers_of_classes(value)
+
+
+# --- all of them ----------------------------------------------------------------------------------
 
 
 def _too_long(*_: Any) -> None:
@@ -112,32 +208,52 @@ def _quiet() -> None:
     logging.disable(logging.ERROR)
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """What was found before."""
+    lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def key(found: dict[str, Any]) -> tuple[str, str, str]:
+    return found['toolbox'], found['leaf'], found['backbone']
+
+
+def one_of_each_folder(known: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """The first leaf of each folder whose backbone was swapped, or was to be."""
+    jobs = {}
+    for found in sorted(known, key=key):
+        if found['outcome'] in ('swapped', 'failed'):
+            folder = Path(found['leaf']).parts[0]
+            jobs.setdefault((found['toolbox'], folder, found['backbone']), key(found))
+    return list(jobs.values())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Checks what has not been checked, and prints the counts; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--toolboxes', nargs='+', choices=TOOLBOXES, default=list(TOOLBOXES))
     parser.add_argument('--backbones', nargs='+', default=list(BACKBONES))
+    parser.add_argument(
+        '--steps', action='store_true', help='a training step with one leaf of each folder'
+    )
     parser.add_argument('--only', default='*', metavar='GLOB', help="leaves, such as 'yolox/*'")
     parser.add_argument('--jobs', type=int, default=2, help='processes')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/check_swaps.jsonl'))
     args = parser.parse_args(argv)
-    known = []
-    if args.out.exists():
-        known = [json.loads(line) for line in args.out.read_text(encoding='utf-8').splitlines()]
-    done = {(found['toolbox'], found['leaf'], found['backbone']) for found in known}
-    todo = [
-        job
-        for backbone in args.backbones
-        for toolbox in args.toolboxes
-        for leaf in leaves(toolbox)
-        if (job := (toolbox, leaf, backbone)) not in done and Path(leaf).match(args.only)
-    ]
+    known = read(args.out)
+    if args.steps:
+        jobs = one_of_each_folder(known)
+    else:
+        jobs = [(t, leaf, b) for b in args.backbones for t in args.toolboxes for leaf in leaves(t)]
+    outcomes = STEPPED if args.steps else SWAPPED
+    done = {key(found) for found in known if found['outcome'] in outcomes}
+    todo = [job for job in jobs if job not in done and Path(job[1]).match(args.only)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with (
         args.out.open('a', encoding='utf-8') as file,
         ProcessPoolExecutor(args.jobs, initializer=_quiet) as pool,
     ):
-        for run in as_completed([pool.submit(check, *job) for job in todo]):
+        for run in as_completed([pool.submit(step if args.steps else check, *job) for job in todo]):
             file.write(json.dumps(run.result()) + '\n')
             file.flush()
     return 0

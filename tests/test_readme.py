@@ -12,6 +12,7 @@ from pathlib import Path
 import candidates
 import models
 import pytest
+import swap_backbone
 import torch
 from mmcv.transforms import Compose
 from mmengine.config import Config
@@ -69,9 +70,28 @@ def test_command_exists(command):
         for word in words[2:]:
             if word.startswith('--'):
                 assert word in help_text
+    if words[1].endswith('swap_backbone.py'):
+        return  # run below
     configs = [word for word in words[2:] if word.startswith('configs/')]
-    assert configs or '.mim/configs/' in words[2]
+    assert configs or words[2].startswith('work_dirs/')
     assert all((ROOT / config).is_file() for config in configs)
+
+
+def test_swap_backbone(tmp_path, monkeypatch, capsys):
+    """The README's command runs, and the page shows what another one writes."""
+    monkeypatch.chdir(tmp_path)
+    [command, train] = [
+        shlex.split(line)
+        for line in COMMANDS
+        if 'swap_backbone.py' in line or line.startswith('python tools/train.py work_dirs/')
+    ]
+    swap_backbone.main(command[2:])
+    assert Config.fromfile(train[2]).model.backbone.type == 'hat_mm.FasterViT'
+    page = (ROOT / 'docs/swap.md').read_text()
+    [shown] = [block for block in blocks('python', page) if block.startswith('_base_')]
+    capsys.readouterr()
+    swap_backbone.main([re.findall("'(.*)'", shown)[0], 'hat-net-tiny', '--no-check'])
+    assert capsys.readouterr().out == shown
 
 
 # --- commands of all pages ------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def _made_for(owner: nn.Module) -> Iterator[_Part]:
             yield _Part(name, False, [_side(stride) for stride in part.featmap_strides])
         elif isinstance(getattr(part, 'feature_strides', None), Sequence):
             yield _Part(name, False, [_side(stride) for stride in part.feature_strides])
-        elif name.endswith('pixel_decoder') and isinstance(part.strides, Sequence):
+        elif name.endswith('pixel_decoder') and hasattr(part, 'strides'):
             yield _Part(name, False, [_side(stride) for stride in part.strides])
 
 

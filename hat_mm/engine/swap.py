@@ -93,16 +93,6 @@ class _Map(NamedTuple):
 # --- what is put in -------------------------------------------------------------------------------
 
 
-def backbone_names() -> dict[str, Path]:
-    """The backbones that have a file in ``configs/_base_/backbones``, of the types of hat_mm."""
-    package = Path(__file__).resolve().parents[1]
-    for configs in (package / '.mim/configs', package.parent / 'configs'):
-        files = sorted((configs / '_base_/backbones').glob('*.py'))
-        if files:
-            return {path.stem: path for path in files if "type='hat_mm." in path.read_text('utf-8')}
-    return {}
-
-
 def read_backbone(name: str) -> dict[str, Any]:
     """Reads the config of a backbone.
 
@@ -113,14 +103,32 @@ def read_backbone(name: str) -> dict[str, Any]:
     Raises:
         UserError: There is no such backbone, or the file sets none of hat_mm's types.
     """
-    names = backbone_names()
-    path = Path(name) if name.endswith('.py') else names.get(name)
+    files = {path.stem: path for path in _backbone_files()}
+    path = Path(name) if name.endswith('.py') else files.get(name)
     if path is None or not path.is_file():
-        raise UserError(f'{name!r} is no backbone: give a file, or one of {", ".join(names)}')
-    found = compat.require('mmengine.config').Config.fromfile(path).get('backbone')
-    if not str((found or {}).get('type')).startswith('hat_mm.'):
+        ours = [stem for stem, file in files.items() if _backbone_of(file) is not None]
+        raise UserError(f'{name!r} is no backbone: give a file, or one of {", ".join(ours)}')
+    found = _backbone_of(path)
+    if found is None:
         raise UserError(f"{path} sets no backbone = dict(type='hat_mm.…')")
-    return found.to_dict()
+    return found
+
+
+def _backbone_of(path: Path) -> dict[str, Any] | None:
+    """What a file sets as ``backbone``, if it is of a type of hat_mm."""
+    try:
+        found = compat.require('mmengine.config').Config.fromfile(path).get('backbone')
+    except (OSError, SyntaxError) as error:
+        raise UserError(f'{path} cannot be read: {error}') from error
+    ours = isinstance(found, dict) and str(found.get('type')).startswith('hat_mm.')
+    return found.to_dict() if ours else None
+
+
+def _backbone_files() -> list[Path]:
+    """The files of configs/_base_/backbones, in a checkout or in an installed package."""
+    package = Path(__file__).resolve().parents[1]
+    folders = [root / 'configs/_base_/backbones' for root in (package.parent, package / '.mim')]
+    return next((found for folder in folders if (found := sorted(folder.glob('*.py')))), [])
 
 
 # --- the old backbone -----------------------------------------------------------------------------
@@ -392,7 +400,7 @@ class _Swapper:
             new = dict(_delete_=True, type='LinearClsHead', num_classes=classes)
             new |= dict(in_channels=channels) | {k: head[k] for k in ('loss', 'topk') if k in head}
             self.set('head', new, f'{_kind(head)} reads what only the old backbone returns')
-        necks = neck if isinstance(neck, list) else [neck] if neck else []
+        necks = _listed(neck)
         pool = dict(type='GlobalAveragePooling')
         kind = _kind(necks[0]) if necks else ''
         if kind == 'HRFuseScales':
@@ -415,30 +423,35 @@ class _Swapper:
 
     # --- the rest ---
 
-    def set_pictures(self, pretrained: Any, keep: bool) -> None:
+    def preprocessors(self) -> dict[str, Any]:
+        """The parts that normalize pictures, by their paths."""
+        parts = {f'{self.path}.data_preprocessor': self.model.get('data_preprocessor')}
+        parts['model.data_preprocessor'] = self.cfg.model.get('data_preprocessor')
+        if not any(parts.values()):
+            parts['data_preprocessor'] = self.cfg.get('data_preprocessor')
+        inner = {  # one for labelled and unlabelled pictures
+            f'{path}.data_preprocessor': part['data_preprocessor']
+            for path, part in parts.items()
+            if part and 'data_preprocessor' in part
+        }
+        return {path: part for path, part in (parts | inner).items() if part and 'mean' in part}
+
+    def set_pictures(self, init: Any, pretrained: bool, keep: bool) -> None:
         """Sets weights, and mean, deviation and order of channels of their pictures."""
-        inner = self.model.get('data_preprocessor') is not None
-        outer = self.cfg.model.get('data_preprocessor') is not None
-        if inner:
-            path = f'{self.path}.data_preprocessor'
-        else:
-            path = 'model.data_preprocessor' if outer else 'data_preprocessor'
-        found: Any = self.cfg
-        for key in path.split('.'):
-            found = found.get(key) or {}
-        if 'data_preprocessor' in found:  # one for labelled, one for unlabelled pictures
-            path, found = f'{path}.data_preprocessor', found.data_preprocessor
-        channels = len(found.get('mean') or MEAN)
+        parts = self.preprocessors()
+        weights = isinstance(init, dict) and init.get('type') == 'Pretrained'
+        [channels] = {len(part['mean']) for part in parts.values()} or {3}
         if channels != 3:
             self.backbone['in_channels'] = channels
-            if pretrained:
+            if weights and pretrained:
                 self.notes.append(
-                    f'no weights: they are for 3 channels, the pictures have {channels}'
+                    f'no weights: they are for 3 channels, these pictures have {channels}'
                 )
-        elif pretrained:
-            self.backbone['init_cfg'] = pretrained
-            if not keep:
-                self.set_statistics(path, found)
+        elif init is not None and (pretrained or not weights):
+            self.backbone['init_cfg'] = init
+            if weights and not keep:
+                for path, part in parts.items():
+                    self.set_statistics(path, part)
 
     def set_statistics(self, path: str, found: Any) -> None:
         order = 'bgr_to_rgb'
@@ -472,7 +485,7 @@ class _Swapper:
         if self.model.get('pretrained') is not None:
             edits[f'{self.path}.pretrained'] = Edit(None, 'weights of the old backbone')
         for path, part in ((self.path, self.model), ('model', self.cfg.model)):
-            if part.get('init_cfg') is not None:
+            if 'Pretrained' in map(_kind, _listed(part.get('init_cfg'))):
                 edits[f'{path}.init_cfg'] = Edit(None, 'weights of the old model')
         self.edits = edits | self.edits
         self.optimize(recipe)
@@ -595,7 +608,7 @@ def plan_swap(
         swapper.fit_classifier()
     else:
         swapper.fit_detector()
-    swapper.set_pictures(given.get('init_cfg') if pretrained else None, keep_preprocessing)
+    swapper.set_pictures(given.get('init_cfg'), pretrained, keep_preprocessing)
     swapper.finish(transformer_recipe)
     for path, value in (options or {}).items():
         swapper.override(path, value)
@@ -655,6 +668,10 @@ def _like(old: Any, new: Any) -> Any:
 
 def _strides_text(maps: Sequence[_Map]) -> str:
     return ', '.join(f'{m.stride:g}' for m in maps)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _plain(value: Any) -> Any:

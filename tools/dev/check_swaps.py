@@ -1,7 +1,12 @@
 """Swaps the backbone of every config that the toolboxes ship, and lists what happens.
 
 Each leaf of mmdet, mmsegmentation and mmpretrain is parsed, swapped, built and run on a small
-picture. What is found goes to a file as soon as it is there, so the check can be interrupted.
+picture; with --steps, one leaf of each folder also takes a training step and predicts. What is
+found goes to a file as soon as it is there, so the check can be interrupted. --render writes the
+tables of docs/swap.md.
+
+The models of some leaves need more packages: lap, motmetrics and scikit-image for trackers and
+BoxInst, timm for its example.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -29,6 +35,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
+from tabulate import tabulate
 
 from hat_mm.engine.build import build_model, without_weights
 from hat_mm.engine.cli import UserError
@@ -228,9 +235,107 @@ def one_of_each_folder(known: list[dict[str, Any]]) -> list[tuple[str, str, str]
     return list(jobs.values())
 
 
+# --- tables ---------------------------------------------------------------------------------------
+
+BEGIN, END = '<!-- begin of tables: tools/dev/check_swaps.py -->', '<!-- end of tables -->'
+
+
+def render(page: Path, known: list[dict[str, Any]]) -> None:
+    """Puts the tables between the marks of a page."""
+    text = page.read_text(encoding='utf-8')
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    parts = [totals(known), reasons(known, 'refused'), reasons(known, 'failed'), by_folder(known)]
+    page.write_text(f'{before}{BEGIN}\n\n{"".join(parts)}{END}{after}', encoding='utf-8')
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    return tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True) + '\n\n'
+
+
+def counts(found: list[dict[str, Any]]) -> dict[str, int]:
+    """How many leaves of each outcome, and shares in percent."""
+    number = Counter(one['outcome'] for one in found)
+    model = sum(number[outcome] for outcome in ('swapped', 'refused', 'failed'))
+    tried, steps = number['swapped'] + number['failed'], number['stepped'] + number['did not step']
+    return {
+        'configs': sum(number[outcome] for outcome in SWAPPED),
+        'no model': number['fragment'],
+        'broken': number['broken'],
+        'refused': f'{number["refused"]} ({number["refused"] / max(model, 1):.1%})',
+        'failed': number['failed'],
+        'swapped': f'{number["swapped"]} ({number["swapped"] / max(tried, 1):.1%})',
+        'steps': f'{number["stepped"]} of {steps}',
+    }
+
+
+def totals(known: list[dict[str, Any]]) -> str:
+    """The table of toolboxes and backbones."""
+    rows = []
+    for backbone in dict.fromkeys(one['backbone'] for one in known):
+        for toolbox in (*TOOLBOXES, 'all'):
+            found = [
+                one
+                for one in known
+                if one['backbone'] == backbone and toolbox in (one['toolbox'], 'all')
+            ]
+            rows.append({'backbone': backbone, 'toolbox': toolbox} | counts(found))
+    return table(rows)
+
+
+def reasons(known: list[dict[str, Any]], outcome: str) -> str:
+    """The table of reasons for an outcome, and for steps that were not taken."""
+    outcomes = (outcome, 'did not step') if outcome == 'failed' else (outcome,)
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in known:
+        if one['outcome'] in outcomes:
+            why = one['why'].replace(one['backbone'], 'the backbone').replace('|', '\\|')
+            found.setdefault((one['toolbox'], why[:200]), []).append(one)
+    rows = [
+        {
+            'toolbox': toolbox,
+            'configs': len({one['leaf'] for one in ones}),
+            'such as': min(one['leaf'] for one in ones),
+            outcome: f'{", ".join(sorted({one["backbone"] for one in ones}))}: {why}'
+            if outcome == 'failed'
+            else why,
+        }
+        for (toolbox, why), ones in sorted(found.items())
+    ]
+    return table(rows) if rows else ''
+
+
+def by_folder(known: list[dict[str, Any]]) -> str:
+    """The table of folders."""
+    rows = []
+    folders = sorted({(one['toolbox'], Path(one['leaf']).parts[0]) for one in known})
+    for toolbox, folder in folders:
+        row: dict[str, Any] = {'toolbox': toolbox, 'folder': folder}
+        for backbone in dict.fromkeys(one['backbone'] for one in known):
+            found = [
+                one
+                for one in known
+                if (one['toolbox'], Path(one['leaf']).parts[0], one['backbone'])
+                == (toolbox, folder, backbone)
+            ]
+            number = Counter(one['outcome'] for one in found)
+            shown = ', '.join(f'{number[name]} {name}' for name in SWAPPED if number[name])
+            row[backbone] = shown
+            row[f'{backbone}, step'] = next(
+                ('yes' if one['outcome'] == 'stepped' else 'no')
+                for one in [*found, dict(outcome='')]
+                if one['outcome'] in (*STEPPED, '')
+            )
+            if not any(number[name] for name in STEPPED):
+                row[f'{backbone}, step'] = ''
+        rows.append(row)
+    return f'<details><summary>By folder</summary>\n\n{table(rows)}</details>\n\n'
+
+
 def main(argv: list[str] | None = None) -> int:
     """Checks what has not been checked, and prints the counts; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--toolboxes', nargs='+', choices=TOOLBOXES, default=list(TOOLBOXES))
     parser.add_argument('--backbones', nargs='+', default=list(BACKBONES))
     parser.add_argument(
@@ -239,7 +344,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--only', default='*', metavar='GLOB', help="leaves, such as 'yolox/*'")
     parser.add_argument('--jobs', type=int, default=2, help='processes')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/check_swaps.jsonl'))
+    parser.add_argument('--render', type=Path, metavar='PAGE', help='only write the tables')
     args = parser.parse_args(argv)
+    if args.render:
+        render(args.render, read(args.out))
+        return 0
     known = read(args.out)
     if args.steps:
         jobs = one_of_each_folder(known)

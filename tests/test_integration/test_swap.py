@@ -1,10 +1,9 @@
-"""The toolboxes' own configs take our backbones through the command line alone.
+"""The toolboxes' own configs take our backbones by the command of tools/misc/swap_backbone.py.
 
 Each is trained for a step and tested: half of them with FasterViT by our tools, the others with
 HAT-Net by the toolbox's own.
 """
 
-import importlib
 import itertools
 import sys
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import NamedTuple
 
 import pytest
 import shapes
+import swap_backbone
 import torch
 
 import hat_mm
 from hat_mm import __main__ as program
 from hat_mm.engine import cli
+from hat_mm.engine.config_text import configs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = itertools.count()
@@ -25,10 +26,9 @@ pytestmark = pytest.mark.usefixtures('plain_dumps')
 
 
 class Swap(NamedTuple):
-    """A config in a toolbox's wheel and what its heads have to be told."""
+    """A config in a toolbox's wheel."""
 
     config: str
-    heads: tuple[str, ...]  # the channels go into {all}, {rest} (all but the first), {aux}, {last}
     small: tuple[str, ...]  # what makes it small
     metric: str
 
@@ -45,8 +45,7 @@ COCO_SMALL = (
 )
 SWAPS = {
     'mmdet-cascade': Swap(
-        'mmdet/.mim/configs/cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
-        ('model.neck.in_channels={all}',),
+        'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
         (
             *COCO_SMALL,
             'train_dataloader.dataset.pipeline.2.scale=(128,96)',
@@ -60,8 +59,7 @@ SWAPS = {
         'coco/segm_mAP',
     ),
     'mmdet-dino': Swap(
-        'mmdet/.mim/configs/dino/dino-4scale_r50_8xb2-12e_coco.py',
-        ('model.backbone.out_indices=(1,2,3)', 'model.neck.in_channels={rest}'),
+        'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',
         (
             *COCO_SMALL,
             *(
@@ -76,12 +74,7 @@ SWAPS = {
         'coco/bbox_mAP',
     ),
     'mmseg-upernet': Swap(
-        'mmseg/.mim/configs/upernet/upernet_r50_4xb4-80k_ade20k-512x512.py',
-        (
-            'model.pretrained=None',
-            'model.decode_head.in_channels={all}',
-            'model.auxiliary_head.in_channels={aux}',
-        ),
+        'mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py',
         (
             'train_cfg.max_iters=1',
             'default_hooks.checkpoint.interval=1',
@@ -94,8 +87,7 @@ SWAPS = {
         'mIoU',
     ),
     'mmpretrain-resnet50': Swap(
-        'mmpretrain/.mim/configs/resnet/resnet50_8xb32_in1k.py',
-        ('model.backbone.out_indices=3', 'model.head.in_channels={last}'),
+        'mmpretrain::resnet/resnet50_8xb32_in1k.py',
         (
             'train_cfg.max_epochs=1',
             'train_dataloader.dataset.pipeline.1.scale=96',
@@ -107,10 +99,7 @@ SWAPS = {
     ),
 }
 LAYOUTS = {'mmdet': 'instances', 'mmseg': 'semantic', 'mmpretrain': 'classes'}
-BACKBONES = {
-    'FasterViT': ('0', [64, 128, 256, 512]),
-    'HATNet': ('tiny', [48, 96, 240, 384]),
-}
+BACKBONES = {'FasterViT': 'fastervit-0', 'HATNet': 'hat-net-tiny'}
 
 
 @pytest.fixture(scope='module')
@@ -122,25 +111,9 @@ def sets(tmp_path_factory):
     return folder
 
 
-def options(swap: Swap, toolbox: str, backbone: str, root: Path) -> list[str]:
-    """The ``--cfg-options`` of a swap on a tiny set."""
-    arch, channels = BACKBONES[backbone]
-
-    def shown(values):
-        return str(values).replace(' ', '')
-
-    heads = [
-        text.format(
-            all=shown(channels), rest=shown(channels[1:]), aux=channels[2], last=channels[3]
-        )
-        for text in swap.heads
-    ]
-    given = [
-        'model.backbone._delete_=True',
-        f'model.backbone.type=hat_mm.{backbone}',
-        f'model.backbone.arch={arch}',
-        *heads,
-    ]
+def options(swap: Swap, root: Path) -> list[str]:
+    """The ``--cfg-options`` that put a config on a tiny set."""
+    given = []
     for split in ('train', 'test'):
         given += [
             f'{split}_dataloader.dataset.data_root={root}/',
@@ -172,20 +145,22 @@ def argv(monkeypatch):
         ('mmpretrain-resnet50', 'ours', 'FasterViT'),
     ],
 )
-def test_one_step_and_one_test(name, tools, backbone, sets, tmp_path, caplog):
+def test_one_step_and_one_test(name, tools, backbone, sets, tmp_path):
     swap, toolbox = SWAPS[name], name.partition('-')[0]
-    packages = Path(importlib.import_module(toolbox).__file__).parents[1]
-    config = str(packages / swap.config)
+    config = str(tmp_path / 'swapped.py')
+    words = ['--no-pretrained', '--no-check', '--out', config]
+    swap_backbone.main([swap.config, BACKBONES[backbone], *words])
+    own = configs_of(toolbox).parent / 'tools'
     work_dir = ['--work-dir', str(tmp_path)]
-    changes = ['--cfg-options', *options(swap, toolbox, backbone, sets / toolbox)]
+    changes = ['--cfg-options', *options(swap, sets / toolbox)]
     if tools == 'ours':
         cli.train([config, *work_dir, *changes])
     else:
-        program.main([str(packages / toolbox / '.mim/tools/train.py'), config, *work_dir, *changes])
+        program.main([str(own / 'train.py'), config, *work_dir, *changes])
     [checkpoint] = tmp_path.glob('*_1.pth')
     state = torch.load(checkpoint, weights_only=True)['state_dict']
     trained = {k.removeprefix('backbone.'): v for k, v in state.items() if 'backbone.' in k}
-    arch = BACKBONES[backbone][0]
+    arch = BACKBONES[backbone].rpartition('-')[2]
     out_indices = [int(k[4]) for k in trained if k.startswith('norm') and k.endswith('.weight')]
     getattr(hat_mm, backbone)(arch, out_indices=out_indices or (0, 1, 2, 3)).load_state_dict(
         trained
@@ -195,12 +170,12 @@ def test_one_step_and_one_test(name, tools, backbone, sets, tmp_path, caplog):
     assert norms
     assert not any(torch.equal(norm, torch.ones_like(norm)) for norm in norms)
 
-    changes = ['--cfg-options', *options(swap, toolbox, backbone, sets / toolbox)]
+    changes = ['--cfg-options', *options(swap, sets / toolbox)]
     test = [config, str(checkpoint), *work_dir, *changes]
     if tools == 'ours':
         assert swap.metric in cli.test(test)
     else:
-        program.main([str(packages / toolbox / '.mim/tools/test.py'), *test])
+        program.main([str(own / 'test.py'), *test])
         assert [p for p in tmp_path.glob('*/*.json') if swap.metric in p.read_text()]
 
 

@@ -21,7 +21,7 @@ WIDTH = 100
 
 def configs_of(toolbox: str) -> Path:
     """The folder of the configs in a toolbox's wheel."""
-    return Path(compat.require(toolbox).__file__).parent / '.mim/configs'
+    return Path(str(compat.require(toolbox).__file__)).parent / '.mim/configs'
 
 
 def find(source: str) -> Path:

@@ -139,7 +139,8 @@ def check_model(cfg: Any) -> list[str]:
     """
     cfg = copy.deepcopy(cfg)
     cfg.model = without_groups(without_weights(cfg.model))
-    for part in (cfg.model, cfg.model.get('detector') or {}):
+    parts: tuple[Any, ...] = (cfg.model, cfg.model.get('detector') or {})
+    for part in parts:
         if (part.get('test_cfg') or {}).get('rpn'):
             part.test_cfg.rpn.max_per_img = 5  # thousands of regions would take their time
     _find_teacher(cfg)

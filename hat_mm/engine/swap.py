@@ -181,13 +181,13 @@ class _Swapper:
             raise UserError(f'{backbone["type"]} is no backbone of hat_mm')
         self.maps = [_Map(*m) for m in zip(built.out_channels, built.out_strides, strict=True)]
         self.out_indices: list[int] = []
-        model = cfg.get('model')
-        if not isinstance(model, dict):
+        if not isinstance(cfg.get('model'), dict):
             raise UserError('the config has no model')
-        nested = isinstance(model.get('detector'), dict)  # trackers, semi-supervised training
+        detector = cfg.model.get('detector')  # of trackers and semi-supervised training
+        nested = isinstance(detector, dict)
         self.path = 'model.detector' if nested else 'model'
-        self.model = model.detector if nested else model
-        self.refuse(model)
+        self.model: Any = detector if nested else cfg.model
+        self.refuse(cfg.model)
 
     def set(self, path: str, value: Any, why: str) -> None:
         """Notes an edit of the model, unless the value is there already."""
@@ -242,8 +242,7 @@ class _Swapper:
         path, first = ('neck.0', neck[0]) if isinstance(neck, list) else ('neck', neck)
         given = first.get('in_channels')
         if isinstance(given, int):  # the neck reads the last map
-            [stage] = self.nearest(old)[-1:]
-            self.out_indices = [stage]
+            [stage] = self.nearest(old[-1:])
             self.set(f'{path}.in_channels', self.maps[stage].channels, 'of the map it reads')
             return
         if not given or len(given) != len(old):

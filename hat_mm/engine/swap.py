@@ -313,9 +313,12 @@ class _Swapper:
             return
         if neck is not None:
             self.set('neck', None, 'the new backbone makes a pyramid itself')
-        reads = [
-            (path, head, [stages[i] for i in self.read(head, count)]) for path, head in self.heads()
-        ]
+        reads = []
+        for path, head in self.heads():
+            found = [stages[i] for i in self.read(head, count)]
+            if _kind(head) == 'EncHead' and not head.get('add_lateral'):
+                found = found[-1:]  # it takes the others, but does not use them
+            reads.append((path, head, found))
         weighed = [stages for _, head, stages in reads if _kind(head) == 'OCRHead']
         if weighed:  # by what the head before makes of a map, which must have the same size
             reads = [(path, head, weighed[0]) for path, head, _ in reads]
@@ -354,8 +357,6 @@ class _Swapper:
         default: Any = list(range(count)) if several else -1
         found = head.get('in_index', default)
         found = found if isinstance(found, Sequence) else [found]
-        if _kind(head) == 'EncHead' and not head.get('add_lateral'):
-            found = found[-1:]  # it takes the others, but does not use them
         return [range(count)[i] for i in found]
 
     def set_indices(self, path: str, head: Any, places: list[int]) -> None:
@@ -390,20 +391,15 @@ class _Swapper:
     def fit_classifier(self) -> None:
         """Gives the head the last map, averaged over the picture."""
         neck, head = self.model.get('neck'), self.model.get('head')
+        necks = _listed(neck)
+        kind = _kind(necks[0]) if necks else ''
         self.out_indices = [len(self.maps) - 1]
         channels = self.maps[-1].channels
-        if head is not None and _kind(head) in _OWN_OUTPUT_HEADS:
-            classes = head.get('num_classes') or self.model.backbone.get('num_classes')
-            if not classes or classes < 1:
-                raise UserError(f'{_kind(head)} does not tell its number of classes')
-            new = dict(_delete_=True, type='LinearClsHead', num_classes=classes)
-            new |= dict(in_channels=channels) | {k: head[k] for k in ('loss', 'topk') if k in head}
-            self.set('head', new, f'{_kind(head)} reads what only the old backbone returns')
-        necks = _listed(neck)
         pool = dict(type='GlobalAveragePooling')
-        kind = _kind(necks[0]) if necks else ''
-        if kind == 'HRFuseScales':
+        if kind == 'HRFuseScales':  # the head reads what it makes
             self.set('neck.0.in_channels', self.channels(range(len(self.maps))), 'of the maps')
+        elif head is not None and _kind(head) in _OWN_OUTPUT_HEADS:
+            self.set('head', self.linear(head, channels), f'{_kind(head)} reads other outputs')
         elif head is not None and 'in_channels' in head and 'with_avg_pool' not in (neck or {}):
             self.set('head.in_channels', channels, 'of the last map')
         if kind == 'ClsBatchNormNeck':
@@ -419,6 +415,14 @@ class _Swapper:
                 self.set('neck.with_avg_pool', True, 'averages the map')
         elif not necks and head is not None and _kind(head) not in _MAP_HEADS:
             self.set('neck', pool, 'averages the map, which the old backbone did itself')
+
+    def linear(self, head: Any, channels: int) -> dict[str, Any]:
+        """A linear head in place of one that reads what only the old backbone returns."""
+        classes = head.get('num_classes') or self.model.backbone.get('num_classes')
+        if not classes or classes < 1:
+            raise UserError(f'{_kind(head)} does not tell its number of classes')
+        new = dict(_delete_=True, type='LinearClsHead', num_classes=classes, in_channels=channels)
+        return new | {key: head[key] for key in ('loss', 'topk') if key in head}
 
     # --- the rest ---
 

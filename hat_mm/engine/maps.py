@@ -28,9 +28,19 @@ SIDE = 128
 
 
 class _Part(NamedTuple):
+    """A part that is made for certain strides.
+
+    Attributes:
+        name: Its name in the model.
+        strides: The strides.
+        reads_all: Whether it reads all levels; others read the first ones.
+        levels: The levels that it reads, if it picks some.
+    """
+
     name: str
-    reads_all: bool  # of the levels; the others read the first ones
     strides: list[float]
+    reads_all: bool = False
+    levels: Sequence[int] | None = None
 
 
 def check_maps(model: nn.Module) -> list[str]:
@@ -40,24 +50,25 @@ def check_maps(model: nn.Module) -> list[str]:
         model: A detector, segmentor, classifier or tracker; it is not changed.
 
     Returns:
-        Warnings: maps that no part reads, levels that miss the stride of their anchors or points.
+        Warnings: levels that miss the strides of their anchors or points.
 
     Raises:
         UserError: All levels miss their strides by the same factor, or a head with anchors or
-            points gets more levels than it has strides for, and would drop the last ones.
+            points gets more levels than it has strides for.
     """
     warnings = []
     for owner in _owners(model):
-        backbone, made_for = owner.backbone, list(_made_for(owner))
-        if not made_for:
+        backbone, parts = owner.backbone, list(_made_for(owner))
+        if not parts:
             continue
         with _evaluation(owner), torch.no_grad():
             image = next(backbone.parameters()).new_zeros(1, backbone.in_channels, SIDE, SIDE)
             levels = backbone(image)
             if getattr(owner, 'neck', None) is not None:
                 levels = owner.neck(levels)
-        name = type(owner).__name__
-        warnings += _compare(name, made_for, [SIDE / level.shape[-1] for level in levels])
+        found = [SIDE / level.shape[-1] for level in levels]
+        for part in parts:
+            warnings += _compare(type(owner).__name__, part, found)
     return warnings
 
 
@@ -67,42 +78,46 @@ def _owners(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(getattr(m, 'backbone', None), backbones)]
 
 
-def _compare(owner: str, made_for: Sequence[_Part], found: Sequence[float]) -> list[str]:
-    warnings = []
-    for name, reads_all, strides in made_for:
-        where = f'{owner}.{name}'
-        if len(strides) < len(found) and reads_all:
-            raise UserError(
-                f'{where} has anchors or points for strides {_text(strides)}, but gets maps of '
-                f'strides {_text(found)}: the last would be dropped. Set out_indices of the '
-                'backbone, and in_channels and num_outs of the neck, to the levels it is made for'
-            )
-        shifts = {round(math.log2(a / b)) for a, b in zip(found, strides, strict=False)}
-        if shifts != {0}:
-            text = f'{where} is made for strides {_text(strides)}, but gets maps of {_text(found)}'
-            if len(shifts) == 1:
-                raise UserError(
-                    f'{text}: all are shifted. Set out_indices of the backbone and in_channels of '
-                    'the neck, or the strides of anchors or points'
-                )
-            warnings.append(text)
-    return warnings
+def _compare(owner: str, part: _Part, found: Sequence[float]) -> list[str]:
+    where = f'{owner}.{part.name} is made for strides {_text(part.strides)}'
+    off = 'check_maps=False turns this check off'
+    if part.levels is not None:
+        found = [found[i] for i in part.levels]
+    if part.reads_all and len(part.strides) < len(found):
+        raise UserError(
+            f'{where}, but gets maps of strides {_text(found)}, of which the last would be dropped '
+            'or fail. Set out_indices of the backbone, and in_channels and num_outs of the neck, '
+            f'to the levels it is made for; {off}'
+        )
+    pairs = zip(found, part.strides, strict=False)
+    shifts = {round(math.log2(found / wanted)) for found, wanted in pairs}
+    if shifts == {0}:
+        return []
+    text = f'{where}, but gets maps of {_text(found)}'
+    if len(shifts) > 1:
+        return [text]
+    raise UserError(
+        f'{text}: all are shifted. Set out_indices of the backbone and in_channels of the neck, or '
+        f'the strides of this part; {off}'
+    )
 
 
 def _made_for(owner: nn.Module) -> Iterator[_Part]:
     """The parts of a model that are made for certain strides."""
     for name, part in owner.named_modules():
-        if re.search('^(backbone|neck|teacher)|semantic|mask', name):
+        if re.search('^(backbone|neck|teacher|mask_head)|semantic', name):
             continue  # the last two read maps that another part makes
         generator = getattr(part, 'prior_generator', None)
         if generator is not None and hasattr(generator, 'strides'):
-            yield _Part(name, True, [_side(stride) for stride in generator.strides])
-        elif hasattr(part, 'featmap_strides'):  # an extractor of regions reads the first levels
-            yield _Part(name, False, [_side(stride) for stride in part.featmap_strides])
-        elif isinstance(getattr(part, 'feature_strides', None), Sequence):
-            yield _Part(name, False, [_side(stride) for stride in part.feature_strides])
-        elif name.endswith('pixel_decoder') and hasattr(part, 'strides'):
-            yield _Part(name, False, [_side(stride) for stride in part.strides])
+            yield _Part(name, [_side(stride) for stride in generator.strides], reads_all=True)
+        for attribute in ('featmap_strides', 'feature_strides'):  # of regions, of Semantic FPN
+            strides = getattr(part, attribute, None)
+            if isinstance(strides, Sequence):
+                levels = getattr(part, 'in_index', None)
+                levels = levels if isinstance(levels, Sequence) else None
+                yield _Part(name, [_side(stride) for stride in strides], levels=levels)
+        if name.endswith('pixel_decoder') and hasattr(part, 'strides'):
+            yield _Part(name, [_side(stride) for stride in part.strides])
 
 
 def _side(stride: Any) -> float:
@@ -132,10 +147,10 @@ def check_model(cfg: Any) -> list[str]:
     """Builds the model of a config with random weights and runs it on a small picture.
 
     Returns:
-        The warnings of :func:`check_maps`.
+        The warnings of :func:`check_maps`, and why a model was not run.
 
     Raises:
-        UserError: The model cannot be built or run.
+        UserError: The model cannot be built or run, or its levels miss their strides.
     """
     cfg = copy.deepcopy(cfg)
     cfg.model = without_groups(without_weights(cfg.model))
@@ -144,22 +159,24 @@ def check_model(cfg: Any) -> list[str]:
         if (part.get('test_cfg') or {}).get('rpn'):
             part.test_cfg.rpn.max_per_img = 5  # thousands of regions would take their time
     _find_teacher(cfg)
+    warnings = []
     try:
         model = build_model(cfg)
-        model.eval()  # some of the toolboxes' return nothing
-        warnings = check_maps(model)
-        with torch.no_grad():
-            for owner in _owners(model):
-                forward(owner, cfg.default_scope)
+        model.eval()  # of some models it returns None
+        try:
+            warnings += check_maps(model) if cfg.get('check_maps', True) else []
+            with torch.no_grad():
+                for owner in _owners(model):
+                    forward(owner, cfg.default_scope)
+        except NotImplementedError as error:
+            warnings.append(f'the heads were not run: {error}')
     except UserError:
         raise
-    except NotImplementedError as error:
-        return [f'the heads were not run: {error}']
     except Exception as error:
-        if 'implementation for device cpu not found' in str(error):
-            return [f'this model runs on GPUs only, so it was not run as a whole: {error}']
         text = ' '.join(str(error).split()) or 'no message'
-        raise UserError(f'the new model fails: {type(error).__name__}: {text}') from error
+        if 'implementation for device cpu not found' not in text:
+            raise UserError(f'the new model fails: {type(error).__name__}: {text}') from error
+        warnings.append(f'this model runs on GPUs only, so it was not run as a whole: {text}')
     return warnings
 
 
@@ -209,3 +226,5 @@ def forward(model: Any, scope: str) -> None:
         model(image, [sample], mode='tensor')
     except (AttributeError, TypeError):  # some read the truth in this mode
         model(image, [sample], mode='predict')
+    if scope == 'mmpretrain' and not hasattr(model, 'predict') and model.with_neck:
+        model.neck(model.extract_feat(image))  # without labels, the mode stops at the backbone

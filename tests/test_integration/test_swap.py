@@ -17,7 +17,7 @@ import torch
 import hat_mm
 from hat_mm import __main__ as program
 from hat_mm.engine import cli
-from hat_mm.engine.config_text import configs_of
+from hat_mm.engine.edits import configs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = itertools.count()

@@ -11,8 +11,9 @@ from mmengine.config import Config
 
 import hat_mm
 from hat_mm.engine import cli
+from hat_mm.engine.build import build_model
 from hat_mm.engine.cli import UserError
-from hat_mm.engine.config_text import base_of, config_text, find
+from hat_mm.engine.edits import base_of, find, write
 from hat_mm.engine.maps import check_maps, check_model
 from hat_mm.engine.swap import plan_swap
 
@@ -39,6 +40,10 @@ EDITS = {
         {'neck.in_channels': ALL[:0:-1]},
     ),
     'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py': (
+        (1, 2, 3),
+        {'neck.in_channels': ALL[1:]} | caffe('data_preprocessor'),
+    ),
+    'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py': (  # on pictures that are not normalized
         (1, 2, 3),
         {'neck.in_channels': ALL[1:]} | caffe('data_preprocessor'),
     ),
@@ -115,6 +120,16 @@ EDITS = {
             'auxiliary_head.in_index': 0,
         },
     ),
+    'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py': (
+        (1, 2, 3),  # its first map is the last one that it makes
+        {
+            'decode_head.in_channels': 512,
+            'decode_head.in_index': 2,
+            'auxiliary_head.0.in_index': 0,
+            'auxiliary_head.1.in_channels': 256,
+            'auxiliary_head.1.in_index': 1,
+        },
+    ),
     'mmseg::fastfcn/fastfcn_r50-d32_jpu_psp_4xb4-80k_ade20k-512x512.py': (
         (1, 2, 3),
         {'pretrained': None, 'neck.in_channels': tuple(ALL[1:]), 'auxiliary_head.in_channels': 256},
@@ -158,13 +173,6 @@ EDITS = {
 }
 
 
-def unscoped(cfg):
-    """Without the scope that mmengine notes in all parts that come from a toolbox."""
-    if isinstance(cfg, dict):
-        return {k: unscoped(v) for k, v in cfg.items() if k != '_scope_'}
-    return [unscoped(v) for v in cfg] if isinstance(cfg, list) else cfg
-
-
 @functools.cache
 def read(source: str) -> Config:
     return Config.fromfile(find(source))
@@ -185,8 +193,7 @@ def test_the_edits_are_those_that_a_person_would_make(source, tmp_path):
     assert found == expected
     # The file says the same.
     out = tmp_path / 'swapped.py'
-    out.write_text(config_text(swap, source))
-    assert unscoped(Config.fromfile(out).to_dict()) == unscoped(swap.cfg.to_dict())
+    write(out, swap.edits.text(source, swap.notes), swap.cfg)
 
 
 NESTED = {
@@ -239,7 +246,7 @@ def test_the_new_model_runs(source):
     [
         ('mmdet::ssd/ssd300_coco.py', "SSD's extra layers"),
         ('mmdet::cornernet/cornernet_hourglass104_8xb6-210e-mstest_coco.py', 'hourglass'),
-        ('mmdet::glip/glip_atss_swin-t_a_fpn_dyhead_pretrain_obj365.py', 'pictures and text'),
+        ('mmdet::glip/glip_atss_swin-t_a_fpn_dyhead_pretrain_obj365.py', 'a text model'),
         ('mmseg::pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes.py', 'three branches of PIDNet'),
         ('mmpretrain::mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py', 'hides a part'),
         ('mmpretrain::blip/blip-base_8xb32_caption.py', 'BlipCaption has no backbone'),
@@ -296,6 +303,54 @@ def test_flags(tmp_path):
     assert cfg.model.neck.num_outs == 4
 
 
+def test_the_recipe_where_settings_are_none_or_missing():
+    source = 'mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512.py'
+    plan = functools.partial(plan_swap, transformer_recipe=True, check=False)
+    wrapper = plan(read(source), 'fastervit-0').cfg.optim_wrapper
+    assert wrapper.clip_grad == dict(max_norm=1.0, norm_type=2)
+    assert wrapper.paramwise_cfg == dict(flat_decay_mult=0.0)
+    cfg = copy.deepcopy(read(source))
+    cfg.optim_wrapper = dict(type='OptimWrapper', paramwise_cfg=None)
+    wrapper = plan(cfg, 'fastervit-0').cfg.optim_wrapper
+    assert wrapper.optimizer == dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
+    assert wrapper.paramwise_cfg == dict(flat_decay_mult=0.0)
+
+
+@pytest.mark.parametrize(
+    'option',
+    [
+        'train_pipeline.3.transforms.0.0.scales=[(96,128)]',
+        'model.train_cfg.foo-bar=1',
+        'model.train_cfg.class.lambda=1',
+    ],
+)
+def test_any_option_can_be_written(option, tmp_path):
+    name, _, _ = option.partition('=')
+    source = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
+    words = [source, 'fastervit-0', '--no-check', '--out', str(tmp_path / 'a.py')]
+    swap_backbone.main([*words, '--cfg-options', option])
+    found = Config.fromfile(tmp_path / 'a.py')
+    for key in name.split('.'):
+        found = found[int(key)] if isinstance(found, list) else found[key]
+    assert found in (1, (96, 128), [(96, 128)])
+
+
+@pytest.mark.parametrize(
+    'option',
+    [
+        'model.num_queries.first=4',
+        'model.backbone.arch.depths=[1,1]',
+        'train_pipeline.3.transforms.0.0.scales.0=(96,128)',
+    ],
+)
+def test_options_that_do_not_fit(option, tmp_path):
+    out = tmp_path / 'a.py'
+    words = ['mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py', 'fastervit-0', '--no-check']
+    with pytest.raises(UserError, match='--cfg-options'):
+        swap_backbone.main([*words, '--out', str(out), '--cfg-options', option])
+    assert not out.exists()
+
+
 def test_what_is_not_decided_is_said(tmp_path, capsys):
     swapped(tmp_path / 'a.py')
     said = capsys.readouterr().out
@@ -311,6 +366,11 @@ def test_nothing_is_overwritten(tmp_path):
         swapped(out)
     assert out.read_text() == 'mine'
     swapped(out, '--force')
+    own = tmp_path / 'own.py'
+    own.write_text(f'_base_ = [{RETINANET!r}]')
+    with pytest.raises(UserError, match='would replace what it inherits from'):
+        swap_backbone.main([str(own), 'fastervit-0', '--out', str(own), '--force'])
+    assert own.read_text() == f'_base_ = [{RETINANET!r}]'
 
 
 def test_a_file_that_fails_the_check_is_not_written(tmp_path):
@@ -327,6 +387,7 @@ def test_a_file_that_fails_the_check_is_not_written(tmp_path):
     [
         (['mmdet::no/such.py', 'fastervit-0'], 'does not exist'),
         (['mmfoo::no/such.py', 'fastervit-0'], "'mmfoo' in 'mmfoo::no/such.py' is no toolbox"),
+        (['mmdet::retinanet', 'fastervit-0'], 'is a folder'),
         ([RETINANET, 'fastervit-7'], "'fastervit-7' is no backbone"),
         ([RETINANET, 'r50-hat'], 'sets no backbone'),
     ],
@@ -358,6 +419,24 @@ def test_a_backbone_of_ones_own(tmp_path):
     mine.write_text("backbone = dict(type='ResNet', depth=50)\n")
     with pytest.raises(UserError, match='sets no backbone'):
         hat_mm.swap_backbone(read(RETINANET), str(mine))
+    mine.write_text("backbone = dict(type='hat_mm.FasterViT', arch='9')\n")
+    with pytest.raises(UserError, match=r"cannot be built: .*'9'"):
+        hat_mm.swap_backbone(read(RETINANET), str(mine))
+
+
+def test_new_style_configs(tmp_path):
+    path = tmp_path / 'new.py'
+    path.write_text('from torch.nn import Conv2d\nmodel = dict(backbone=dict(type=Conv2d))\n')
+    with pytest.raises(UserError, match='written in the new style'):
+        swap_backbone.main([str(path), 'fastervit-0'])
+
+
+def test_without_a_scope(tmp_path):
+    cfg = copy.deepcopy(read(RETINANET))
+    cfg.pop('default_scope')
+    swap = plan_swap(cfg, 'fastervit-0', check=False)
+    assert swap.cfg.default_scope == 'mmdet'
+    assert swap.edits['default_scope'].value == 'mmdet'
 
 
 def test_layer_decay_that_knows_its_own_backbones_only():
@@ -367,11 +446,29 @@ def test_layer_decay_that_knows_its_own_backbones_only():
     assert wrapper.paramwise_cfg == dict(layer_decay_rate=0.95, flat_decay_mult=0.0)
 
 
+def test_necks_of_classifiers():
+    cfg = copy.deepcopy(read('mmpretrain::resnet/resnet50_8xb32_in1k.py'))
+    cfg.model.neck = [POOL, dict(type='LinearNeck', in_channels=2048, out_channels=99)]
+    cfg.model.head.in_channels = 99
+    new = plan_swap(cfg, 'fastervit-toy').cfg.model
+    assert new.neck[1].in_channels == 256
+    assert new.head.in_channels == 99
+    cfg.model.neck = dict(cfg.model.neck[1])
+    new = plan_swap(cfg, 'fastervit-toy').cfg.model
+    assert [part.type for part in new.neck] == ['GlobalAveragePooling', 'LinearNeck']
+    assert new.head.in_channels == 99
+
+
 def test_pictures_of_one_channel():
     swap = plan_swap(read('mmpretrain::lenet/lenet5_mnist.py'), 'fastervit-0', check=False)
     assert swap.cfg.model.backbone.in_channels == 1
     assert 'init_cfg' not in swap.cfg.model.backbone
     assert any('no weights' in note for note in swap.notes)
+    cfg = copy.deepcopy(read(RETINANET))
+    cfg.model.backbone.in_channels = 4
+    swap = plan_swap(cfg, 'fastervit-0', check=False)
+    assert swap.cfg.model.backbone.in_channels == 4
+    assert any('the pictures have 4' in note for note in swap.notes)
 
 
 # --- the strides of the maps ----------------------------------------------------------------------
@@ -399,9 +496,31 @@ def test_levels_that_miss_their_anchors():
         check_model(detector(**four))
 
 
-def test_the_check_leaves_the_model_as_it_was():
-    from hat_mm.engine.build import build_model
+def test_a_head_that_reads_some_levels():
+    cfg = plan_swap(read('mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'), 'fastervit-toy').cfg
+    head = cfg.model.decode_head
+    head.update(in_index=[1, 2, 3], in_channels=[256] * 3, feature_strides=[8, 16, 32])
+    assert check_model(cfg) == []
+    head.update(feature_strides=[4, 8, 16])
+    with pytest.raises(UserError, match=r'EncoderDecoder\.decode_head.*all are shifted'):
+        check_model(cfg)
+    cfg.check_maps = False
+    assert check_model(cfg) == []
 
+
+def test_what_cannot_be_checked_is_a_warning():
+    class Neck(torch.nn.Module):
+        def forward(self, maps):
+            return {'map': maps[0]}
+
+    model = build_model(detector())
+    model.neck = Neck()
+    [warning] = cli._check_maps(Config(), model)
+    assert 'not checked' in warning
+    assert cli._check_maps(Config(dict(check_maps=False)), model) == []
+
+
+def test_the_check_leaves_the_model_as_it_was():
     model = build_model(detector()).train()
     model.backbone.eval()
     state = torch.get_rng_state()

@@ -16,14 +16,13 @@ import hashlib
 import json
 import logging
 import signal
-import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -39,9 +38,9 @@ from tabulate import tabulate
 
 from hat_mm.engine.build import build_model, without_weights
 from hat_mm.engine.cli import UserError
-from hat_mm.engine.config_text import TOOLBOXES, config_text, configs_of
+from hat_mm.engine.edits import TOOLBOXES, configs_of, write
 from hat_mm.engine.maps import check_model, without_groups
-from hat_mm.engine.swap import Swap, plan_swap
+from hat_mm.engine.swap import Refused, Swap, plan_swap
 
 BACKBONES = ('fastervit-0', 'hat-net-tiny')
 SWAPPED = ('swapped', 'refused', 'failed', 'broken', 'fragment')
@@ -181,15 +180,10 @@ def _check(path: Path, backbone: str) -> tuple[str, str]:
         return 'fragment', 'no model'
     try:
         swap = plan_swap(cfg, backbone, check=False)
-    except UserError as error:
+    except Refused as error:
         return 'refused', str(error)
-    written = config_text(swap, str(path))
-    with NamedTemporaryFile('w', suffix='.py') as file:
-        file.write(written)
-        file.flush()
-        read = Config.fromfile(file.name)
-    if read.to_dict() != swap.cfg.to_dict():
-        return 'failed', f'the config that is written is another: {written}'
+    with TemporaryDirectory() as folder:
+        write(Path(folder, 'swapped.py'), swap.edits.text(str(path), swap.notes), swap.cfg)
     text = json.dumps(without_weights(swap.cfg.model.to_dict()), default=str, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()
     if key not in checked:
@@ -331,8 +325,8 @@ def by_folder(known: list[dict[str, Any]]) -> str:
     return f'<details><summary>By folder</summary>\n\n{table(rows)}</details>\n\n'
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Checks what has not been checked, and prints the counts; returns the exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """Checks what has not been checked, and prints the counts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -348,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.render:
         render(args.render, read(args.out))
-        return 0
+        return
     known = read(args.out)
     if args.steps:
         jobs = one_of_each_folder(known)
@@ -365,8 +359,8 @@ def main(argv: list[str] | None = None) -> int:
         for run in as_completed([pool.submit(step if args.steps else check, *job) for job in todo]):
             file.write(json.dumps(run.result()) + '\n')
             file.flush()
-    return 0
+    print(totals(read(args.out)))
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

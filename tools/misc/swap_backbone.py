@@ -12,8 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from hat_mm import compat
 from hat_mm.engine.cli import UserError, add_cfg_options, read_config, run_tool
-from hat_mm.engine.config_text import base_of, config_text, find, literal
+from hat_mm.engine.edits import base_of, find, literal, write
 from hat_mm.engine.swap import plan_swap
 
 
@@ -30,7 +31,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar='BACKBONE',
         help='name of a file in configs/_base_/backbones, such as fastervit-2, or a file like them',
     )
-    parser.add_argument('--out', type=Path, metavar='FILE', help='(default: standard output)')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        metavar='FILE',
+        help='(default: standard output, for a file in this folder)',
+    )
     parser.add_argument('--force', action='store_true', help='replace FILE')
     flag = parser.add_argument
     flag('--no-pretrained', action='store_true', help='start from random weights')
@@ -52,10 +58,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Swaps the backbone, writes the config, and says what changed."""
     args = parse_args(argv)
-    if args.out is not None and args.out.exists() and not args.force:
-        raise UserError(f'{args.out} exists: choose another --out, or --force to replace it')
+    source = find(args.config)
+    if args.out is not None and args.out.exists():
+        inputs = (source, Path(args.backbone))
+        if any(path.exists() and path.samefile(args.out) for path in inputs):
+            raise UserError(f'{args.out} would replace what it inherits from: choose another --out')
+        if not args.force or args.out.is_dir():
+            raise UserError(f'{args.out} exists: choose another --out, or --force to replace it')
+    cfg = read_config(str(source), scope=False)
+    if compat.require('mmengine').Config._is_lazy_import(str(source)):
+        raise UserError(
+            f'{source} is written in the new style, with imports, from which the config that this '
+            'tool writes cannot inherit; in Python, hat_mm.swap_backbone takes it'
+        )
     swap = plan_swap(
-        read_config(str(find(args.config)), scope=False),
+        cfg,
         args.backbone,
         pretrained=not args.no_pretrained,
         keep_preprocessing=args.keep_preprocessing,
@@ -64,12 +81,11 @@ def main(argv: list[str] | None = None) -> None:
         check=not args.no_check,
     )
     folder = args.out.parent if args.out else Path()
-    text = config_text(swap, base_of(args.config, folder))
+    text = swap.edits.text(base_of(args.config, folder), swap.notes)
     if args.out is None:
         print(text, end='')
         return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text, encoding='utf-8')
+    write(args.out, text, swap.cfg)
     for path, edit in swap.edits.items():
         print(f'{path} = {literal(edit.value)}  # {edit.why}')
     for note in swap.notes:

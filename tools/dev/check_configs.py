@@ -16,6 +16,7 @@ import importlib
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
+from torch import nn
 
 from hat_mm.engine.build import build_model
 
@@ -73,19 +75,39 @@ def step(cfg: Config) -> tuple[dict[str, float], list]:
     model = revert_sync_batchnorm(build_model(cfg))
     model.init_weights()
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-        reached = set()
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        for name, parameter in trained.items():
-            parameter.register_post_accumulate_grad_hook(lambda _, name=name: reached.add(name))
-        losses = model.train().train_step(batch(cfg), optim_wrapper)
-        bad = [name for name, value in losses.items() if not torch.isfinite(value).all()]
-        unused = [name for name in trained if name not in reached]
-        if bad or unused:
-            raise ValueError(f'losses not finite: {bad}; parameters without a gradient: {unused}')
+        losses = train_step(model, cfg.optim_wrapper, batch(cfg), reached=model)
         with torch.no_grad():
             predictions = model.eval().test_step(batch(cfg, images=1))
     return {name: float(value.detach().mean()) for name, value in losses.items()}, list(predictions)
+
+
+def train_step(
+    model: Any, optim_wrapper: dict[str, Any], pictures: dict[str, Any], reached: nn.Module
+) -> dict[str, torch.Tensor]:
+    """Takes a training step.
+
+    Args:
+        model: The model.
+        optim_wrapper: Config of the optimizer wrapper.
+        pictures: A batch as a dataloader of the toolbox returns it.
+        reached: The part of the model whose parameters must all get a gradient.
+
+    Returns:
+        The losses.
+
+    Raises:
+        ValueError: A loss is not finite, or parameters got no gradient.
+    """
+    wrapper = build_optim_wrapper(model, optim_wrapper)
+    waiting = {name: p for name, p in reached.named_parameters() if p.requires_grad}
+    for name, parameter in list(waiting.items()):
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: waiting.pop(name, None))
+    model.train()  # of some models it returns None
+    losses = model.train_step(pictures, wrapper)
+    bad = [name for name, value in losses.items() if not torch.isfinite(value).all()]
+    if bad or waiting:
+        raise ValueError(f'losses not finite: {bad}; parameters without a gradient: {[*waiting]}')
+    return losses
 
 
 def batch(cfg: Config, images: int = 2) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import keyword
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,12 +70,12 @@ class Edits(dict[str, Edit]):
         if old == value and old is not None:
             return
         parent, _, key = path.rpartition('.')
-        there = key in ((self.old(parent) if parent else self.cfg) or {})
+        there = old is not None or key in ((self.old(parent) if parent else self.cfg) or {})
         if value is None and (not there or old is None):
             return
         if isinstance(value, dict) and there and (replace or not isinstance(old, dict)):
             value = {'_delete_': True, **value}
-        self[path] = Edit(value, why)
+        self[path] = Edit(copy.deepcopy(value), why)
 
     def override(self, path: str, value: Any) -> None:
         """Takes a setting of ``--cfg-options``, if need be into an edit of a whole part."""
@@ -122,23 +123,24 @@ def write(out: Path, text: str, expected: Any) -> None:
     """Writes a config, if reading it gives what is expected.
 
     Raises:
-        UserError: It does not.
+        UserError: It does not, or cannot be read.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as part:
         part.write_text(text, encoding='utf-8')
         try:
             read = compat.require('mmengine.config').Config.fromfile(part)
-        except SyntaxError as error:
-            raise UserError(f'these settings cannot be written: {error}') from error
-        if _unscoped(read.to_dict()) != _unscoped(expected.to_dict()):
+        except Exception as error:
+            text = f'{type(error).__name__}: {error}'
+            raise UserError(f'these settings cannot be written: {text}') from error
+        if repr(_unscoped(read.to_dict())) != repr(_unscoped(expected.to_dict())):
             raise UserError('these settings cannot be written: the file would say something else')
 
 
 def _unscoped(cfg: Any) -> Any:
     """Without the scope that mmengine notes in all parts that come from a toolbox."""
     if isinstance(cfg, dict):
-        return {key: _unscoped(value) for key, value in cfg.items() if key != '_scope_'}
+        return {key: _unscoped(cfg[key]) for key in sorted(cfg, key=str) if key != '_scope_'}
     return [_unscoped(value) for value in cfg] if isinstance(cfg, (list, tuple)) else cfg
 
 
@@ -193,7 +195,8 @@ class _Part(NamedTuple):
         if isinstance(self.value, (list, tuple)):
             return _Part(f'{self.name}[{key}]', self.value[int(key)])
         value = self.value.get(key) if isinstance(self.value, dict) else None
-        return _Part(f'{self.name}.{key}', value)
+        plain = _is_name(key) and not hasattr(dict, key)
+        return _Part(f'{self.name}.{key}' if plain else f'{self.name}[{key!r}]', value)
 
 
 def _setting(start: str, node: Any, part: _Part, end: str, indent: str) -> list[str]:
@@ -266,6 +269,8 @@ def literal(value: Any) -> str:
         return f'[{", ".join(map(literal, value))}]'
     if isinstance(value, tuple):
         return f'({", ".join(map(literal, value))}{"," if len(value) == 1 else ""})'
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float({str(value)!r})'
     return repr(value)
 
 

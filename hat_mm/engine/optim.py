@@ -14,7 +14,7 @@ from torch import nn
 from hat_mm.backbones.base import near_names
 from hat_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
-_OPTIONS = (
+OPTIONS = (
     'layer_decay_rate',
     'custom_keys',
     'bias_lr_mult',
@@ -78,8 +78,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not isinstance(options, dict):
             raise TypeError(f'paramwise_cfg must be a dict, not {options!r}')
         for name in options:
-            if name not in _OPTIONS:
-                choices = near_names(name, _OPTIONS)
+            if name not in OPTIONS:
+                choices = near_names(name, OPTIONS)
                 raise ValueError(f'unknown paramwise_cfg option {name!r}{choices}')
         rate: Any = options.get('layer_decay_rate')
         if not _is_number(rate) or not 0 < rate <= 1:

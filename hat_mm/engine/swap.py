@@ -24,6 +24,7 @@ from .build import build_part, without_weights
 from .cli import UserError
 from .edits import TOOLBOXES, Edit, Edits
 from .maps import SIDE, check_model
+from .optim import OPTIONS
 
 __all__ = ['Refused', 'Swap', 'plan_swap', 'read_backbone', 'swap_backbone']
 
@@ -108,7 +109,7 @@ def _backbone_of(path: Path) -> dict[str, Any] | None:
     """What a file sets as ``backbone``, if it is of a type of hat_mm."""
     try:
         found = compat.require('mmengine.config').Config.fromfile(path).get('backbone')
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, NameError) as error:
         raise UserError(f'{path} cannot be read: {error}') from error
     ours = isinstance(found, dict) and str(found.get('type')).startswith('hat_mm.')
     return found.to_dict() if ours else None
@@ -315,7 +316,10 @@ class _Swapper:
         """Mends what heads read of backbones whose maps are not those of stages, one by one."""
         weighed = [found for _, head, found in reads if _kind(head) == 'OCRHead']
         if weighed:  # by what the head before makes of a map, which must have the same size
-            return [(path, head, weighed[0]) for path, head, _ in reads]
+            return [
+                (path, head, weighed[0] if path.startswith('decode_head') else found)
+                for path, head, found in reads
+            ]
         main = [found for path, _, found in reads if path.startswith('decode_head')]
         others = [found for path, _, found in reads if not path.startswith('decode_head')]
         if not main or max(map(max, main)) >= max(map(max, others), default=0):
@@ -333,10 +337,11 @@ class _Swapper:
     def fit_neck(self, neck: Any, stages: Sequence[int]) -> None:
         """Gives a neck the maps, and heads the channels of what leaves it."""
         self.out_indices, wanted = list(stages), self.channels(stages)
-        if len(set(stages)) != len(neck.in_channels):
+        given = neck.get('in_channels') if isinstance(neck, dict) else None
+        if not isinstance(given, Sequence) or not len(given) == len(stages) == len(set(stages)):
             raise UserError(
-                f'{_kind(neck)} reads {len(neck.in_channels)} maps; {self.backbone["type"]} has '
-                f'{len(self.maps)}'
+                f'the neck {_kind(neck)} reads {given} channels; the backbone was to give it '
+                f'{len(set(stages))} maps'
             )
         self.set('neck.in_channels', wanted, 'of the maps')
         sizes = [SIDE // stride for stride in self.strides(stages)]
@@ -378,38 +383,48 @@ class _Swapper:
     def fit_classifier(self) -> None:
         """Gives neck and head the last map, averaged over the picture."""
         neck, head = self.model.get('neck'), self.model.get('head')
-        necks, channels = _listed(neck), self.maps[-1].channels
-        first = _kind(necks[0]) if necks else ''
+        parts, channels = [dict(part) for part in _listed(neck)], self.maps[-1].channels
         self.out_indices = [len(self.maps) - 1]
-        pool = dict(type='GlobalAveragePooling')
-        reader, own = 'head', head is not None and _kind(head) in _OWN_OUTPUT_HEADS
-        if first == 'HRFuseScales':
-            self.out_indices = list(range(len(self.maps)))
-            self.set('neck.0.in_channels', self.channels(self.out_indices), 'of the maps')
-            return
-        for i, part in enumerate(necks):
-            path = f'neck.{i}' if isinstance(neck, list) else 'neck'
-            if part.get('with_avg_pool') is False:  # of training without labels
-                self.set(f'{path}.with_avg_pool', True, 'averages the map')
-            if 'in_channels' in part:
-                self.set(f'{path}.in_channels', channels, 'of the last map')
-                reader = ''  # the head reads what leaves this neck
+        pool, why = dict(type='GlobalAveragePooling'), 'of the last map'
+        states_own = False  # whether a neck has channels of its own, which the head reads
+        for part in parts:
+            if _kind(part) == 'HRFuseScales':
+                self.out_indices = list(range(len(self.maps)))
+                part['in_channels'] = self.channels(self.out_indices)
+            elif 'in_channels' in part:
+                part['in_channels'] = channels
+            states_own = 'in_channels' in part
+            if states_own:
                 break
             if 'input_features' in part:
-                self.set(f'{path}.input_features', channels, 'of the last map')
-        if first in ('ClsBatchNormNeck', 'LinearNeck'):
-            [key] = {'in_channels', 'input_features'} & set(necks[0])
-            self.edits.pop(f'{self.path}.neck.{key}', None)
-            self.set('neck', [pool, dict(neck, **{key: channels})], 'averages the map')
-        elif first == 'GlobalAveragePooling' and necks[0].get('dim', 2) != 2:
-            self.set('neck', pool, 'averages a map, not tokens', replace=True)
-        elif not necks and head is not None and _kind(head) not in _MAP_HEADS:
-            self.set('neck', pool, 'averages the map, which the old backbone did itself')
-        if own:
+                part['input_features'] = channels
+        for part in parts:
+            if part.get('with_avg_pool') is False:  # of training without labels
+                part['with_avg_pool'] = True
+        first = _kind(parts[0]) if parts else ''
+        if first in ('ClsBatchNormNeck', 'LinearNeck') or (
+            not parts and head is not None and _kind(head) not in _MAP_HEADS
+        ):
+            parts, why = [pool, *parts], 'averages the map, which the old backbone did itself'
+        elif first == 'GlobalAveragePooling' and parts[0].get('dim', 2) != 2:
+            parts[0], why = pool, 'averages a map, not tokens'
+        self.set_necks(neck, parts, why)
+        if head is not None and _kind(head) in _OWN_OUTPUT_HEADS:
             why = f'{_kind(head)} reads what only the old backbone returns'
             self.set('head', self.linear(head), why, replace=True)
-        elif reader and head is not None and 'in_channels' in head:
+        elif head is not None and 'in_channels' in head and not states_own:
             self.set('head.in_channels', channels, 'of the last map')
+
+    def set_necks(self, old: Any, parts: list[dict[str, Any]], why: str) -> None:
+        """Adds the edits that make ``parts`` of the necks of a classifier."""
+        if [set(part) for part in parts] == [set(part) for part in _listed(old)]:
+            for i, part in enumerate(parts):
+                path = f'neck.{i}' if isinstance(old, list) else 'neck'
+                for key, value in part.items():
+                    self.set(f'{path}.{key}', value, why)
+        else:
+            alone = len(parts) == 1 and not isinstance(old, list)
+            self.set('neck', parts[0] if alone else parts, why, replace=True)
 
     def linear(self, head: Any) -> dict[str, Any]:
         """A linear head with the classes and the loss of another."""
@@ -426,6 +441,7 @@ class _Swapper:
         parts = self.preprocessors()
         lengths = {len(part['mean']) for part in parts.values() if part.get('mean')}
         channels = self.model.backbone.get('in_channels', min(lengths, default=3))
+        channels = self.backbone.get('in_channels', channels)
         weights = 'Pretrained' in map(_kind, _listed(self.init))
         if channels != 3:
             self.backbone['in_channels'] = channels
@@ -449,8 +465,11 @@ class _Swapper:
         return {path: part for path, part in parts.items() if part}
 
     def set_statistics(self, parts: dict[str, Any]) -> None:
-        why = "of the weights' pictures"
+        why, pipeline = "of the weights' pictures", _types(self.cfg.get('train_dataloader'))
+        elsewhere = not parts or any(kind.endswith('Normalize') for kind in pipeline)
         for path, part in parts.items():
+            if elsewhere and not part.get('mean'):
+                continue
             order = 'bgr_to_rgb'
             if self.scope == 'mmpretrain' or _kind(part) == 'ReIDDataPreprocessor':
                 order = 'to_rgb'
@@ -458,7 +477,7 @@ class _Swapper:
                 self.edits.put(f'{path}.{name}', value, why)
             if part.get('rgb_to_bgr'):
                 self.edits.put(f'{path}.rgb_to_bgr', False, why)
-        if not parts or 'Normalize' in _types(self.cfg.get('train_dataloader')):
+        if elsewhere:
             self.notes.append(
                 "mean, deviation and order of the pictures' channels are set outside of "
                 f'data_preprocessor; the weights are for mean={MEAN}, std={STD}, RGB'
@@ -468,7 +487,7 @@ class _Swapper:
         """Puts the backbone in, removes what belonged to the old one, and writes the notes."""
         old, rest = self.model.backbone, self.edits
         self.edits = Edits(self.cfg)
-        if not self.cfg.get('default_scope'):
+        if self.cfg.get('default_scope') != self.scope:
             self.edits['default_scope'] = Edit(self.scope, 'of the model')
         new = dict(self.backbone, out_indices=tuple(self.out_indices))
         self.set('backbone', new, f'in place of {_kind(old)}', replace=True)
@@ -478,7 +497,7 @@ class _Swapper:
                 self.edits.put(path, None, 'weights of the old model')
         self.edits.update(rest)
         self.optimize(recipe)
-        if old.get('frozen_stages', -1) >= 0:
+        if old.get('frozen_stages') not in (None, -1):
             self.notes.append(
                 f'the stem and {old.frozen_stages} stage(s) of the old backbone were frozen; '
                 f'{self.path}.backbone.frozen_stages freezes those of the new one'
@@ -502,15 +521,15 @@ class _Swapper:
         """Sets the optimizer, or says what it would do."""
         wrapper = self.cfg.get('optim_wrapper') or {}
         optimizer, rules = wrapper.get('optimizer') or {}, wrapper.get('paramwise_cfg') or {}
-        if str(wrapper.get('constructor')).rpartition('.')[2] in _DECAY_BY_NAME:
+        if _name(wrapper.get('constructor')) in _DECAY_BY_NAME:
             rate = rules.get('decay_rate', rules.get('layer_decay_rate', 0.9))
-            kept = {k: v for k, v in rules.items() if k == 'custom_keys' or k.endswith('_mult')}
+            kept = {k: v for k, v in rules.items() if k in OPTIONS}
             ours = 'hat_mm.LayerDecayOptimWrapperConstructor'
             self.edits.put('optim_wrapper.constructor', ours, 'the old one knows its own only')
             rules = dict(layer_decay_rate=rate, flat_decay_mult=0.0) | kept
             why = 'decays with the depth'
             self.edits.put('optim_wrapper.paramwise_cfg', rules, why, replace=True)
-        kind = optimizer.get('type')
+        kind = _kind(optimizer)
         if recipe:
             of = 'of vision transformers'
             if kind != 'AdamW':
@@ -525,7 +544,7 @@ class _Swapper:
                     self.edits.put(f'{path}.flat_decay_mult', 0.0, why)
                 else:
                     self.edits.put(path, dict(flat_decay_mult=0.0), why)
-        elif kind not in ('AdamW', None):
+        elif optimizer and kind != 'AdamW':
             self.notes.append(
                 f'the optimizer is still {kind} with lr={optimizer.get("lr")}; vision transformers '
                 'are trained with AdamW (--transformer-recipe)'
@@ -594,7 +613,7 @@ def plan_swap(
         Refused: The model cannot take another backbone.
         UserError: The new model fails the check, or an argument does not fit.
     """
-    given = read_backbone(backbone) if isinstance(backbone, str) else dict(backbone)
+    given = read_backbone(backbone) if isinstance(backbone, str) else copy.deepcopy(backbone)
     swapper = _Swapper(cfg, given)
     if swapper.scope == 'mmseg':
         swapper.fit_segmentor()
@@ -617,13 +636,17 @@ def plan_swap(
 
 def _kind(cfg: Any) -> str:
     """The name of a type without its scope."""
-    kind = cfg.get('type') if isinstance(cfg, dict) else None
+    return _name(cfg.get('type') if isinstance(cfg, dict) else None)
+
+
+def _name(kind: Any) -> str:
+    """The name of a class, or of one in a registry, without its scope."""
     return getattr(kind, '__name__', str(kind)).rpartition('.')[2]
 
 
 def _scope(cfg: Any) -> str:
     """The toolbox of a config, by its scope or, without one, by who knows the type of its model."""
-    if cfg.get('default_scope'):
+    if cfg.get('default_scope') in TOOLBOXES:
         return cfg.default_scope
     for scope in TOOLBOXES:
         try:
@@ -632,7 +655,10 @@ def _scope(cfg: Any) -> str:
             continue
         if _kind(cfg.model) in known:
             return scope
-    raise UserError('the config has neither a default_scope nor a model that a toolbox knows')
+    raise UserError(
+        f'neither default_scope, {cfg.get("default_scope")!r}, nor the type of the model, '
+        f'{_kind(cfg.model)}, is of one of {", ".join(TOOLBOXES)}'
+    )
 
 
 def _types(cfg: Any) -> Iterator[str]:

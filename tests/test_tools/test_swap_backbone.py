@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from pathlib import Path
 
 import pytest
@@ -317,22 +318,23 @@ def test_the_recipe_where_settings_are_none_or_missing():
 
 
 @pytest.mark.parametrize(
-    'option',
+    ('name', 'given', 'value'),
     [
-        'train_pipeline.3.transforms.0.0.scales=[(96,128)]',
-        'model.train_cfg.foo-bar=1',
-        'model.train_cfg.class.lambda=1',
+        ('train_pipeline.3.transforms.0.0.scales', '[(96,128)]', [(96, 128)]),
+        ('model.train_cfg.foo-bar', '1', 1),
+        ('model.train_cfg.class.lambda', '2', 2),
+        ('model.train_cfg.items', '3', 3),
+        ('model.train_cfg.largest', 'inf', math.inf),
     ],
 )
-def test_any_option_can_be_written(option, tmp_path):
-    name, _, _ = option.partition('=')
+def test_any_option_can_be_written(name, given, value, tmp_path):
     source = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
     words = [source, 'fastervit-0', '--no-check', '--out', str(tmp_path / 'a.py')]
-    swap_backbone.main([*words, '--cfg-options', option])
+    swap_backbone.main([*words, '--cfg-options', f'{name}={given}'])
     found = Config.fromfile(tmp_path / 'a.py')
     for key in name.split('.'):
         found = found[int(key)] if isinstance(found, list) else found[key]
-    assert found in (1, (96, 128), [(96, 128)])
+    assert found == value or found == str(value)  # mmengine does not read inf as a number
 
 
 @pytest.mark.parametrize(
@@ -453,10 +455,38 @@ def test_necks_of_classifiers():
     new = plan_swap(cfg, 'fastervit-toy').cfg.model
     assert new.neck[1].in_channels == 256
     assert new.head.in_channels == 99
-    cfg.model.neck = dict(cfg.model.neck[1])
+    linear = cfg.model.neck[1]
+    for neck in (dict(linear), [dict(linear)], [dict(POOL, dim=1), dict(linear)]):
+        cfg.model.neck = neck
+        new = plan_swap(cfg, 'fastervit-toy').cfg.model
+        assert [part.type for part in new.neck] == ['GlobalAveragePooling', 'LinearNeck']
+        assert 'dim' not in new.neck[0]
+        assert new.neck[1].in_channels == 256
+        assert new.head.in_channels == 99
+    cfg.model.neck = [dict(type='ClsBatchNormNeck', input_features=2048)]
     new = plan_swap(cfg, 'fastervit-toy').cfg.model
-    assert [part.type for part in new.neck] == ['GlobalAveragePooling', 'LinearNeck']
-    assert new.head.in_channels == 99
+    assert [part.type for part in new.neck] == ['GlobalAveragePooling', 'ClsBatchNormNeck']
+    assert new.neck[1].input_features == 256
+    assert new.head.in_channels == 256
+
+
+def test_pictures_that_a_pipeline_normalizes():
+    cfg = copy.deepcopy(read('mmpretrain::resnet/resnet50_8xb32_in1k.py'))
+    cfg.data_preprocessor = dict(num_classes=1000)
+    cfg.train_dataloader.dataset.pipeline.append(dict(type='torchvision/Normalize'))
+    swap = plan_swap(cfg, 'fastervit-0', check=False)
+    assert 'mean' not in swap.cfg.data_preprocessor
+    assert any('set outside of data_preprocessor' in note for note in swap.notes)
+
+
+def test_the_source_stays_as_it_is():
+    cfg, mine = read('mmpretrain::vgg/vgg11_8xb32_in1k.py'), dict(type='hat_mm.FasterViT', arch='0')
+    before = copy.deepcopy(cfg.to_dict())
+    options = {'model.head.loss.loss_weight': 7.0, 'model.backbone.arch': '1'}
+    swap = plan_swap(cfg, mine, options=options, check=False)
+    assert swap.cfg.model.head.loss.loss_weight == 7.0
+    assert cfg.to_dict() == before
+    assert mine == dict(type='hat_mm.FasterViT', arch='0')
 
 
 def test_pictures_of_one_channel():

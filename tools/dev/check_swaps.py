@@ -310,13 +310,8 @@ def by_folder(known: list[dict[str, Any]]) -> str:
             number = Counter(one['outcome'] for one in found)
             shown = ', '.join(f'{number[name]} {name}' for name in SWAPPED if number[name])
             row[backbone] = shown
-            row[f'{backbone}, step'] = next(
-                ('yes' if one['outcome'] == 'stepped' else 'no')
-                for one in [*found, dict(outcome='')]
-                if one['outcome'] in (*STEPPED, '')
-            )
-            if not any(number[name] for name in STEPPED):
-                row[f'{backbone}, step'] = ''
+            steps = [one['outcome'] for one in found if one['outcome'] in STEPPED]
+            row[f'{backbone}, step'] = 'yes' if steps == ['stepped'] else 'no' if steps else ''
         rows.append(row)
     return f'<details><summary>By folder</summary>\n\n{table(rows)}</details>\n\n'
 

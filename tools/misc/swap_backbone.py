@@ -55,12 +55,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def bases(path: Path) -> list[Path]:
+    """A config and all that it inherits from, but those of a toolbox."""
+    found = [path]
+    if path.is_file():
+        config = compat.require('mmengine').Config
+        for name in config._get_base_files(str(path)):
+            if '::' not in name:
+                found += bases(path.parent / name)
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     """Swaps the backbone, writes the config, and says what changed."""
     args = parse_args(argv)
     source = find(args.config)
+    if args.out is not None and args.out.suffix != '.py':
+        raise UserError(f'--out {args.out} must end with .py', status=2)
     if args.out is not None and args.out.exists():
-        inputs = (source, Path(args.backbone))
+        inputs = [*bases(source), Path(args.backbone)]
         if any(path.exists() and path.samefile(args.out) for path in inputs):
             raise UserError(f'{args.out} would replace what it inherits from: choose another --out')
         if not args.force or args.out.is_dir():

@@ -99,5 +99,6 @@ def without_weights(cfg: Any) -> Any:
     """A copy of a config in which nothing loads weights."""
     if isinstance(cfg, dict):
         given = {k: without_weights(v) for k, v in cfg.items()}
-        return type(cfg)({k: None if k in _WEIGHTS else v for k, v in given.items()})
+        none = {k: False if isinstance(v, bool) else None for k, v in given.items()}  # timm's
+        return type(cfg)({k: none[k] if k in _WEIGHTS else v for k, v in given.items()})
     return [without_weights(v) for v in cfg] if isinstance(cfg, list) else cfg

@@ -227,4 +227,5 @@ def forward(model: Any, scope: str) -> None:
     except (AttributeError, TypeError):  # some read the truth in this mode
         model(image, [sample], mode='predict')
     if scope == 'mmpretrain' and not hasattr(model, 'predict') and model.with_neck:
-        model.neck(model.extract_feat(image))  # without labels, the mode stops at the backbone
+        maps = model.extract_feat(image)  # without labels, the mode stops at the backbone
+        model.neck([maps] if type(model).__name__ == 'SwAV' else maps)  # SwAV's takes crops

@@ -254,7 +254,7 @@ def counts(found: list[dict[str, Any]]) -> dict[str, int]:
         'refused': f'{number["refused"]} ({number["refused"] / max(model, 1):.1%})',
         'failed': number['failed'],
         'swapped': f'{number["swapped"]} ({number["swapped"] / max(tried, 1):.1%})',
-        'steps': f'{number["stepped"]} of {steps}',
+        'steps': f'{number["stepped"]} of {steps}' if steps else 'not run',
     }
 
 

@@ -204,28 +204,28 @@ def forward(model: Any, scope: str) -> None:
     """Runs a model on a random picture, before its post-processing if it can."""
     height = width = 3 * SIDE  # enough for 900 queries, and for kernels of 3 at stride 128
     if type(model).__name__ == 'BaseReID':
-        height, width = 256, 128  # its pooling is made for
+        height, width = 256, 128  # the size that its pooling is made for
     structures = importlib.import_module(f'{scope}.structures')
     kinds = {'mmdet': 'DetDataSample', 'mmseg': 'SegDataSample', 'mmpretrain': 'DataSample'}
     size = (height, width)
     meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size)
     sample = getattr(structures, kinds[scope])(metainfo=meta | dict(scale_factor=(1.0, 1.0)))
+    boxes = torch.tensor([[0.0, 0.0, width / 2, height / 2]])
+    if scope == 'mmdet':  # some heads compute a loss in every mode
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([0]))
     if getattr(model, 'rpn_head', None) is not None:
         model.rpn_head.init_weights()  # the first regions of Sparse R-CNN are weights
     elif scope == 'mmdet':  # Fast R-CNN gets its regions with the picture
-        boxes = torch.tensor([[0.0, 0.0, width / 2, height / 2]])
         sample.proposals = InstanceData(bboxes=boxes)
-    if scope == 'mmdet':  # some read the truth, whatever the mode
-        boxes = torch.tensor([[0.0, 0.0, width / 2, height / 2]])
-        sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([0]))
     image = torch.rand(1, model.backbone.in_channels, height, width)
-    if scope == 'mmseg':  # in mode 'tensor' segmentors in steps fail
+    if scope == 'mmseg':  # cascaded heads fail in mode 'tensor'
         model(image, [sample], mode='predict')
         return
     try:
         model(image, [sample], mode='tensor')
-    except (AttributeError, TypeError):  # some read the truth in this mode
+    except (AttributeError, TypeError):  # YOLACT's needs masks in this mode
         model(image, [sample], mode='predict')
     if scope == 'mmpretrain' and not hasattr(model, 'predict') and model.with_neck:
-        maps = model.extract_feat(image)  # without labels, the mode stops at the backbone
-        model.neck([maps] if type(model).__name__ == 'SwAV' else maps)  # SwAV's takes crops
+        # Models that train without labels stop at the backbone in this mode.
+        maps = model.extract_feat(image)
+        model.neck([maps] if type(model).__name__ == 'SwAV' else maps)  # SwAV's takes a list

@@ -226,7 +226,7 @@ class _Swapper:
         if isinstance(given, int):  # the neck reads the last map
             self.out_indices = self.nearest(old[-1:])
             [channels] = self.channels(self.out_indices)
-            self.set(f'{path}.in_channels', channels, 'of the map it reads')
+            self.set(f'{path}.in_channels', channels, 'channels of the map that it reads')
             return
         if not given or len(given) != len(old):
             raise UserError(
@@ -241,7 +241,9 @@ class _Swapper:
         wanted = self.channels(self.out_indices)
         # YOLOv3's neck lists the last map first.
         backwards = list(given) == [m.channels for m in old][::-1] and given[0] > given[-1]
-        self.set(f'{path}.in_channels', wanted[::-1] if backwards else wanted, 'of the maps')
+        self.set(
+            f'{path}.in_channels', wanted[::-1] if backwards else wanted, 'channels of the maps'
+        )
         if skipped:
             self.set(f'{path}.start_level', 0, 'maps that are not read are not made')
             if first.get('end_level', -1) > 0:
@@ -267,9 +269,9 @@ class _Swapper:
         wanted = self.channels(self.out_indices)
         readers = [name for name, part in self.model.items() if _reads_maps(part, old)]
         for name in readers:
-            self.set(f'{name}.in_channels', wanted, 'of the maps')
+            self.set(f'{name}.in_channels', wanted, 'channels of the maps')
             if 'strides' in self.model[name]:
-                self.set(f'{name}.strides', self.strides(self.out_indices), 'of the maps')
+                self.set(f'{name}.strides', self.strides(self.out_indices), 'strides of the maps')
         if readers:
             return
         if len(old) != 1:
@@ -308,9 +310,9 @@ class _Swapper:
             self.set_indices(path, head, [self.out_indices.index(s) for s in found])
             if head.get('c1_in_channels'):
                 [channels] = self.channels(first[:1])
-                self.set(f'{path}.c1_in_channels', channels, 'of the first map')
+                self.set(f'{path}.c1_in_channels', channels, 'channels of the first map')
             if 'strides' in head:
-                self.set(f'{path}.strides', self.strides(found), 'of the maps')
+                self.set(f'{path}.strides', self.strides(found), 'strides of the maps')
 
     def in_order(self, reads: list[tuple[str, Any, list[int]]]) -> list[tuple[str, Any, list[int]]]:
         """Mends what heads read of backbones whose maps are not those of stages, one by one."""
@@ -343,7 +345,7 @@ class _Swapper:
                 f'the neck {_kind(neck)} reads {given} channels; the backbone was to give it '
                 f'{len(set(stages))} maps'
             )
-        self.set('neck.in_channels', wanted, 'of the maps')
+        self.set('neck.in_channels', wanted, 'channels of the maps')
         sizes = [SIDE // stride for stride in self.strides(stages)]
         maps = [torch.zeros(1, c, n, n) for c, n in zip(wanted, sizes, strict=True)]
         kind = type(neck.in_channels)  # JPU takes tuples only
@@ -353,18 +355,20 @@ class _Swapper:
 
     def set_channels(self, path: str, head: Any, channels: list[int]) -> None:
         several = isinstance(head.in_channels, Sequence)
-        self.set(f'{path}.in_channels', channels if several else channels[0], 'of the maps')
+        self.set(
+            f'{path}.in_channels', channels if several else channels[0], 'channels of the maps'
+        )
         if head.get('num_convs') == 0:
-            self.set(f'{path}.channels', sum(channels), 'without convolutions, those of the maps')
+            self.set(f'{path}.channels', sum(channels), 'those of the maps, without convolutions')
 
     def set_indices(self, path: str, head: Any, places: list[int]) -> None:
         old = head.get('in_index')
         if isinstance(old, Sequence):
-            self.set(f'{path}.in_index', places, 'of these maps')
+            self.set(f'{path}.in_index', places, 'places among the maps')
         elif not isinstance(head.in_channels, Sequence):  # otherwise it reads all maps
             last = len(self.out_indices) - 1
             if places[0] != (last if old in (None, -1) else old):
-                self.set(f'{path}.in_index', places[0], 'of these maps')
+                self.set(f'{path}.in_index', places[0], 'places among the maps')
 
     def heads(self) -> Iterator[tuple[str, Any]]:
         """Path and config of each head that reads maps."""
@@ -385,7 +389,7 @@ class _Swapper:
         neck, head = self.model.get('neck'), self.model.get('head')
         parts, channels = [dict(part) for part in _listed(neck)], self.maps[-1].channels
         self.out_indices = [len(self.maps) - 1]
-        pool, why = dict(type='GlobalAveragePooling'), 'of the last map'
+        pool, why = dict(type='GlobalAveragePooling'), 'channels of the last map'
         states_own = False  # whether a neck has channels of its own, which the head reads
         for part in parts:
             if _kind(part) == 'HRFuseScales':
@@ -413,7 +417,7 @@ class _Swapper:
             why = f'{_kind(head)} reads what only the old backbone returns'
             self.set('head', self.linear(head), why, replace=True)
         elif head is not None and 'in_channels' in head and not states_own:
-            self.set('head.in_channels', channels, 'of the last map')
+            self.set('head.in_channels', channels, 'channels of the last map')
 
     def set_necks(self, old: Any, parts: list[dict[str, Any]], why: str) -> None:
         """Adds the edits that make ``parts`` of the necks of a classifier."""
@@ -465,7 +469,7 @@ class _Swapper:
         return {path: part for path, part in parts.items() if part}
 
     def set_statistics(self, parts: dict[str, Any]) -> None:
-        why, pipeline = "of the weights' pictures", _types(self.cfg.get('train_dataloader'))
+        why, pipeline = 'as the weights were trained', _types(self.cfg.get('train_dataloader'))
         elsewhere = not parts or any(kind.endswith('Normalize') for kind in pipeline)
         for path, part in parts.items():
             if elsewhere and not part.get('mean'):
@@ -488,7 +492,7 @@ class _Swapper:
         old, rest = self.model.backbone, self.edits
         self.edits = Edits(self.cfg)
         if self.cfg.get('default_scope') != self.scope:
-            self.edits['default_scope'] = Edit(self.scope, 'of the model')
+            self.edits['default_scope'] = Edit(self.scope, 'toolbox of the model')
         new = dict(self.backbone, out_indices=tuple(self.out_indices))
         self.set('backbone', new, f'in place of {_kind(old)}', replace=True)
         self.set('pretrained', None, 'weights of the old backbone')
@@ -531,7 +535,7 @@ class _Swapper:
             self.edits.put('optim_wrapper.paramwise_cfg', rules, why, replace=True)
         kind = _kind(optimizer)
         if recipe:
-            of = 'of vision transformers'
+            of = 'as for vision transformers'
             if kind != 'AdamW':
                 adamw = dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
                 why = f'{of}; for 16 pictures a step'
@@ -565,7 +569,7 @@ def swap_backbone(cfg: Any, backbone: str | dict[str, Any], **settings: Any) -> 
         cfg: A config of a detector, segmentor, classifier or tracker; it is not changed.
         backbone: Name of a file in ``configs/_base_/backbones``, path of such a file, or the
             backbone's config.
-        settings: Further arguments of :func:`plan_swap`.
+        settings: Further arguments of :func:`plan_swap`, such as ``pretrained=False``.
 
     Returns:
         The config with the new backbone.
@@ -597,8 +601,8 @@ def plan_swap(
     """Finds the settings that a config needs for another backbone.
 
     Args:
-        cfg: As of :func:`swap_backbone`.
-        backbone: As of :func:`swap_backbone`.
+        cfg: See :func:`swap_backbone`.
+        backbone: See :func:`swap_backbone`.
         pretrained: Whether the backbone starts from its published weights, if it has some.
         keep_preprocessing: Whether mean, deviation and order of the channels stay as they are, even
             if the weights are made for others.

@@ -83,7 +83,11 @@ def check(toolbox: str, leaf: str, backbone: str) -> dict[str, Any]:
 
 
 def step(toolbox: str, leaf: str, backbone: str) -> dict[str, Any]:
-    """Takes a training step and a prediction with few blocks; returns the like of :func:`check`."""
+    """Takes a training step and predicts, with few blocks.
+
+    Returns:
+        ``outcome``, ``stepped`` or ``did not step``, and ``why``.
+    """
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(SECONDS)
     found = dict(toolbox=toolbox, leaf=leaf, backbone=backbone, outcome='stepped', why='')
@@ -242,7 +246,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True) + '\n\n'
 
 
-def counts(found: list[dict[str, Any]]) -> dict[str, int]:
+def counts(found: list[dict[str, Any]]) -> dict[str, Any]:
     """How many leaves of each outcome, and shares in percent."""
     number = Counter(one['outcome'] for one in found)
     model = sum(number[outcome] for outcome in ('swapped', 'refused', 'failed'))

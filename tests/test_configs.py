@@ -68,6 +68,8 @@ class Promise(NamedTuple):
     pretrained: bool = True
     undecayed: tuple[str, ...] = ()  # parts of the names of matrices without weight decay
     rounds: int = 1  # how often an epoch takes each image
+    data: str = ''  # '' for the usual one of the toolbox
+    by_epoch: bool = True
 
 
 ADAMW = dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
@@ -89,12 +91,29 @@ DINO = Promise(
 UPERNET = Promise(
     'mmseg', ['mIoU'], 16, 8, dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
     False, None, (1500, 1e-6),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, begin=1500, end=160_000), 160_000,
+    dict(type='PolyLR', power=1.0, eta_min=0.0, begin=1500, end=160_000), 160_000, by_epoch=False,
 )  # fmt: skip
 SEMANTIC_FPN = Promise(
     'mmseg', ['mIoU'], 16, 4, PVT, True, None, None,
-    dict(type='PolyLR', power=0.9, eta_min=0.0, begin=0, end=80_000), 80_000,
+    dict(type='PolyLR', power=0.9, eta_min=0.0, begin=0, end=80_000), 80_000, by_epoch=False,
 )  # fmt: skip
+MASK2FORMER = Promise(
+    'mmdet', MASKS, 16, 8, {**ADAMW, 'eps': 1e-8}, True, 0.01, None,
+    dict(type='MultiStepLR', milestones=[327_778, 355_092], gamma=0.1, begin=0, end=368_750),
+    368_750, drop_path=0.3, by_epoch=False,
+)  # fmt: skip
+MASK2FORMER_ADE = MASK2FORMER._replace(
+    toolbox='mmseg',
+    metric=['mIoU'],
+    decay=dict(type='PolyLR', power=0.9, eta_min=0, begin=0, end=160_000),
+    length=160_000,
+)
+MASK2FORMER_CITYSCAPES = MASK2FORMER_ADE._replace(
+    gpus=16,
+    decay={**MASK2FORMER_ADE.decay, 'end': 90_000},
+    length=90_000,
+    data='Cityscapes',
+)
 IMAGENET = Promise(
     'mmpretrain', (1, 5), 4096, 32, {**ADAMW, 'lr': 5e-3}, False, 5.0, (20, 2e-4),
     dict(type='CosineAnnealingLR', eta_min=5e-6, begin=20, end=310), 310, pretrained=False,
@@ -117,6 +136,8 @@ def lamb(weight_decay: float) -> Promise:
 # Name with * for the backbone -> what each backbone's leaf promises.
 NOT_768 = [name for name in (*IN1K, *IN21K, *HAT_NET) if name != 'fastervit-4-21k-768']
 ALL = [*IN1K, *IN21K, *HAT_NET]
+TO_LARGE = [*IN1K[:5], IN21K[1], *HAT_NET, *SWIN_HAT[:2]]
+ONE_OF_EACH_SIZE = [IN1K[0], IN1K[2], IN21K[1], HAT_NET[1], HAT_NET[3], *SWIN_HAT[:2]]
 PROMISES: dict[str, dict[str, Promise]] = {
     'mask-rcnn_*_fpn_1x_coco': {
         **dict.fromkeys(IN1K + IN21K, SWIN_1X),
@@ -143,6 +164,18 @@ PROMISES: dict[str, dict[str, Promise]] = {
     },
     '*_upernet_8xb2-160k_ade20k-640x640': dict.fromkeys(IN21K, UPERNET),
     '*_fpn_4xb4-80k_ade20k-512x512': dict.fromkeys(NOT_768, SEMANTIC_FPN),
+    'mask2former_*_8xb2-lsj-50e_coco': dict.fromkeys([*TO_LARGE, *PLUGINS], MASK2FORMER),
+    'mask2former_*_8xb2-lsj-50e_coco-panoptic': dict.fromkeys([*TO_LARGE, *PLUGINS], MASK2FORMER),
+    '*_mask2former_8xb2-160k_ade20k-512x512': dict.fromkeys(TO_LARGE, MASK2FORMER_ADE),
+    '*_mask2former_16xb1-90k_cityscapes-1024x2048': dict.fromkeys(
+        ONE_OF_EACH_SIZE, MASK2FORMER_CITYSCAPES
+    ),
+    '*_upernet_8xb1-160k_cityscapes-1024x2048': dict.fromkeys(
+        ONE_OF_EACH_SIZE, UPERNET._replace(images=8, data='Cityscapes')
+    ),
+    'mask-rcnn_*_fpn_sample1e-3_ms-1x_lvis-v1': dict.fromkeys(
+        ONE_OF_EACH_SIZE, SWIN_1X._replace(data='LVIS v1')
+    ),
     '*_32xb128_in1k': {
         **dict.fromkeys(IN1K[:3], IMAGENET),
         'fastervit-3': IMAGENET._replace(
@@ -319,10 +352,9 @@ def test_metafile_describes_every_leaf(family):
             assert facts['Training Data'] == ['ImageNet-21k', 'ImageNet-1k', 'COCO']
         elif 'Weights' not in model:  # otherwise those of the training count
             assert facts['Batch Size'] == promise.images
-            assert facts['Iterations' if promise.toolbox == 'mmseg' else 'Epochs'] == promise.length
-            assert facts['Training Data'] == {'mmdet': 'COCO', 'mmseg': 'ADE20K'}.get(
-                promise.toolbox, 'ImageNet-1k'
-            )
+            assert facts['Epochs' if promise.by_epoch else 'Iterations'] == promise.length
+            usual = {'mmdet': 'COCO', 'mmseg': 'ADE20K', 'mmpretrain': 'ImageNet-1k'}
+            assert facts['Training Data'] == (promise.data or usual[promise.toolbox])
         assert facts['Published Settings']
         assert facts['Assumed Settings']
 
@@ -338,8 +370,9 @@ def channels_taken(cfg: Config) -> tuple[int, ...]:
     if 'neck' in model:
         assert model.neck.get('start_level', 0) == 0
         return tuple(model.neck.in_channels)
-    assert model.auxiliary_head.in_channels == model.decode_head.in_channels[2]
-    return tuple(model.decode_head.in_channels)
+    if 'auxiliary_head' in model:
+        assert model.auxiliary_head.in_channels == model.decode_head.in_channels[2]
+    return tuple(model.get('panoptic_head', model.get('decode_head')).in_channels)
 
 
 def channels_given(backbone: torch.nn.Module) -> tuple[int, ...]:
@@ -415,13 +448,17 @@ def test_one_optimizer(path):
     paramwise = dict(wrapper.pop('paramwise_cfg', {}))
     if path.stem.startswith('dino'):
         assert paramwise == dict(custom_keys=dict(backbone=dict(lr_mult=0.1)))
+    elif 'mask2former' in path.stem:  # what follows from its keys is tested below
+        assert set(paramwise) == {'custom_keys', 'norm_decay_mult'}
     else:
         keys = {key: dict(decay_mult=0.0) for key in promise.undecayed}
         assert paramwise.pop('custom_keys', {}) == keys
         assert paramwise == ({} if promise.flat_decay else dict(flat_decay_mult=0.0))
     assert wrapper == {}
     # Where a toolbox's schedule names the optimizer as well, it is the same one.
-    assert cfg.get('optimizer', promise.optimizer) == promise.optimizer
+    optimizer = dict(cfg.get('optimizer', promise.optimizer))
+    optimizer.pop('_scope_', None)
+    assert optimizer == promise.optimizer
 
 
 @of_paper_leaves
@@ -437,11 +474,12 @@ def test_images_of_a_step(path):
 @of_paper_leaves
 def test_one_schedule(path):
     cfg, promise = load(path), promise_of(path)
-    *warm_up, decay = cfg.param_scheduler
+    schedule = cfg.param_scheduler
+    *warm_up, decay = [schedule] if isinstance(schedule, dict) else schedule
     for key, value in promise.decay.items():
         assert decay[key] == value, key
     assert len(warm_up) == (promise.warm_up is not None)
-    by_epoch = promise.toolbox != 'mmseg'
+    by_epoch = promise.by_epoch
     assert decay.get('by_epoch', True) is by_epoch
     if warm_up:
         [first] = warm_up
@@ -467,7 +505,10 @@ def test_one_evaluator(path):
         'mmpretrain': ('Accuracy', 'topk'),
     }[promise.toolbox]
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
-        assert evaluator.type == kind
+        if path.stem.endswith('panoptic'):
+            panoptic, evaluator = evaluator
+            assert panoptic.type == 'CocoPanopticMetric'
+        assert evaluator.type == ('LVISMetric' if 'lvis' in path.stem else kind)
         assert evaluator[key] == promise.metric
 
 
@@ -476,18 +517,23 @@ def test_classes_and_sizes(path):
     cfg, model = load(path), load(path).model
     toolbox = toolbox_of(path)
     if toolbox == 'mmseg':
-        size = (640, 640) if '640' in path.stem.rpartition('-')[2] else (512, 512)
+        height, width = map(int, path.stem.rpartition('-')[2].split('x'))
+        size = (height, width)
         assert tuple(cfg.crop_size) == tuple(model.data_preprocessor.size) == size
         crops = [step for step in cfg.train_pipeline if step.type == 'RandomCrop']
         assert [tuple(step.crop_size) for step in crops] == [size]
         heads = [model.decode_head, *([model.auxiliary_head] if 'auxiliary_head' in model else [])]
-        assert {head.num_classes for head in heads} == {150}
+        assert {head.num_classes for head in heads} == {19 if 'cityscapes' in path.stem else 150}
     elif toolbox == 'mmpretrain':
         assert model.head.num_classes == cfg.data_preprocessor.num_classes == 1000
+    elif 'panoptic_head' in model:
+        head = model.panoptic_head
+        stuff = 53 if path.stem.endswith('panoptic') else 0
+        assert (head.num_things_classes, head.num_stuff_classes) == (80, stuff)
     else:
         heads = model.roi_head.bbox_head if 'roi_head' in model else model.bbox_head
         for head in heads if isinstance(heads, list) else [heads]:
-            assert head.num_classes == 80
+            assert head.num_classes == (1203 if 'lvis' in path.stem else 80)
 
 
 # --- the toolboxes' own configs -------------------------------------------------------------------
@@ -520,6 +566,12 @@ SEMANTIC_FPN_80K = {
     'train_cfg.max_iters': 80_000,
     'train_cfg.val_interval': 8000,
     'default_hooks.checkpoint.interval': 8000,
+}
+WHOLE_IMAGES = {
+    'data_preprocessor.size': (1024, 2048),
+    'model.data_preprocessor.size': (1024, 2048),
+    'train_dataloader.batch_size': 1,
+    'train_dataloader.dataset.pipeline.3.crop_size': (1024, 2048),
 }
 # What a task's leaves have beside the channels that is not in a config of its toolbox: value here,
 # or ... where there is none.
@@ -570,6 +622,33 @@ ORIGINALS: dict[str, tuple[str, dict[str, Any]]] = {
             'model.neck.rescales': ...,
         },
     ),
+    'mask2former_*_coco': (
+        'mmdet/mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco',
+        {},
+    ),
+    'mask2former_*_coco-panoptic': (
+        'mmdet/mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco-panoptic',
+        {},
+    ),
+    '*_mask2former_8xb2-160k_ade20k-512x512': (
+        'mmseg/mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512',
+        {},
+    ),
+    '*_mask2former_16xb1-90k_cityscapes-1024x2048': (
+        'mmseg/mask2former/mask2former_swin-t_8xb2-90k_cityscapes-512x1024',
+        WHOLE_IMAGES,
+    ),
+    '*_upernet_8xb1-160k_cityscapes-1024x2048': (
+        'mmseg/upernet/upernet_r50_4xb2-80k_cityscapes-512x1024',
+        WHOLE_IMAGES
+        | {
+            'model.pretrained': None,
+            'train_cfg.max_iters': 160_000,
+            'train_cfg.val_interval': 16_000,
+            'default_hooks.checkpoint.interval': 16_000,
+        },
+    ),
+    'mask-rcnn_*_lvis-v1': ('mmdet/lvis/mask-rcnn_r50_fpn_sample1e-3_ms-1x_lvis-v1', {}),
     '*_fpn_4xb4-80k_ade20k-512x512': (
         'mmseg/sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512',
         SEMANTIC_FPN_80K,
@@ -785,7 +864,9 @@ def test_dino_levels(scales, indices):
     assert not backbone.spec.carriers
 
 
-@of_leaves
+@pytest.mark.parametrize(
+    'path', [p for p in LEAVES if 'mask2former' not in p.stem], ids=lambda path: path.stem
+)
 def test_weight_decay_and_rate_of_each_parameter(path):
     cfg, model = load(path), on_meta(path)
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
@@ -802,6 +883,24 @@ def test_weight_decay_and_rate_of_each_parameter(path):
         slow = path.stem.startswith('dino') and name.startswith('backbone.')
         assert found[id(parameter)] == (rate / 10 if slow else rate, decay), name
     assert names == set(undecayed)
+
+
+@pytest.mark.parametrize(
+    'path',
+    [p for p in PAPER_LEAVES if 'mask2former' in p.stem and 'r50' not in p.stem],
+    ids=lambda path: path.stem,
+)
+def test_mask2former_trains_the_backbone_slowly_without_decay_of_norms(path):
+    cfg, model = load(path), on_meta(path)
+    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
+    found = {id(p): (g['lr'], g['weight_decay']) for g in groups for p in g['params']}
+    exempt = ('query_embed', 'query_feat', 'level_embed', 'bias_table', 'gamma1', 'gamma2')
+    for prefix, module in model.named_modules():
+        norm = 'norm' in type(module).__name__.lower()
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            rate = 1e-5 if name.startswith('backbone.') else 1e-4
+            decay = 0.0 if norm or any(key in name for key in exempt) else 0.05
+            assert found[id(parameter)] == (pytest.approx(rate), decay), name
 
 
 # --- a step and a prediction ----------------------------------------------------------------------
@@ -824,6 +923,7 @@ LOSSES = {
     'cascade-mask-rcnn': {'s0.loss_cls', 's2.loss_bbox', 's2.loss_mask', 'loss_rpn_cls'},
     'retinanet': {'loss_cls', 'loss_bbox'},
     'dino': {'loss_cls', 'loss_iou', 'dn_loss_cls', 'enc_loss_cls', 'd0.loss_bbox'},
+    'mask2former': {'loss_cls', 'loss_mask', 'loss_dice'},
     'mmseg': {'decode.loss_ce'},
     'mmpretrain': {'loss'},
 }
@@ -833,9 +933,14 @@ LOSSES = {
 def test_a_step_and_a_prediction(path):
     losses, [prediction] = check_configs.step(copy.deepcopy(load(path)))
     kind = path.stem.partition('_')[0].partition('-4scale')[0].partition('-5scale')[0]
-    assert LOSSES[kind if kind in LOSSES else toolbox_of(path)] <= set(losses)
+    if '_mask2former_' in path.stem:
+        assert {f'decode.{name}' for name in LOSSES['mask2former']} <= set(losses)
+    else:
+        assert LOSSES[kind if kind in LOSSES else toolbox_of(path)] <= set(losses)
     height, width = check_configs.SIZES[0]
-    if toolbox_of(path) == 'mmseg':
+    if path.stem.endswith('panoptic'):
+        assert prediction.pred_panoptic_seg.sem_seg.shape == (1, height, width)
+    elif toolbox_of(path) == 'mmseg':
         assert prediction.pred_sem_seg.data.shape == (1, height, width)
     elif toolbox_of(path) == 'mmpretrain':
         assert prediction.pred_score.shape == (1000,)

@@ -39,7 +39,7 @@ SIZES = ((64, 96), (80, 64))
 
 
 def shorten(cfg: Config) -> None:
-    """Reduces our backbones to few blocks per stage, DINO to few layers, boxes; drops weights."""
+    """Reduces our backbones to few blocks per stage, DETR's kin to few layers; drops weights."""
     model = cfg.model
     model.backbone.init_cfg = None
     if model.backbone.type.startswith('hat_mm.'):
@@ -59,6 +59,15 @@ def shorten(cfg: Config) -> None:
     if 'num_queries' in model:
         model.num_queries = 20
         model.encoder.num_layers, model.decoder.num_layers = 1, 2
+    head = model.get('panoptic_head', model.get('decode_head', {}))
+    if head.get('type') == 'Mask2FormerHead':
+        head.num_queries = 20
+        head.pixel_decoder.encoder.num_layers = head.transformer_decoder.num_layers = 1
+        for part in (model, head):
+            if 'num_points' in part.get('train_cfg', {}):
+                part.train_cfg.num_points = 256
+    for augment in model.get('data_preprocessor', {}).get('batch_augments') or []:
+        augment.size = (96, 96)
 
 
 def step(cfg: Config) -> tuple[dict[str, float], list]:
@@ -114,10 +123,12 @@ def batch(cfg: Config, images: int = 2) -> dict:
     """Random images with ground truth, in the form that the toolbox's dataloader returns."""
     sizes = SIZES[:images]
     if cfg.default_scope == 'mmdet':
-        masks = 'mask_head' in cfg.model.get('roi_head', {})
+        panoptic = 'panoptic_head' in cfg.model
+        masks = panoptic or 'mask_head' in cfg.model.get('roi_head', {})
         shapes = [[3, *size] for size in sizes]
         demo_mm_inputs = importlib.import_module('mmdet.testing').demo_mm_inputs
-        return demo_mm_inputs(images, shapes, num_classes=80, with_mask=masks)
+        truth = dict(num_classes=80, with_mask=masks, with_semantic=panoptic)
+        return demo_mm_inputs(images, shapes, **truth)
     structures = importlib.import_module(f'{cfg.default_scope}.structures')
     if cfg.default_scope == 'mmpretrain':
         inputs = torch.randint(0, 256, (images, 3, *SIZES[0]), dtype=torch.uint8)

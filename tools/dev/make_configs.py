@@ -47,7 +47,7 @@ COLLECTIONS: dict[str, str] = {
 HEADER = 'Written by tools/dev/make_configs.py, which keeps what it does not know.'
 METRICS = [
     *('Top 1 Accuracy', 'Top 5 Accuracy', 'box AP', 'box AP50', 'box AP75'),
-    *('mask AP', 'mask AP50', 'mask AP75', 'mIoU', 'mIoU(ms+flip)'),
+    *('mask AP', 'mask AP50', 'mask AP75', 'PQ', 'mIoU', 'mIoU(ms+flip)'),
 ]
 """Metrics in the order of the tables' columns."""
 
@@ -310,10 +310,7 @@ def _cells(model: dict[str, Any], metrics: list[str]) -> Iterator[str]:
 
 
 def models_table(folder: str, models: list[dict[str, Any]]) -> str:
-    """The table of a family's backbones with their figures.
-
-    For a family without official files, configs without figures are shown as well.
-    """
+    """The table of a family's backbones with their figures."""
     rows: dict[str, list[str]] = {}
     parameters = {model['Name']: model.get('Metadata', {}).get('Parameters') for model in models}
     files = [file for file in CLASSIFIERS if FOLDERS[file.backbone] == folder]
@@ -327,7 +324,7 @@ def models_table(folder: str, models: list[dict[str, Any]]) -> str:
         if FOLDERS[name] == folder:
             rows[name] = [f'`{name}`', f'{count / 1e6:.1f}']
     for task, group in _by_task(models).items():
-        if not task or not any(_figures(model) or not files for model in group):
+        if not task or not any(_figures(model) for model in group):
             continue
         metrics = list(TASKS[task]['measures'].values())
         head.append(f'{task}, {" / ".join(metrics).replace("AP / mask", "/ mask")}')
@@ -335,7 +332,6 @@ def models_table(folder: str, models: list[dict[str, Any]]) -> str:
             cells: list[str] = []
             for model in group:
                 if LEAF_OF_CONFIG[model['Config']].backbone == name:
-                    cells += [] if files else [_link('config', model['Config'])]
                     cells += _cells(model, metrics)
             row.append(', '.join(cells))
     return _table(head, list(rows.values()))

@@ -1,4 +1,4 @@
-"""Draws the toy dataset "shapes" in one of three layouts, unless it exists already.
+"""Draws the toy dataset "shapes" in one of four layouts, unless it exists already.
 
 Coloured shapes with exact masks of their visible pixels, for demos and tests; a module and a
 program.
@@ -85,6 +85,8 @@ class Style:
         object_sizes: Minimum and maximum side of an object, in pixels.
         min_visible: Fraction of an object that stays visible; a later object that would hide more
             is placed elsewhere.
+        stuff: Names of the textures of the background, see :func:`_textures`; empty for one
+            background without a class.
         marks: Kinds of the far marker, see :func:`draw_relation`; a class is then the name of a
             shape, a hyphen and a kind, with the classes of the first kind first. Empty for no
             marker.
@@ -100,6 +102,7 @@ class Style:
     objects: tuple[int, int] = (1, 4)
     object_sizes: tuple[int, int] = (32, 96)
     min_visible: float = 0.3
+    stuff: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
 
 
@@ -125,11 +128,14 @@ class Scene:
         labels: (N,) int64, indices into the style's classes.
         masks: (N, H, W) bool, the *visible* pixels of each object: later objects hide earlier
             ones, so no pixel belongs to two objects.
+        stuff: (H, W) int64, indices into the style's stuff, behind the objects as well; None if
+            the style has none.
     """
 
     image: np.ndarray
     labels: np.ndarray
     masks: np.ndarray
+    stuff: np.ndarray | None = None
 
 
 # --- drawing --------------------------------------------------------------------------------------
@@ -207,6 +213,24 @@ def _background(
     return image, base
 
 
+def _textures(
+    rng: np.random.Generator, style: Style, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A background with lines on one side of a random straight line and dots on the other.
+
+    Returns:
+        (H, W, 3) float, its mean colour, and which of the two each pixel has, (H, W) int64.
+    """
+    lined, base = _background(rng, dataclasses.replace(style, lines=(60, 90), dots=(0, 0)), size)
+    dotted, other = _background(
+        rng, dataclasses.replace(style, lines=(0, 0), dots=(250, 400)), size
+    )
+    angle = rng.uniform(0, 2 * np.pi)
+    y, x = (np.arange(side) - rng.uniform(0.3, 0.7) * side for side in size)
+    stuff = (np.cos(angle) * y[:, None] + np.sin(angle) * x > 0).astype(np.int64)
+    return np.where(stuff[..., None] == 0, lined, dotted), (base + other) / 2, stuff
+
+
 def draw_scene(rng: np.random.Generator, style: Style = EASY, only: int | None = None) -> Scene:
     """Draws one scene: a cluttered background and one to four objects, later ones in front.
 
@@ -220,19 +244,23 @@ def draw_scene(rng: np.random.Generator, style: Style = EASY, only: int | None =
         only: Label of the single object to draw; None draws one to four with random labels.
 
     Returns:
-        The image, labels and visible masks.
+        The image, labels and visible masks, and with a style that has stuff its map.
     """
     least, greatest = IMAGE_SIDES if only is None else SINGLE_SIDES
     height, width = (int(side) for side in rng.integers(least, greatest + 1, 2))
     if height == width:
         width += 1 if width < greatest else -1
-    image, base = _background(rng, style, (height, width))
+    stuff = None
+    if style.stuff:
+        image, base, stuff = _textures(rng, style, (height, width))
+    else:
+        image, base = _background(rng, style, (height, width))
     if only is None:
         labels, masks = _add_objects(rng, style, image, base, range(len(style.classes)))
     else:
         labels, masks = _add_objects(rng, style, image, base, range(only, only + 1), count=1)
     image = image + rng.normal(0, style.noise, image.shape)
-    return Scene(_pixels(image), labels, masks)
+    return Scene(_pixels(image), labels, masks, stuff)
 
 
 def draw_relation(
@@ -378,6 +406,28 @@ def write_instances(
     (folder / f'annotations/{split}.json').write_text(json.dumps(content), encoding='utf-8')
 
 
+def write_panoptic(
+    folder: Path, split: str, drawn: Iterable[Scene], classes: tuple[str, ...]
+) -> None:
+    """Writes a split as COCO instances, with a label map of each picture beside the JSON file.
+
+    The maps are 8-bit grey images, ``annotations/SPLIT/*.png``: the classes of objects, then those
+    of stuff, from 0.
+    """
+    maps = folder / 'annotations' / split
+    maps.mkdir(parents=True)
+
+    def with_maps() -> Iterator[Scene]:
+        for index, scene in enumerate(drawn):
+            label_map = scene.stuff + len(classes)
+            for mask, label in zip(scene.masks, scene.labels, strict=True):
+                label_map[mask] = label
+            Image.fromarray(label_map.astype(np.uint8)).save(maps / f'{index:06d}.png')
+            yield scene
+
+    write_instances(folder, split, with_maps(), classes)
+
+
 def write_semantic(
     folder: Path, split: str, drawn: Iterable[Scene], classes: tuple[str, ...]
 ) -> None:
@@ -433,7 +483,10 @@ LAYOUTS = {
     'instances': Layout(write_instances, 'data/shapes'),
     'semantic': Layout(write_semantic, 'data/shapes-semantic', num_train=768),
     'classes': Layout(write_classes, 'data/shapes-classes', 2048, 96, single=True),
+    'panoptic': Layout(write_panoptic, 'data/shapes-panoptic', num_train=768),
 }
+STUFF = ('lines', 'dots')
+"""Classes of the background in the layout ``'panoptic'``."""
 RELATION_SET = Layout(write_instances, 'data/shapes-relation', 4096, 256)
 """Default folder and size of the dataset with a far marker."""
 
@@ -487,8 +540,8 @@ def make_dataset(
 
     Args:
         out: Folder of the dataset.
-        layout: ``'instances'`` (COCO's), ``'semantic'`` (ADE20K's) or ``'classes'`` (a folder for
-            each class).
+        layout: ``'instances'`` (COCO's), ``'semantic'`` (ADE20K's), ``'classes'`` (a folder for
+            each class) or ``'panoptic'`` (COCO's, with label maps of the background, too).
         num_train: Number of training images; None for the default of the layout or of
             ``relation``, as for ``num_val``.
         num_val: Number of validation images.
@@ -523,6 +576,8 @@ def make_dataset(
         )
     out = Path(out).absolute()
     style = RELATION if relation else HARD if hard else EASY
+    if layout == 'panoptic':
+        style = dataclasses.replace(style, stuff=STUFF)
     counts = {'train': num_train, 'val': num_val}
     parameters = dict(
         format=FORMAT, counts=counts, seed=seed, hard=hard, layout=layout, relation=relation
@@ -555,13 +610,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--layout',
         choices=LAYOUTS,
         default='instances',
-        help="instances in COCO's files (the default), semantic label maps in ADE20K's, or one "
-        'object an image in a folder for each of the classes',
+        help="instances in COCO's files (the default), semantic label maps in ADE20K's, one "
+        'object an image in a folder for each of the classes, or panoptic: instances on two '
+        'kinds of background, with label maps beside them',
     )
     parser.add_argument(
         '--out',
-        help='folder of the set (default: data/shapes, with -semantic, -classes, -hard or '
-        '-relation)',
+        help='folder of the set (default: data/shapes, with -semantic, -classes, -panoptic, '
+        '-hard or -relation)',
     )
     parser.add_argument('--num-train', type=int, help='training images (default: by layout)')
     parser.add_argument('--num-val', type=int, help='validation images (default: by layout)')

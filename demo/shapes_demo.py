@@ -88,31 +88,31 @@ def paint_confusion(pictures: Path, metrics: dict, cfg: Config, out: Path) -> No
 
 
 class Task(NamedTuple):
-    """What the demo does differently for each toolbox.
+    """What the demo does differently for each layout of the data.
 
     Attributes:
-        layout: Layout of the dataset.
         rows: Rows of the closing table: name, key of the metric, and factor that makes 1 the best.
         overview: Name of the picture that shows the result.
         paint: Makes that picture, called with (pictures of ``tools/test.py``, metrics, config,
             file).
     """
 
-    layout: str
     rows: tuple[tuple[str, str, float], ...]
     overview: str
     paint: Callable[[Path, dict, Config, Path], None]
 
 
 AP = (('box mAP', 'coco/bbox_mAP', 1.0), ('mask mAP', 'coco/segm_mAP', 1.0))
+PQ = tuple((name, f'panoptic/{name}', 0.01) for name in ('PQ', 'SQ', 'RQ'))
 TASKS = {
-    'mmdet': Task('instances', AP, 'pictures.png', paint_sheet),
-    'mmseg': Task('semantic', (('mIoU', 'mIoU', 0.01),), 'pictures.png', paint_sheet),
-    'mmpretrain': Task(
-        'classes', (('top-1', 'accuracy/top1', 0.01),), 'confusion_matrix.png', paint_confusion
-    ),
+    'instances': Task(AP, 'pictures.png', paint_sheet),
+    'semantic': Task((('mIoU', 'mIoU', 0.01),), 'pictures.png', paint_sheet),
+    'classes': Task((('top-1', 'accuracy/top1', 0.01),), 'confusion_matrix.png', paint_confusion),
+    'panoptic': Task((*PQ, *AP), 'pictures.png', paint_sheet),
 }
-"""Tasks by the ``default_scope`` of a config."""
+"""Tasks by layout of the data."""
+LAYOUT_OF = {'mmdet': 'instances', 'mmseg': 'semantic', 'mmpretrain': 'classes'}
+"""Layout of the data by ``default_scope`` of a config."""
 
 
 # --- the demo -------------------------------------------------------------------------------------
@@ -160,8 +160,8 @@ def demo(args: argparse.Namespace) -> str:
     """Runs the steps that are left; returns the closing table."""
     options = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
     cfg = load_config(args.config, options)
-    task = TASKS[cfg.default_scope]
-    layout = LAYOUTS[task.layout]
+    name = 'panoptic' if 'panoptic_head' in cfg.model else LAYOUT_OF[cfg.default_scope]
+    task, layout = TASKS[name], LAYOUTS[name]
     num_train = layout.num_train if args.num_train is None else args.num_train
     num_val = layout.num_val if args.num_val is None else args.num_val
     work_dir: Path = args.work_dir
@@ -189,7 +189,7 @@ def demo(args: argparse.Namespace) -> str:
         print('\n== All steps: done before')
         return closing_table(task, state, overview, pictures)
     counts = ('--num-train', num_train, '--num-val', num_val)
-    data = ('--layout', task.layout, '--out', cfg.data_root.rstrip('/'), *counts)
+    data = ('--layout', name, '--out', cfg.data_root.rstrip('/'), *counts)
     step('data set', ROOT / 'demo/shapes.py', *data)
     if 'trained' in state:
         print(f'\n== Training: done before ({state["trained"]})')

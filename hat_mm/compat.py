@@ -48,6 +48,7 @@ EXTRAS = {
     'nncf': 'deploy',
     'sahi': 'large',
     'supervision': 'data',
+    'torchmetrics': 'panoptic',
 }
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ import re
 
 from mmengine.registry import HOOKS as _HOOKS
 from mmengine.registry import LOOPS as _LOOPS
+from mmengine.registry import METRICS as _METRICS
 from mmengine.registry import MODELS as _MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as _OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import RUNNERS as _RUNNERS
@@ -29,6 +30,7 @@ MODELS = Registry(
 )
 HOOKS = Registry('hook', parent=_HOOKS, scope='hat_mm', locations=['hat_mm.engine.hooks'])
 LOOPS = Registry('loop', parent=_LOOPS, scope='hat_mm', locations=['hat_mm.engine.resume'])
+METRICS = Registry('metric', parent=_METRICS, scope='hat_mm', locations=['hat_mm.engine.metrics'])
 RUNNERS = Registry(
     'runner',
     build_runner_from_cfg,

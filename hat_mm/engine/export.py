@@ -102,7 +102,7 @@ def export(
     built = built.cpu().float()
     if precision == 'int8' and sum(x.nbytes for x in built.parameters()) > _LARGEST:
         raise UserError('int8 is for models of less than 2 GiB in float32; fp16 is for any')
-    saved = {} if checkpoint is None else _load(built, checkpoint)
+    saved = {} if checkpoint is None else load_weights(built, checkpoint)
     built = revert_sync_batchnorm(built.eval().requires_grad_(False))
     graph = inference_graph(_folded(built), scores=scores, paste_masks=paste_masks)
     meta = dict(
@@ -192,7 +192,7 @@ def _build(model: Any) -> tuple[nn.Module, Any]:
     return build_model(cfg), cfg
 
 
-def _load(model: nn.Module, path: str | Path) -> dict[str, Any]:
+def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
     """Fills the model; returns the checkpoint's metadata."""
     if not os.path.isfile(path):
         raise UserError(f'checkpoint {str(path)!r} does not exist')

@@ -28,6 +28,7 @@ import hat_mm.registry  # noqa: F401  our classes, and the loader of safetensors
 from hat_mm import compat
 from hat_mm.weights.addresses import check_address
 from hat_mm.weights.download import fetch
+from hat_mm.weights.initialization import initialize
 
 try:
     from modelindex.load_model_index import load
@@ -252,7 +253,7 @@ def get_model(
     with _lock, DefaultScope.overwrite_default_scope(scope):
         model = registry.MODELS.build(config.model)
         meta = _dataset_meta(config, registry.DATASETS)
-        _initialize(model)
+        initialize(model)
     if file is not None:
         meta = _load(model, file, info.name, overrides) or meta
     if device is not None:
@@ -305,17 +306,6 @@ def _dataset_meta(config: Config, datasets: Any) -> dict[str, Any]:
     if isinstance(kind, str):
         kind = datasets.get(kind)
     return {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
-
-
-def _initialize(model: Any) -> None:
-    """Initializes parameters that constructors leave uninitialized, as mmdet's DINO does."""
-    log = MMLogger.get_current_instance()
-    level = log.level
-    log.setLevel(logging.WARNING)  # otherwise mmengine logs each parameter
-    try:
-        model.init_weights()
-    finally:
-        log.setLevel(level)
 
 
 def _load(

@@ -8,9 +8,7 @@ _base_ = [
 ]
 crop_size = (1024, 2048)
 data_preprocessor = dict(size=crop_size)
-model = dict(
-    data_preprocessor=data_preprocessor, pretrained=None, backbone=dict(_delete_=True)
-)
+model = dict(data_preprocessor=data_preprocessor, pretrained=None, backbone=dict(_delete_=True))
 train_pipeline = [
     dict(step, crop_size=crop_size) if step['type'] == 'RandomCrop' else step
     for step in _base_.train_pipeline

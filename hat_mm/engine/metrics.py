@@ -1,0 +1,94 @@
+"""Scores for the toolboxes' evaluators."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.evaluator import BaseMetric
+from torch import Tensor
+
+from hat_mm import compat
+from hat_mm.registry import METRICS
+
+
+@METRICS.register_module()
+class PanopticQuality(BaseMetric):
+    """Panoptic quality of predictions, with truth from instance masks and a label map.
+
+    mmdet's ``CocoPanopticMetric`` is for COCO's panoptic files, and needs the package panopticapi,
+    which is not on PyPI. This one takes what ``LoadAnnotations(with_mask=True, with_seg=True)``
+    loads, and computes with torchmetrics. Reports PQ, SQ and RQ in percent, averaged over the
+    classes that occur. Source: https://arxiv.org/abs/1801.00868.
+
+    Args:
+        num_things_classes: Classes of objects, the first labels of a label map.
+        num_stuff_classes: Classes of stuff, the labels after them; all further ones are ignored,
+            and so is what lies under crowds.
+        collect_device: As in mmengine.
+        prefix: As in mmengine.
+
+    Raises:
+        hat_mm.compat.DependencyError: torchmetrics or mmdet is not installed.
+    """
+
+    default_prefix = 'panoptic'
+
+    def __init__(
+        self,
+        num_things_classes: int,
+        num_stuff_classes: int,
+        collect_device: str = 'cpu',
+        prefix: str | None = None,
+    ) -> None:
+        super().__init__(collect_device, prefix)
+        self.things = range(num_things_classes)
+        self.stuff = range(num_things_classes, num_things_classes + num_stuff_classes)
+        self.offset = compat.require('mmdet.evaluation').INSTANCE_OFFSET
+        self.metric()  # fails now rather than after a training
+
+    def metric(self) -> Any:
+        """The sums of torchmetrics, at zero."""
+        # Of what lies under unknown predictions, torchmetrics counts nothing as missed. With pixels
+        # without a class as one more class, all of it counts, as in COCO's evaluation.
+        return compat.require('torchmetrics.detection').PanopticQuality(
+            things=set(self.things),
+            stuffs={*self.stuff, self.stuff.stop},
+            return_sq_and_rq=True,
+            return_per_class=True,
+        )
+
+    def process(self, data_batch: Any, data_samples: Sequence[Mapping[str, Any]]) -> None:
+        """Adds a batch of predictions: data samples of mmdet, as dicts."""
+        for sample in data_samples:
+            predicted = sample['pred_panoptic_seg']['sem_seg'][0].cpu()
+            labels = (predicted % self.offset).clamp(max=self.stuff.stop)
+            predicted = torch.stack([labels, predicted // self.offset], dim=-1)
+            metric = self.metric()
+            metric.update(predicted[None], self.truth(sample)[None])
+            self.results.append(metric)
+
+    def truth(self, sample: Mapping[str, Any]) -> Tensor:
+        """Class and number of the object at each pixel, (H, W, 2)."""
+        labels = sample['gt_sem_seg']['sem_seg'][0].long().cpu()
+        # A thing that no mask covers is no object, and unknown classes are ignored.
+        void = -1
+        known = (labels >= self.stuff.start) & (labels < self.stuff.stop)
+        segments = torch.stack([labels.where(known, void), labels * 0], dim=-1)
+        objects = sample['gt_instances']
+        masks = torch.from_numpy(objects['masks'].masks).bool()
+        for number, (mask, label) in enumerate(zip(masks, objects['labels'], strict=True), 1):
+            segments[mask] = torch.tensor([int(label), number])
+        for mask in torch.from_numpy(sample['ignored_instances']['masks'].masks).bool():
+            segments[mask] = torch.tensor([void, 0])
+        return segments
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
+        """Turns the sums of all pictures into scores."""
+        metric = copy.deepcopy(results[0])
+        for other in results[1:]:
+            metric.merge_state(other)
+        found = metric.true_positives + metric.false_positives + metric.false_negatives
+        occurs = (found > 0)[: self.stuff.stop]
+        scores = 100 * metric.compute()[: self.stuff.stop][occurs].mean(0)
+        return dict(zip(('PQ', 'SQ', 'RQ'), scores.tolist(), strict=True))

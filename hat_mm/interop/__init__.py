@@ -1,0 +1,1 @@
+"""The backbones outside OpenMMLab: one module for each other library, imported by who uses it."""

@@ -1,0 +1,54 @@
+"""Backbones that ``huggingface_hub`` saves and loads, in a folder or on the Hub.
+
+::
+
+    from hat_mm.interop.hub import HubBackbone
+
+    model = HubBackbone('FasterViT', arch='0', out_indices=(1, 2, 3))
+    model.save_pretrained('my-backbone')  # config.json, model.safetensors
+    model = HubBackbone.from_pretrained('my-backbone')
+
+``push_to_hub(REPO)`` and ``from_pretrained(REPO)`` do the same on the Hub.
+"""
+
+from typing import Any
+
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from hat_mm.backbones import FasterViT, HATNet, SwinHAT
+from hat_mm.weights.initialization import initialize
+
+KINDS = {kind.__name__: kind for kind in (FasterViT, HATNet, SwinHAT)}
+
+
+class HubBackbone(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name='hat_mm',
+    tags=['backbone'],
+):
+    """A backbone with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
+
+    A config takes the saved weights as ``init_cfg=dict(type='Pretrained', prefix='backbone.',
+    checkpoint='FOLDER/model.safetensors')``.
+
+    Args:
+        kind: ``'FasterViT'``, ``'HATNet'`` or ``'SwinHAT'``.
+        **settings: Arguments of the backbone; JSON must be able to hold them.
+
+    Raises:
+        ValueError: The kind is unknown, or an argument is wrong.
+        TypeError: The backbone has no such argument.
+    """
+
+    def __init__(self, kind: str, **settings: Any) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f'kind must be one of {", ".join(KINDS)}, not {kind!r}')
+        self.backbone = KINDS[kind](**settings)
+        initialize(self.backbone)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Maps images (B, in_channels, H, W) to a tuple of (B, C_i, H_i, W_i)."""
+        return self.backbone(x)

@@ -1,0 +1,121 @@
+"""The backbones in timm's registry, for whatever takes a timm model as its encoder.
+
+Importing this module registers them as timm's plug-ins do::
+
+    import hat_mm.interop.timm
+    import timm
+
+    encoder = timm.create_model('fastervit_0', features_only=True, out_indices=(1, 2, 3))
+    encoder.feature_info.channels()  # [128, 256, 512]
+
+The names are those of ``configs/_base_/backbones`` with underscores. Models for classification are
+mmpretrain's, see :func:`hat_mm.get_model`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from timm.models import FeatureInfo, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from hat_mm.backbones import FasterViT, HATNet, SwinHAT
+from hat_mm.backbones.base import HierarchicalBackbone
+from hat_mm.weights.initialization import initialize
+from hat_mm.weights.official import OFFICIAL_FILES
+
+FAMILIES: dict[str, type[HierarchicalBackbone]] = {
+    'fastervit': FasterViT,
+    'hat_net': HATNet,
+    'swin_hat': SwinHAT,
+}
+URLS = {(file.family, file.arch): file.url for file in OFFICIAL_FILES if file.detector is None}
+
+
+class Features(nn.Module):
+    """A backbone as timm's ``features_only`` models are.
+
+    Args:
+        backbone: The backbone.
+
+    Attributes:
+        feature_info: timm's description of the maps: channels, reduction (stride), module.
+    """
+
+    def __init__(self, backbone: HierarchicalBackbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        stages = [
+            dict(num_chs=dim, reduction=4 * 2**i, module=f'backbone.stages.{i}')
+            for i, dim in enumerate(backbone.spec.dims)
+        ]
+        self.feature_info = FeatureInfo(stages, backbone.out_indices)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Maps images (B, in_chans, H, W) to a list of (B, C_i, H_i, W_i)."""
+        return list(self.backbone(x))
+
+
+def create(
+    family: str,
+    arch: str,
+    pretrained: bool = False,
+    features_only: bool = False,
+    in_chans: int = 3,
+    out_indices: int | Sequence[int] | None = None,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Any = None,
+    cache_dir: Any = None,
+    **settings: Any,
+) -> Features:
+    """Makes a model for ``timm.create_model``.
+
+    Args:
+        family: Key of :data:`FAMILIES`.
+        arch: Variant.
+        pretrained: Loads the authors' weights, which are downloaded unless they are there.
+        features_only: Must be true.
+        in_chans: Channels of the images; other than 3 only without ``pretrained``.
+        out_indices: Stages whose maps are returned, as in timm: a number counts from the last,
+            and negative indices do as well. None for all.
+        pretrained_cfg: Not used: timm's description of its own weights. So are the next two.
+        pretrained_cfg_overlay: See above.
+        cache_dir: See above.
+        **settings: Arguments of the backbone, such as ``window_size``.
+
+    Raises:
+        ValueError: ``features_only`` is false, or there are no weights.
+        TypeError: The backbone has no such argument.
+    """
+    kind = FAMILIES[family]
+    if not features_only:
+        raise ValueError(
+            f'{family} {arch}: hat_mm gives timm backbones with features_only=True; a classifier is '
+            'hat_mm.get_model(NAME), of mmpretrain'
+        )
+    url = URLS.get((kind.__name__, arch))
+    if pretrained and url is None:
+        raise ValueError(f'{family} {arch}: its authors publish no weights, so pretrained=False')
+    backbone = kind(
+        arch=arch,
+        in_channels=in_chans,
+        out_indices=feature_take_indices(len(kind.archs[arch].depths), out_indices)[0],
+        init_cfg=dict(type='Pretrained', checkpoint=url) if pretrained else None,
+        **settings,
+    )
+    initialize(backbone)
+    return Features(backbone)
+
+
+def _entry_point(family: str, arch: str) -> Callable[..., Features]:
+    def entry_point(**arguments: Any) -> Features:
+        return create(family, arch, **arguments)
+
+    entry_point.__name__ = f'{family}_{arch}'.replace('-', '_')
+    entry_point.__doc__ = f'{FAMILIES[family].__name__} {arch}, see :func:`create`.'
+    return entry_point
+
+
+for _family, _kind in FAMILIES.items():
+    for _arch in _kind.archs:
+        register_model(_entry_point(_family, _arch))

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.models import FeatureInfo, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from hat_mm.backbones import FasterViT, HATNet, SwinHAT
@@ -90,16 +89,19 @@ def create(
     kind = FAMILIES[family]
     if not features_only:
         raise ValueError(
-            f'{family} {arch}: hat_mm gives timm backbones with features_only=True; a classifier is '
-            'hat_mm.get_model(NAME), of mmpretrain'
+            f'{family} {arch}: hat_mm gives timm backbones with features_only=True only; '
+            'hat_mm.get_model(NAME) builds a classifier of mmpretrain'
         )
     url = URLS.get((kind.__name__, arch))
     if pretrained and url is None:
         raise ValueError(f'{family} {arch}: its authors publish no weights, so pretrained=False')
+    stages = range(len(kind.archs[arch].depths))
+    if out_indices is None or isinstance(out_indices, int):
+        out_indices = stages[-(out_indices or len(stages)) :]
     backbone = kind(
         arch=arch,
         in_channels=in_chans,
-        out_indices=feature_take_indices(len(kind.archs[arch].depths), out_indices)[0],
+        out_indices=[i + len(stages) if i < 0 else i for i in out_indices],
         init_cfg=dict(type='Pretrained', checkpoint=url) if pretrained else None,
         **settings,
     )

@@ -51,7 +51,8 @@ def shorten(cfg: Config) -> None:
     if cfg.default_scope == 'mmseg':
         model.data_preprocessor.size = (96, 128)  # instead of whole crops
     if 'roi_head' in model:
-        model.test_cfg.rpn.max_per_img = 20
+        if 'rpn' in model.test_cfg:
+            model.test_cfg.rpn.max_per_img = 20
         model.test_cfg.rcnn.max_per_img = 5
         stages = model.train_cfg.rcnn
         for stage in stages if isinstance(stages, list) else [stages]:

@@ -110,7 +110,9 @@ def _step(swap: Swap) -> None:
     model = build_model(Config(dict(cfg, model=without_groups(without_weights(cfg.model)))))
     model.init_weights()
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        wrapper = {k: v for k, v in cfg.optim_wrapper.items() if k not in ('loss_scale', 'dtype')}
+        # What is only tested, such as DeepSORT, names no optimizer.
+        given = cfg.get('optim_wrapper', dict(optimizer=dict(type='SGD', lr=0.01)))
+        wrapper = {k: v for k, v in given.items() if k not in ('loss_scale', 'dtype')}
         unused = cfg.get('find_unused_parameters')
         train_step(
             model,
@@ -144,10 +146,11 @@ def some_pictures(cfg: Config, model: Any, count: int = 2) -> dict[str, Any]:
         images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(count)]
         return dict(inputs=images, data_samples=samples)
     shapes = [[3, 160, 192], [3, 192, 160]][:count]
-    truth = dict(num_items=[3] * count, with_mask=True, with_semantic=True)
-    made = demo_mm_inputs(count, shapes, num_classes=classes, **truth)
-    if getattr(model, 'rpn_head', None) is None:
-        for sample in made['data_samples']:
+    truth = dict(num_items=[3] * count, with_mask=True, with_semantic=True, use_box_type=True)
+    made = demo_mm_inputs(count, shapes, num_classes=max(classes, 2), **truth)
+    for sample in made['data_samples']:
+        sample.gt_instances.labels %= classes
+        if getattr(model, 'rpn_head', None) is None:
             sample.proposals = InstanceData(bboxes=sample.gt_instances.bboxes.tensor.clone())
     return made
 

@@ -12,8 +12,8 @@ PY := $(VENV)/bin/python
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hat-net demo-seg demo-cls demo-cascade demo-trees \
-  demo-nuclei study study-real bench test \
+.PHONY: help setup demo demo-hat-net demo-seg demo-cls demo-cascade \
+  demo-panoptic demo-trees demo-nuclei study study-real bench test \
   test-slow lint format clean
 
 help: ## list the targets
@@ -50,6 +50,10 @@ demo-cascade: setup ## instance segmentation: Cascade Mask R-CNN with a tiny Fas
 	@$(IN_VENV) $(PY) demo/shapes_demo.py configs/toy/cascade-mask-rcnn_fastervit-tiny_fpn_shapes.py \
 	  --work-dir work_dirs/demo-cascade-$(STACK) $(ARGS)
 
+demo-panoptic: setup ## panoptic segmentation: Mask2Former with a tiny FasterViT, half an hour
+	@$(IN_VENV) $(PY) demo/shapes_demo.py configs/toy/mask2former_fastervit-tiny_shapes-panoptic.py \
+	  --work-dir work_dirs/demo-panoptic-$(STACK) $(ARGS)
+
 demo-trees: setup ## real pictures: trees from the air, RetinaNet with a tiny FasterViT
 	@$(IN_VENV) bash demo/trees.sh work_dirs/demo-trees-$(STACK)
 
@@ -59,8 +63,10 @@ demo-nuclei: setup ## real pictures: nuclei under the microscope, Mask R-CNN and
 study: setup ## train networks with and without global attention, 24 runs, over an hour on two cores
 	@$(IN_VENV) $(PY) tools/analysis_tools/plugin_study.py $(ARGS)
 
-study-real: setup ## train small networks on real pictures, 48 runs of ten minutes or more, resumable
-	@$(IN_VENV) $(PY) tools/analysis_tools/real_study.py $(ARGS)
+study-real: setup ## train small networks on real pictures, 36 runs of ten minutes or more, resumable
+	@$(IN_VENV) $(PY) tools/analysis_tools/real_study.py --data trees $(ARGS)
+	@$(IN_VENV) $(PY) tools/analysis_tools/real_study.py --data nuclei $(ARGS) --backbones \
+	  fastervit-toy fastervit-no-carriers-toy swin-toy resnet-wide-toy
 
 bench: setup ## time and memory beside Swin-T, ConvNeXt-T, ResNet-50; 15 minutes on two cores
 	@$(IN_VENV) $(PY) tools/analysis_tools/benchmark models --rounds 3 --processes 2 --out work_dirs/benchmark $(ARGS)

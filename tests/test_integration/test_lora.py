@@ -1,4 +1,4 @@
-"""LoRA in a detector: only adapters train, they are all that is saved of the backbone, they merge."""
+"""LoRA in a detector: of the backbone only adapters train and are saved, and merge exactly."""
 
 import itertools
 from pathlib import Path

@@ -60,6 +60,8 @@ def shorten(cfg: Config) -> None:
     if 'num_queries' in model:
         model.num_queries = 20
         model.encoder.num_layers, model.decoder.num_layers = 1, 2
+        if 'max_per_img' in model.test_cfg:
+            model.test_cfg.max_per_img = 20
     head = model.get('panoptic_head', model.get('decode_head', {}))
     if head.get('type') == 'Mask2FormerHead':
         head.num_queries = 20
@@ -68,7 +70,8 @@ def shorten(cfg: Config) -> None:
             if 'num_points' in part.get('train_cfg', {}):
                 part.train_cfg.num_points = 256
     for augment in model.get('data_preprocessor', {}).get('batch_augments') or []:
-        augment.size = (96, 96)
+        if 'size' in augment:
+            augment.size = (96, 96)
 
 
 def step(cfg: Config) -> tuple[dict[str, float], list]:

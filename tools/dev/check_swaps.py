@@ -104,8 +104,9 @@ def step(toolbox: str, leaf: str, backbone: str) -> dict[str, Any]:
 def _step(swap: Swap) -> None:
     cfg = swap.cfg
     torch.manual_seed(0)
-    if 'detector' in cfg.model:  # of a tracker
+    if 'detector' in cfg.model:  # of a tracker, whose own pictures are frames of a video
         cfg.model = cfg.model.detector
+        cfg.data_preprocessor = cfg.model.get('data_preprocessor', dict(type='DetDataPreprocessor'))
     shorten(cfg)
     model = build_model(Config(dict(cfg, model=without_groups(without_weights(cfg.model)))))
     model.init_weights()
@@ -145,7 +146,7 @@ def some_pictures(cfg: Config, model: Any, count: int = 2) -> dict[str, Any]:
             sample.gt_sem_seg = PixelData(data=torch.randint(0, classes, (1, *size)))
         images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(count)]
         return dict(inputs=images, data_samples=samples)
-    shapes = [[3, 160, 192], [3, 192, 160]][:count]
+    shapes = [[3, 256, 288], [3, 288, 256]][:count]
     truth = dict(num_items=[3] * count, with_mask=True, with_semantic=True, use_box_type=True)
     made = demo_mm_inputs(count, shapes, num_classes=max(classes, 2), **truth)
     for sample in made['data_samples']:

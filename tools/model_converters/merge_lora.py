@@ -9,7 +9,6 @@ import argparse
 import sys
 from typing import Any
 
-import torch
 from torch import nn
 
 import hat_mm

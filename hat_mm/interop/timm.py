@@ -105,7 +105,8 @@ def create(
         init_cfg=dict(type='Pretrained', checkpoint=url) if pretrained else None,
         **settings,
     )
-    initialize(backbone)
+    if not next(backbone.parameters()).is_meta:  # as libraries make it that look at feature_info
+        initialize(backbone)
     return Features(backbone)
 
 

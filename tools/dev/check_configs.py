@@ -51,9 +51,9 @@ def shorten(cfg: Config) -> None:
     if cfg.default_scope == 'mmseg':
         model.data_preprocessor.size = (96, 128)  # instead of whole crops
     if 'roi_head' in model:
-        if 'rpn' in model.test_cfg:
+        if model.test_cfg.get('rpn'):
             model.test_cfg.rpn.max_per_img = 20
-        model.test_cfg.rcnn.max_per_img = 5
+            model.test_cfg.rcnn.max_per_img = 5
         stages = model.train_cfg.rcnn
         for stage in stages if isinstance(stages, list) else [stages]:
             stage.sampler.num = 32
@@ -70,8 +70,7 @@ def shorten(cfg: Config) -> None:
             if 'num_points' in part.get('train_cfg', {}):
                 part.train_cfg.num_points = 256
     for augment in model.get('data_preprocessor', {}).get('batch_augments') or []:
-        if 'size' in augment:
-            augment.size = (96, 96)
+        augment['scale' if 'scale' in augment else 'size'] = (96, 96)
 
 
 def step(cfg: Config) -> tuple[dict[str, float], list]:

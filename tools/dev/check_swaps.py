@@ -12,6 +12,7 @@ BoxInst, timm for its example.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
@@ -27,9 +28,10 @@ from typing import Any
 
 import torch
 from check_configs import batch, shorten, train_step  # imports hat_mm, which repairs the toolboxes
+from mmdet.structures import ReIDDataSample
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
@@ -92,7 +94,9 @@ def step(toolbox: str, leaf: str, backbone: str) -> dict[str, Any]:
     signal.alarm(SECONDS)
     found = dict(toolbox=toolbox, leaf=leaf, backbone=backbone, outcome='stepped', why='')
     try:
-        _step(plan_swap(Config.fromfile(configs_of(toolbox) / leaf), backbone, check=False))
+        # Distillation names the teacher's config by a path in the toolbox's repository.
+        with contextlib.chdir(configs_of(toolbox).parent):
+            _step(plan_swap(Config.fromfile(configs_of(toolbox) / leaf), backbone, check=False))
     except Exception as error:
         why = f'{type(error).__name__}: {" ".join(str(error).split())}'[:500]
         found |= dict(outcome='did not step', why=why)
@@ -112,8 +116,11 @@ def _step(swap: Swap) -> None:
     model.init_weights()
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         # What is only tested, such as DeepSORT, names no optimizer.
-        given = cfg.get('optim_wrapper', dict(optimizer=dict(type='SGD', lr=0.01)))
+        given = cfg.get('optim_wrapper') or dict(optimizer=dict(type='SGD', lr=0.01))
         wrapper = {k: v for k, v in given.items() if k not in ('loss_scale', 'dtype')}
+        if hasattr(model, 'set_epoch'):  # what a hook does for TOOD
+            model.set_epoch(0)
+        MessageHub.get_current_instance().update_info_dict(dict(iter=0, epoch=0))
         unused = cfg.get('find_unused_parameters')
         train_step(
             model,
@@ -134,6 +141,11 @@ def some_pictures(cfg: Config, model: Any, count: int = 2) -> dict[str, Any]:
     if cfg.default_scope == 'mmpretrain' or type(model).__name__ == 'BaseReID':
         made = batch(Config(dict(cfg, default_scope='mmpretrain')), count)
         made['inputs'] = made['inputs'][:, : model.backbone.in_channels]
+        if cfg.default_scope == 'mmdet':  # persons, whose whole height its head pools
+            made['inputs'] = made['inputs'].repeat(1, 1, 4, 2)
+            made['data_samples'] = [
+                ReIDDataSample().set_gt_label(one.gt_label) for one in made['data_samples']
+            ]
         if not hasattr(model, 'with_target_generator'):
             return made
         return made | dict(inputs=[made['inputs']] * 2)  # training without labels takes two views
@@ -146,9 +158,9 @@ def some_pictures(cfg: Config, model: Any, count: int = 2) -> dict[str, Any]:
             sample.gt_sem_seg = PixelData(data=torch.randint(0, classes, (1, *size)))
         images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(count)]
         return dict(inputs=images, data_samples=samples)
-    shapes = [[3, 256, 288], [3, 288, 256]][:count]
+    shapes = [[3, 288, 320], [3, 320, 288]][:count]
     truth = dict(num_items=[3] * count, with_mask=True, with_semantic=True, use_box_type=True)
-    made = demo_mm_inputs(count, shapes, num_classes=max(classes, 2), **truth)
+    made = demo_mm_inputs(count, shapes, num_classes=min(max(classes, 2), 80), **truth)
     for sample in made['data_samples']:
         sample.gt_instances.labels %= classes
         if getattr(model, 'rpn_head', None) is None:

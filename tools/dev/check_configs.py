@@ -63,7 +63,7 @@ def shorten(cfg: Config) -> None:
         if 'max_per_img' in model.test_cfg:
             model.test_cfg.max_per_img = 20
     head = model.get('panoptic_head', model.get('decode_head', {}))
-    if head.get('type') == 'Mask2FormerHead':
+    if isinstance(head, dict) and head.get('type') == 'Mask2FormerHead':
         head.num_queries = 20
         head.pixel_decoder.encoder.num_layers = head.transformer_decoder.num_layers = 1
         for part in (model, head):

@@ -208,6 +208,7 @@ TOY_TOOLBOXES = {
     'mask-rcnn_hat-net-toy_fpn_shapes': 'mmdet',
     'fastervit-tiny_upernet_shapes': 'mmseg',
     'fastervit-tiny_shapes': 'mmpretrain',
+    'mask2former_fastervit-tiny_shapes-panoptic': 'mmdet',
 }
 RELATION_TOYS = [path for path in TOYS if path.stem.endswith('_relation')]
 TOY_TOOLBOXES |= dict.fromkeys(
@@ -979,7 +980,8 @@ def test_toy_classes_are_those_that_are_drawn(path):
     cfg = load(path)
     background = ('background',) if toolbox_of(path) == 'mmseg' else ()
     drawn = toy.RELATION if path in RELATION_TOYS else toy.EASY
-    assert tuple(cfg.metainfo.classes) == background + drawn.classes
+    stuff = toy.STUFF if 'panoptic' in path.stem else ()
+    assert tuple(cfg.metainfo.classes) == background + drawn.classes + stuff
     found = {
         module.num_classes
         for module in on_meta(path).modules()
@@ -996,6 +998,8 @@ def test_toy_data_and_evaluators(path):
         'mmseg': ('semantic', ['IoUMetric']),
         'mmpretrain': ('classes', ['Accuracy', 'ConfusionMatrix']),
     }[toolbox_of(path)]
+    if path.stem.endswith('panoptic'):
+        layout, metrics = 'panoptic', ['hat_mm.PanopticQuality', 'CocoMetric']
     layout = toy.RELATION_SET if path in RELATION_TOYS else toy.LAYOUTS[layout]
     assert Path(cfg.data_root) == Path(layout.folder)
     evaluators = cfg.test_evaluator

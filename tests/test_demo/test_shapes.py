@@ -1,5 +1,6 @@
 """The toy data set: masks that tell the truth, nothing lost."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -64,6 +65,32 @@ def test_semantic_layout_agrees_with_the_scenes(small):
         for label in range(3):
             masks = scene.masks[scene.labels == label]
             assert np.array_equal(label_map == label + 2, masks.any(axis=0))
+
+
+def test_panoptic_layout_agrees_with_the_scenes(small):
+    folder = small / 'panoptic'
+    coco = COCO(str(folder / 'annotations/train.json'))
+    style = dataclasses.replace(toy.EASY, stuff=toy.STUFF)
+    drawn = list(toy.scenes('train', 6, 0, style))
+    assert {int(label) for scene in drawn for label in np.unique(scene.stuff)} == {0, 1}
+    for record, scene in zip(coco.imgs.values(), drawn, strict=True):
+        assert np.array_equal(pixels(folder / 'train' / record['file_name']), scene.image)
+        label_map = pixels(folder / 'annotations/train' / record['file_name'])
+        covered = scene.masks.any(axis=0)
+        assert np.array_equal(label_map[~covered], scene.stuff[~covered] + 3)
+        annotations = coco.loadAnns(coco.getAnnIds(record['id']))
+        for annotation, visible, label in zip(annotations, scene.masks, scene.labels, strict=True):
+            assert np.array_equal(coco.annToMask(annotation), visible)
+            assert set(label_map[visible]) == {label}
+
+
+def test_two_kinds_of_background(many):
+    style = dataclasses.replace(toy.EASY, stuff=toy.STUFF)
+    for scene in toy.scenes('train', 20, 0, style):
+        assert scene.stuff.shape == scene.image.shape[:2]
+        share = scene.stuff.mean()  # neither side is a sliver
+        assert 0.05 < share < 0.95
+    assert all(scene.stuff is None for scene in many)
 
 
 def test_class_layout_agrees_with_the_scenes(small):
@@ -251,7 +278,7 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'layout': 'coco'}, "one of instances, semantic, classes, got 'coco'"),
+        ({'layout': 'coco'}, "one of instances, semantic, classes, panoptic, got 'coco'"),
         ({'num_train': 4, 'num_val': 0}, 'at least 1 and seed at least 0, got 4, 0 and 0'),
         ({'seed': -1}, 'got 256, 48 and -1'),
         ({'relation': True, 'hard': True}, 'relation goes with'),
@@ -270,6 +297,7 @@ def test_bad_arguments(tmp_path, options, message):
         ([], 'data/shapes'),
         (['--layout', 'semantic'], 'data/shapes-semantic'),
         (['--layout', 'classes', '--hard'], 'data/shapes-classes-hard'),
+        (['--layout', 'panoptic'], 'data/shapes-panoptic'),
         (['--relation'], 'data/shapes-relation'),
     ],
 )

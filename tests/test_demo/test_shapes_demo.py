@@ -61,6 +61,7 @@ def test_from_nothing_to_pictures_and_a_second_run(tmp_path):
         ('cascade-mask-rcnn_fastervit-tiny_fpn_shapes', 'coco/segm_mAP', 'pictures.png'),
         ('mask-rcnn_hat-net-toy_fpn_shapes', 'coco/segm_mAP', 'pictures.png'),
         ('fastervit-tiny_upernet_shapes', 'mIoU', 'pictures.png'),
+        ('mask2former_fastervit-tiny_shapes-panoptic', 'panoptic/PQ', 'pictures.png'),
         ('fastervit-tiny_shapes', 'confusion_matrix/result', 'confusion_matrix.png'),
     ],
 )

@@ -142,7 +142,7 @@ def some_pictures(cfg: Config, model: Any, count: int = 2) -> dict[str, Any]:
         made = batch(Config(dict(cfg, default_scope='mmpretrain')), count)
         made['inputs'] = made['inputs'][:, : model.backbone.in_channels]
         if cfg.default_scope == 'mmdet':  # persons, whose whole height its head pools
-            made['inputs'] = made['inputs'].repeat(1, 1, 4, 2)
+            made['inputs'] = made['inputs'].repeat(1, 1, 4, 2)[..., :128]
             made['data_samples'] = [
                 ReIDDataSample().set_gt_label(one.gt_label) for one in made['data_samples']
             ]

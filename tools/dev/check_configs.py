@@ -70,7 +70,7 @@ def shorten(cfg: Config) -> None:
             if 'num_points' in part.get('train_cfg', {}):
                 part.train_cfg.num_points = 256
     for augment in model.get('data_preprocessor', {}).get('batch_augments') or []:
-        augment['scale' if 'scale' in augment else 'size'] = (96, 96)
+        augment.update({key: (96, 96) for key in ('size', 'scale') if key in augment})
 
 
 def step(cfg: Config) -> tuple[dict[str, float], list]:

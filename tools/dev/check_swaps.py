@@ -158,7 +158,7 @@ def some_pictures(cfg: Config, model: Any, count: int = 2) -> dict[str, Any]:
             sample.gt_sem_seg = PixelData(data=torch.randint(0, classes, (1, *size)))
         images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(count)]
         return dict(inputs=images, data_samples=samples)
-    shapes = [[3, 288, 320], [3, 320, 288]][:count]
+    shapes = [[3, 288, 320]] * count  # of one size, as YOLACT wants them
     truth = dict(num_items=[3] * count, with_mask=True, with_semantic=True, use_box_type=True)
     made = demo_mm_inputs(count, shapes, num_classes=min(max(classes, 2), 80), **truth)
     for sample in made['data_samples']:

@@ -2,8 +2,8 @@
 
 Each leaf of mmdet, mmsegmentation and mmpretrain is parsed, swapped, built and run on a small
 picture; with --steps, one leaf of each folder also takes a training step and predicts. What is
-found goes to a file as soon as it is there, so the check can be interrupted. --render writes the
-tables of docs/swap.md.
+found goes to a file as soon as it is there, so the check can be interrupted; both stacks may share
+the file. --render writes the tables of docs/swap.md.
 
 The models of some leaves need more packages: lap, motmetrics and scikit-image for trackers and
 BoxInst, timm for its example.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import logging
 import signal
@@ -50,6 +51,18 @@ STEPPED = ('stepped', 'did not step')
 SECONDS = 300
 """Most seconds for one config."""
 
+
+def installed_stack() -> str:
+    """Whose packages are installed."""
+    try:
+        importlib.metadata.distribution('onedl-mmdetection')
+    except importlib.metadata.PackageNotFoundError:
+        return 'OpenMMLab'
+    return 'OneDL'
+
+
+STACK = installed_stack()
+
 checked: dict[str, str] = {}  # models that this process has run, and their errors
 
 
@@ -71,7 +84,7 @@ def check(toolbox: str, leaf: str, backbone: str) -> dict[str, Any]:
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(SECONDS)
     start = time.perf_counter()
-    found = dict(toolbox=toolbox, leaf=leaf, backbone=backbone)
+    found = dict(stack=STACK, toolbox=toolbox, leaf=leaf, backbone=backbone)
     try:
         outcome, why = _check(configs_of(toolbox) / leaf, backbone)
     except Exception as error:
@@ -92,7 +105,8 @@ def step(toolbox: str, leaf: str, backbone: str) -> dict[str, Any]:
     """
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(SECONDS)
-    found = dict(toolbox=toolbox, leaf=leaf, backbone=backbone, outcome='stepped', why='')
+    found = dict(stack=STACK, toolbox=toolbox, leaf=leaf, backbone=backbone)
+    found |= dict(outcome='stepped', why='')
     try:
         # Distillation names the teacher's config by a path in the toolbox's repository.
         with contextlib.chdir(configs_of(toolbox).parent):
@@ -279,16 +293,18 @@ def counts(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def totals(known: list[dict[str, Any]]) -> str:
-    """The table of toolboxes and backbones."""
+    """The table of stacks, backbones and toolboxes."""
     rows = []
-    for backbone in dict.fromkeys(one['backbone'] for one in known):
+    for stack, backbone in dict.fromkeys((one['stack'], one['backbone']) for one in known):
         for toolbox in (*TOOLBOXES, 'all'):
             found = [
                 one
                 for one in known
-                if one['backbone'] == backbone and toolbox in (one['toolbox'], 'all')
+                if (one['stack'], one['backbone']) == (stack, backbone)
+                and toolbox in (one['toolbox'], 'all')
             ]
-            rows.append({'backbone': backbone, 'toolbox': toolbox} | counts(found))
+            row = {'stack': stack, 'backbone': backbone, 'toolbox': toolbox}
+            rows.append(row | counts(found))
     return table(rows)
 
 
@@ -315,7 +331,8 @@ def reasons(known: list[dict[str, Any]], outcome: str) -> str:
 
 
 def by_folder(known: list[dict[str, Any]]) -> str:
-    """The table of folders."""
+    """The table of folders, of the default stack."""
+    known = [one for one in known if one['stack'] == 'OpenMMLab']
     rows = []
     folders = sorted({(one['toolbox'], Path(one['leaf']).parts[0]) for one in known})
     for toolbox, folder in folders:
@@ -354,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.render:
         render(args.render, read(args.out))
         return
-    known = read(args.out)
+    known = [one for one in read(args.out) if one['stack'] == STACK]
     if args.steps:
         jobs = one_of_each_folder(known)
     else:

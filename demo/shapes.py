@@ -85,8 +85,8 @@ class Style:
         object_sizes: Minimum and maximum side of an object, in pixels.
         min_visible: Fraction of an object that stays visible; a later object that would hide more
             is placed elsewhere.
-        stuff: Names of the textures of the background, see :func:`_textures`; empty for one
-            background without a class.
+        stuff: Two names, of lines and of dots in the background, see :func:`_textures`; empty for
+            a background without classes.
         marks: Kinds of the far marker, see :func:`draw_relation`; a class is then the name of a
             shape, a hyphen and a kind, with the classes of the first kind first. Empty for no
             marker.

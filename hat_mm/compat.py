@@ -49,6 +49,8 @@ EXTRAS = {
     'sahi': 'large',
     'supervision': 'data',
     'torchmetrics': 'panoptic',
+    'timm': 'interop',
+    'huggingface_hub': 'interop',
 }
 
 logger = logging.getLogger(__name__)
@@ -546,7 +548,7 @@ def _keep_scope_of_hat_mm_bases(module: Any, acted: Callable[[str], None]) -> No
     module.Config._get_cfg_path = staticmethod(without_our_scope)
 
 
-# --- mmpretrain ----------------------------------------------------------------------------------
+# --- toolboxes -----------------------------------------------------------------------------------
 
 
 @_repairs('numpy-in1d', 'mmpretrain.evaluation.metrics.retrieval')
@@ -555,6 +557,32 @@ def _restore_in1d(_: ModuleType, acted: Callable[[str], None]) -> None:
     if not hasattr(np, 'in1d'):
         vars(np)['in1d'] = np.isin
         acted('numpy.in1d is numpy.isin')
+
+
+@_repairs('numpy-float', 'lvis.eval')
+def _restore_float(module: Any, acted: Callable[[str], None]) -> None:
+    """Gives the evaluation of LVIS the name ``numpy.float``, which NumPy 1.24 removed."""
+    if not hasattr(np, 'float'):
+        module.np = _altered(np, float=float)
+        acted('in lvis.eval numpy.float is float')
+
+
+@_repairs('panoptic-without-segments', 'mmdet.visualization.local_visualizer')
+def _draw_no_segments(module: Any, acted: Callable[[str], None]) -> None:
+    """Has mmdet's visualizer leave a picture as it is if a panoptic prediction is empty."""
+    draw = module.DetLocalVisualizer._draw_panoptic_seg
+
+    @functools.wraps(draw)
+    def draw_segments(
+        self: Any, image: Any, panoptic_seg: Any, classes: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        ignored = panoptic_seg.metainfo.get('ignore_index', len(classes))
+        if (panoptic_seg.sem_seg == ignored).all():
+            acted('empty panoptic predictions are not drawn')
+            return image
+        return draw(self, image, panoptic_seg, classes, *args, **kwargs)
+
+    module.DetLocalVisualizer._draw_panoptic_seg = draw_segments
 
 
 @_repairs('models-in-mmpretrain', 'mmpretrain.apis.model')

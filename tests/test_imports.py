@@ -34,7 +34,7 @@ ALLOWED = {
         'hat_mm.registry',
         'hat_mm.engine',
     ),
-    'interop': (*LOWEST, 'timm', 'huggingface_hub', 'hat_mm.backbones', 'hat_mm.interop'),
+    'interop': (*LOWEST, 'hat_mm.compat', 'hat_mm.backbones', 'hat_mm.interop'),
     'zoo': (*HIGHEST, 'yaml', 'modelindex', 'hat_mm.compat', 'hat_mm.registry', 'hat_mm.zoo'),
 }
 # The file that works round what the toolboxes do, by importing them where it must.

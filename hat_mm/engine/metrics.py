@@ -4,12 +4,15 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.evaluator import BaseMetric
 from torch import Tensor
 
 from hat_mm import compat
 from hat_mm.registry import METRICS
+
+LOADING = 'the test pipeline needs LoadAnnotations(with_mask=True, with_seg=True) after Resize'
 
 
 @METRICS.register_module()
@@ -18,8 +21,9 @@ class PanopticQuality(BaseMetric):
 
     mmdet's ``CocoPanopticMetric`` is for COCO's panoptic files, and needs the package panopticapi,
     which is not on PyPI. This one takes what ``LoadAnnotations(with_mask=True, with_seg=True)``
-    loads, and computes with torchmetrics. Reports PQ, SQ and RQ in percent, averaged over the
-    classes that occur. Source: https://arxiv.org/abs/1801.00868.
+    loads after ``Resize``, and computes with torchmetrics, about two seconds for a picture of
+    COCO's size. Reports PQ, SQ and RQ in percent, averaged over the classes that occur. Source:
+    https://arxiv.org/abs/1801.00868.
 
     Args:
         num_things_classes: Classes of objects, the first labels of a label map.
@@ -48,37 +52,48 @@ class PanopticQuality(BaseMetric):
         self.metric()  # fails now rather than after a training
 
     def metric(self) -> Any:
-        """The sums of torchmetrics, at zero."""
-        # Of what lies under unknown predictions, torchmetrics counts nothing as missed. With pixels
-        # without a class as one more class, all of it counts, as in COCO's evaluation.
+        """A new metric of torchmetrics."""
+        # torchmetrics does not count an object as missed where nothing is predicted; COCO does. So
+        # pixels without a prediction are a class of their own here, which the scores leave out.
         return compat.require('torchmetrics.detection').PanopticQuality(
             things=set(self.things),
             stuffs={*self.stuff, self.stuff.stop},
             return_sq_and_rq=True,
             return_per_class=True,
+            sync_on_compute=False,  # mmengine has gathered the pictures of all processes
         )
 
     def process(self, data_batch: Any, data_samples: Sequence[Mapping[str, Any]]) -> None:
         """Adds a batch of predictions: data samples of mmdet, as dicts."""
         for sample in data_samples:
-            predicted = sample['pred_panoptic_seg']['sem_seg'][0].cpu()
-            labels = (predicted % self.offset).clamp(max=self.stuff.stop)
-            predicted = torch.stack([labels, predicted // self.offset], dim=-1)
+            encoded = sample['pred_panoptic_seg']['sem_seg'][0].cpu()
+            labels = (encoded % self.offset).clamp(max=self.stuff.stop)
+            predicted = torch.stack([labels, encoded // self.offset], dim=-1)
+            truth = self.truth(sample)
+            if truth.shape != predicted.shape:
+                raise ValueError(
+                    f'the truth has {truth.shape[1]}×{truth.shape[0]} pixels and the prediction '
+                    f'{predicted.shape[1]}×{predicted.shape[0]}: {LOADING}'
+                )
             metric = self.metric()
-            metric.update(predicted[None], self.truth(sample)[None])
+            metric.update(predicted[None], truth[None])
             self.results.append(metric)
 
     def truth(self, sample: Mapping[str, Any]) -> Tensor:
         """Class and number of the object at each pixel, (H, W, 2)."""
+        objects = sample['gt_instances']
+        bitmaps = getattr(objects.get('masks'), 'masks', None)
+        if 'gt_sem_seg' not in sample or not isinstance(bitmaps, np.ndarray):
+            raise ValueError(f'a picture has no label map or no masks as bitmaps: {LOADING}')
         labels = sample['gt_sem_seg']['sem_seg'][0].long().cpu()
         # A thing that no mask covers is no object, and unknown classes are ignored.
         void = -1
         known = (labels >= self.stuff.start) & (labels < self.stuff.stop)
         segments = torch.stack([labels.where(known, void), labels * 0], dim=-1)
-        objects = sample['gt_instances']
-        masks = torch.from_numpy(objects['masks'].masks).bool()
+        masks = torch.from_numpy(bitmaps).bool()
         for number, (mask, label) in enumerate(zip(masks, objects['labels'], strict=True), 1):
-            segments[mask] = torch.tensor([int(label), number])
+            known_label = int(label) if int(label) in self.things else void
+            segments[mask] = torch.tensor([known_label, number])
         for mask in torch.from_numpy(sample['ignored_instances']['masks'].masks).bool():
             segments[mask] = torch.tensor([void, 0])
         return segments
@@ -88,7 +103,7 @@ class PanopticQuality(BaseMetric):
         metric = copy.deepcopy(results[0])
         for other in results[1:]:
             metric.merge_state(other)
-        found = metric.true_positives + metric.false_positives + metric.false_negatives
-        occurs = (found > 0)[: self.stuff.stop]
+        segments = metric.true_positives + metric.false_positives + metric.false_negatives
+        occurs = (segments > 0)[: self.stuff.stop]
         scores = 100 * metric.compute()[: self.stuff.stop][occurs].mean(0)
         return dict(zip(('PQ', 'SQ', 'RQ'), scores.tolist(), strict=True))

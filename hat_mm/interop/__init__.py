@@ -1,1 +1,1 @@
-"""The backbones outside OpenMMLab: one module for each other library, imported by who uses it."""
+"""The backbones outside OpenMMLab: one module per library; only its users import it."""

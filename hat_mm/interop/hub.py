@@ -11,13 +11,16 @@
 ``push_to_hub(REPO)`` and ``from_pretrained(REPO)`` do the same on the Hub.
 """
 
+import json
 from typing import Any
 
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from hat_mm import compat
 from hat_mm.backbones import FasterViT, HATNet, SwinHAT
 from hat_mm.weights.initialization import initialize
+
+PyTorchModelHubMixin: Any = compat.require('huggingface_hub').PyTorchModelHubMixin
 
 KINDS = {kind.__name__: kind for kind in (FasterViT, HATNet, SwinHAT)}
 
@@ -35,10 +38,11 @@ class HubBackbone(
 
     Args:
         kind: ``'FasterViT'``, ``'HATNet'`` or ``'SwinHAT'``.
-        **settings: Arguments of the backbone; JSON must be able to hold them.
+        **settings: Arguments of the backbone but ``init_cfg``; JSON must be able to hold them.
 
     Raises:
-        ValueError: The kind is unknown, or an argument is wrong.
+        ValueError: The kind is unknown, or an argument is wrong, cannot be saved, or is
+            ``init_cfg``.
         TypeError: The backbone has no such argument.
     """
 
@@ -46,8 +50,23 @@ class HubBackbone(
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f'kind must be one of {", ".join(KINDS)}, not {kind!r}')
+        if 'init_cfg' in settings:
+            raise ValueError(
+                'init_cfg would be saved, and load its file again: fill the backbone with '
+                'mmengine.runner.load_checkpoint(model.backbone, FILE) instead'
+            )
+        for name, value in settings.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise ValueError(f'{name}={value!r} cannot be saved as JSON: {error}') from error
         self.backbone = KINDS[kind](**settings)
         initialize(self.backbone)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, strict: bool = True, **kwargs: Any) -> 'HubBackbone':
+        """Loads from a folder or the Hub, as the mixin does, but all tensors by default."""
+        return super().from_pretrained(*args, strict=strict, **kwargs)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps images (B, in_channels, H, W) to a tuple of (B, C_i, H_i, W_i)."""

@@ -8,20 +8,22 @@ Importing this module registers them as timm's plug-ins do::
     encoder = timm.create_model('fastervit_0', features_only=True, out_indices=(1, 2, 3))
     encoder.feature_info.channels()  # [128, 256, 512]
 
-The names are those of ``configs/_base_/backbones`` with underscores. Models for classification are
-mmpretrain's, see :func:`hat_mm.get_model`.
+The names are those of the published backbones in ``configs/_base_/backbones``, with underscores.
+Models for classification are mmpretrain's, see :func:`hat_mm.get_model`.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from timm.models import FeatureInfo, register_model
 from torch import Tensor, nn
 
+from hat_mm import compat
 from hat_mm.backbones import FasterViT, HATNet, SwinHAT
 from hat_mm.backbones.base import HierarchicalBackbone
 from hat_mm.weights.initialization import initialize
 from hat_mm.weights.official import OFFICIAL_FILES
+
+models: Any = compat.require('timm').models
 
 FAMILIES: dict[str, type[HierarchicalBackbone]] = {
     'fastervit': FasterViT,
@@ -32,7 +34,7 @@ URLS = {(file.family, file.arch): file.url for file in OFFICIAL_FILES if file.de
 
 
 class Features(nn.Module):
-    """A backbone as timm's ``features_only`` models are.
+    """A backbone with the interface of timm's ``features_only`` models.
 
     Args:
         backbone: The backbone.
@@ -48,7 +50,7 @@ class Features(nn.Module):
             dict(num_chs=dim, reduction=4 * 2**i, module=f'backbone.stages.{i}')
             for i, dim in enumerate(backbone.spec.dims)
         ]
-        self.feature_info = FeatureInfo(stages, backbone.out_indices)
+        self.feature_info = models.FeatureInfo(stages, backbone.out_indices)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps images (B, in_chans, H, W) to a list of (B, C_i, H_i, W_i)."""
@@ -74,16 +76,17 @@ def create(
         arch: Variant.
         pretrained: Loads the authors' weights, which are downloaded unless they are there.
         features_only: Must be true.
-        in_chans: Channels of the images; other than 3 only without ``pretrained``.
-        out_indices: Stages whose maps are returned, as in timm: a number counts from the last,
-            and negative indices do as well. None for all.
-        pretrained_cfg: Not used: timm's description of its own weights. So are the next two.
-        pretrained_cfg_overlay: See above.
-        cache_dir: See above.
+        in_chans: Channels of the images.
+        out_indices: Stages whose maps are returned, as in timm: a number n means the last n
+            stages, and negative indices count from the end. None for all.
+        pretrained_cfg: Must be None: timm's description of its own weights.
+        pretrained_cfg_overlay: Must be None, too.
+        cache_dir: Not used, see ``HAT_MM_WEIGHTS``.
         **settings: Arguments of the backbone, such as ``window_size``.
 
     Raises:
-        ValueError: ``features_only`` is false, or there are no weights.
+        ValueError: ``features_only`` is false, ``out_indices`` is out of range, there are no
+            weights, or others are asked for.
         TypeError: The backbone has no such argument.
     """
     kind = FAMILIES[family]
@@ -92,12 +95,25 @@ def create(
             f'{family} {arch}: hat_mm gives timm backbones with features_only=True only; '
             'hat_mm.get_model(NAME) builds a classifier of mmpretrain'
         )
+    if pretrained_cfg is not None or pretrained_cfg_overlay is not None:
+        raise ValueError(
+            f'{family} {arch} has no tags and no pretrained_cfg, but '
+            f'{pretrained_cfg or pretrained_cfg_overlay!r} was given: pretrained=True loads the '
+            "authors' weights, and mmengine.runner.load_checkpoint(model.backbone, FILE) others"
+        )
     url = URLS.get((kind.__name__, arch))
     if pretrained and url is None:
         raise ValueError(f'{family} {arch}: its authors publish no weights, so pretrained=False')
     stages = range(len(kind.archs[arch].depths))
-    if out_indices is None or isinstance(out_indices, int):
-        out_indices = stages[-(out_indices or len(stages)) :]
+    if out_indices is None:
+        out_indices = stages
+    elif isinstance(out_indices, int):
+        if out_indices not in range(1, len(stages) + 1):
+            raise ValueError(
+                f'out_indices={out_indices} must be a list of stages, or the number of the last '
+                f'stages that are wanted, 1 to {len(stages)}'
+            )
+        out_indices = stages[-out_indices:]
     backbone = kind(
         arch=arch,
         in_channels=in_chans,
@@ -105,7 +121,8 @@ def create(
         init_cfg=dict(type='Pretrained', checkpoint=url) if pretrained else None,
         **settings,
     )
-    if not next(backbone.parameters()).is_meta:  # as libraries make it that look at feature_info
+    # On the meta device when a library only reads feature_info.
+    if not next(backbone.parameters()).is_meta:
         initialize(backbone)
     return Features(backbone)
 
@@ -121,4 +138,7 @@ def _entry_point(family: str, arch: str) -> Callable[..., Features]:
 
 for _family, _kind in FAMILIES.items():
     for _arch in _kind.archs:
-        register_model(_entry_point(_family, _arch))
+        if _arch == '4-21k-224-dino':  # only a part of the authors' detector
+            continue
+        _entry = _entry_point(_family, _arch)
+        globals()[_entry.__name__] = models.register_model(_entry)

@@ -93,7 +93,9 @@ def test_merged_equals_unmerged(trained, capsys):
     unmerged = build_model(Config.fromfile(trained / 'lora.py')).eval()
     load_weights(unmerged, trained / 'run/epoch_1.pth')
     plain = build_model(Config.fromfile(TOY_CONFIG)).eval()
-    load_weights(plain, out)  # complains of any tensor that is missing or left over
+    meta = load_weights(plain, out)  # complains of any tensor that is missing or left over
+    assert 'cfg' not in meta  # it would have LoRAModel
+    assert meta['dataset_meta']['classes'] == ('circle', 'square', 'triangle')
     images = torch.rand(1, 3, 96, 128)
     with torch.inference_mode():
         for ours, theirs in zip(plain.backbone(images), unmerged.backbone(images), strict=True):
@@ -101,7 +103,11 @@ def test_merged_equals_unmerged(trained, capsys):
 
 
 def test_nothing_to_merge(trained, tmp_path):
-    arguments = [TOY_CONFIG, str(trained / 'start.pth'), str(tmp_path / 'out.pth')]
-    with pytest.raises(cli.UserError, match='has no LoRAModel with layers to merge'):
-        merge_lora.main(arguments)
-    assert not [*tmp_path.iterdir()]
+    out = tmp_path / 'out.pth'
+    with pytest.raises(cli.UserError, match='has no LoRAModel'):
+        merge_lora.main([TOY_CONFIG, str(trained / 'start.pth'), str(out)])
+    words = [str(trained / 'lora.py'), str(trained / 'run/epoch_1.pth'), str(out)]
+    unknown = ['--cfg-options', 'model.backbone.module.init_cfg=None']
+    with pytest.raises(cli.UserError, match='does not say which weights LoRAModel started from'):
+        merge_lora.main([*words, *unknown])
+    assert not out.exists()

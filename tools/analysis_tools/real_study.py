@@ -241,8 +241,9 @@ def measure_seconds(args: argparse.Namespace, rounds: int = 9) -> None:
             for backbone, values in seconds.items():
                 found[name][backbone][what.__name__] = statistics.median(values)
     args.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found, indent=1)
-    (args.out / SECONDS).write_text(text + '\n', encoding='utf-8')
+    path = args.out / SECONDS
+    before = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    path.write_text(json.dumps(before | found, indent=1) + '\n', encoding='utf-8')
 
 
 # --- output ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ checkpoint of the same model without LoRAModel, as large and as fast as before t
 
 import argparse
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -35,6 +36,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--force', action='store_true', help='overwrite OUT_FILE')
     return parser.parse_args(argv)
+
+
+def find_lora(cfg: Any) -> Iterator[Any]:
+    """The configs of what LoRAModel goes around."""
+    if isinstance(cfg, dict):
+        if str(cfg.get('type')).endswith('LoRAModel'):
+            yield cfg['module']
+        cfg = list(cfg.values())
+    if isinstance(cfg, list):
+        for value in cfg:
+            yield from find_lora(value)
 
 
 def merge(model: nn.Module) -> int:
@@ -66,11 +78,19 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     cfg = read_config(args.config, args.cfg_options)
+    wrapped = [*find_lora(cfg.model)]
+    if not wrapped:
+        raise UserError(f'config {args.config!r} has no LoRAModel')
+    if not all(module.get('init_cfg') or module.get('pretrained') for module in wrapped):
+        raise UserError(
+            f'config {args.config!r} does not say which weights LoRAModel started from '
+            '(init_cfg of its module), and the checkpoint does not hold them'
+        )
     model = build_model(cfg).eval()
     meta: dict[str, Any] = load_weights(model, args.checkpoint)
     merged = merge(model)
-    if not merged:
-        raise UserError(f'config {args.config!r} has no LoRAModel with layers to merge')
+    # The config in it has LoRAModel, and inferencers would build that.
+    meta = {key: value for key, value in meta.items() if key != 'cfg'}
     meta = {**meta, 'merged_lora': {'adapters': merged, 'hat_mm_version': hat_mm.__version__}}
     checkpoint = {'meta': meta, 'state_dict': dict(model.state_dict())}
     fileio.write(args.out_file, checkpoint, args.force)

@@ -22,6 +22,8 @@ from mmengine.config import Config
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.model.wrappers import MMDistributedDataParallel
 from mmengine.runner import CheckpointLoader, load_checkpoint
+from mmengine.structures import PixelData
+from PIL import Image
 from torch import nn
 
 import hat_mm
@@ -575,6 +577,36 @@ def test_configs_of_forks_are_found_by_their_module():
     repair(types.SimpleNamespace(MODULE2PACKAGE=packages), acted=print)
     # Only where the module is there and the distribution is not.
     assert packages == {**known, 'json': 'json'}
+
+
+def test_lvis_is_scored_on_todays_numpy(monkeypatch):
+    package, module = types.ModuleType('lvis'), types.ModuleType('lvis.eval')
+    module.np = np
+    monkeypatch.setitem(sys.modules, 'lvis', package)
+    monkeypatch.setitem(sys.modules, 'lvis.eval', module)
+    [repair] = [b.repair for b in compat.BREAKAGES if b.name == 'numpy-float']
+    told = []
+    repair(module, told.append)
+    assert module.np.cumsum([1, 2]).astype(module.np.float).dtype == np.float64
+    assert hasattr(np, 'float') or told
+
+
+def test_an_empty_panoptic_prediction_is_a_picture_without_segments(tmp_path):
+    visualization, structures = (
+        pytest.importorskip(f'mmdet.{n}') for n in ('visualization', 'structures')
+    )
+    visualizer = visualization.DetLocalVisualizer()
+    visualizer.dataset_meta = dict(classes=('thing', 'stuff'), palette=[(255, 0, 0), (0, 255, 0)])
+    image = np.full((24, 32, 3), 100, np.uint8)
+    for label, drawn in ((2, False), (1, True)):  # the class after the last is none
+        sample = structures.DetDataSample()
+        segments = torch.full((1, 24, 32), label)
+        sample.pred_panoptic_seg = PixelData(sem_seg=segments)
+        visualizer.add_datasample(
+            'a', image, sample, draw_gt=False, out_file=str(tmp_path / 'a.png')
+        )
+        found = np.array(Image.open(tmp_path / 'a.png'))
+        assert (found != 100).any() == drawn
 
 
 def test_in1d_is_there_for_the_retrieval_metrics():

@@ -1,6 +1,6 @@
 # Mask2Former trains a backbone at a tenth of the rate; mmengine finds it by name, so weight decay
-# is also switched off by name. As in the toolboxes' configs with Swin, these are norms and tables of
-# positions; layer scales are added.
+# is also switched off by name. As in the toolboxes' configs with Swin, these are norms and tables
+# of positions; layer scales are added.
 undecayed = {
     name: dict(lr_mult=0.1, decay_mult=0.0)
     for name in (

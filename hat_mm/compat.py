@@ -154,7 +154,7 @@ def _repairs(name: str, module: str | None = None) -> Callable[[Callable], Calla
 def _altered(module: ModuleType, **names: Any) -> ModuleType:
     """Returns a view of a module in which some names are replaced.
 
-    Only the OpenMMLab module that is given the view calls the replacements.
+    Only the module that is given the view calls the replacements.
     """
     view = ModuleType(module.__name__)
     vars(view).update(names, __getattr__=functools.partial(getattr, module))
@@ -576,8 +576,11 @@ def _draw_no_segments(module: Any, acted: Callable[[str], None]) -> None:
     def draw_segments(
         self: Any, image: Any, panoptic_seg: Any, classes: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        ignored = panoptic_seg.metainfo.get('ignore_index', len(classes))
-        if (panoptic_seg.sem_seg == ignored).all():
+        names = panoptic_seg.metainfo.get('label_names')  # of models with an open vocabulary
+        void = len(classes)
+        if names is not None:
+            void = panoptic_seg.metainfo.get('ignore_index', len(names))
+        if (panoptic_seg.sem_seg == void).all():
             acted('empty panoptic predictions are not drawn')
             return image
         return draw(self, image, panoptic_seg, classes, *args, **kwargs)

@@ -12,7 +12,10 @@ from torch import Tensor
 from hat_mm import compat
 from hat_mm.registry import METRICS
 
-LOADING = 'the test pipeline needs LoadAnnotations(with_mask=True, with_seg=True) after Resize'
+LOADING = (
+    'the test pipeline needs LoadAnnotations(with_bbox=True, with_mask=True, with_seg=True) after '
+    'Resize'
+)
 
 
 @METRICS.register_module()
@@ -21,8 +24,8 @@ class PanopticQuality(BaseMetric):
 
     mmdet's ``CocoPanopticMetric`` is for COCO's panoptic files, and needs the package panopticapi,
     which is not on PyPI. This one takes what ``LoadAnnotations(with_mask=True, with_seg=True)``
-    loads after ``Resize``, and computes with torchmetrics, about two seconds for a picture of
-    COCO's size. Reports PQ, SQ and RQ in percent, averaged over the classes that occur. Source:
+    loads after ``Resize``, and computes with torchmetrics, which takes a few seconds for a picture
+    of COCO's size. Reports PQ, SQ and RQ in percent, averaged over the classes that occur. Source:
     https://arxiv.org/abs/1801.00868.
 
     Args:
@@ -69,31 +72,43 @@ class PanopticQuality(BaseMetric):
             encoded = sample['pred_panoptic_seg']['sem_seg'][0].cpu()
             labels = (encoded % self.offset).clamp(max=self.stuff.stop)
             predicted = torch.stack([labels, encoded // self.offset], dim=-1)
-            truth = self.truth(sample)
-            if truth.shape != predicted.shape:
-                raise ValueError(
-                    f'the truth has {truth.shape[1]}×{truth.shape[0]} pixels and the prediction '
-                    f'{predicted.shape[1]}×{predicted.shape[0]}: {LOADING}'
-                )
             metric = self.metric()
-            metric.update(predicted[None], truth[None])
+            metric.update(predicted[None], self.truth(sample, encoded.shape)[None])
             self.results.append(metric)
 
-    def truth(self, sample: Mapping[str, Any]) -> Tensor:
-        """Class and number of the object at each pixel, (H, W, 2)."""
+    def truth(self, sample: Mapping[str, Any], shape: Sequence[int]) -> Tensor:
+        """Class and number of the object at each pixel, (H, W, 2).
+
+        Raises:
+            ValueError: Label map or bitmaps are missing or not (H, W) as in ``shape``, or an object
+                is of a class that is none of things.
+        """
         objects = sample['gt_instances']
         bitmaps = getattr(objects.get('masks'), 'masks', None)
-        if 'gt_sem_seg' not in sample or not isinstance(bitmaps, np.ndarray):
-            raise ValueError(f'a picture has no label map or no masks as bitmaps: {LOADING}')
+        if 'gt_sem_seg' not in sample:
+            raise ValueError(f'a picture has no label map: {LOADING}')
+        if not isinstance(bitmaps, np.ndarray):
+            kind = type(objects.get('masks')).__name__
+            raise ValueError(f'masks must be BitmapMasks, not {kind}: {LOADING}')
         labels = sample['gt_sem_seg']['sem_seg'][0].long().cpu()
+        sizes = [tuple(size) for size in (shape, labels.shape, bitmaps.shape[1:])]
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                'prediction, label map and masks must be of one size, not {}×{}, {}×{} and {}×{}: '
+                '{}'.format(*(side for size in sizes for side in size), LOADING)
+            )
         # A thing that no mask covers is no object, and unknown classes are ignored.
         void = -1
         known = (labels >= self.stuff.start) & (labels < self.stuff.stop)
         segments = torch.stack([labels.where(known, void), labels * 0], dim=-1)
         masks = torch.from_numpy(bitmaps).bool()
-        for number, (mask, label) in enumerate(zip(masks, objects['labels'], strict=True), 1):
-            known_label = int(label) if int(label) in self.things else void
-            segments[mask] = torch.tensor([known_label, number])
+        of_objects = zip(masks, objects['labels'].tolist(), strict=True)
+        for number, (mask, label) in enumerate(of_objects, 1):
+            if label not in self.things:
+                raise ValueError(
+                    f'an object is of class {label}, but num_things_classes={len(self.things)}'
+                )
+            segments[mask] = torch.tensor([label, number])
         for mask in torch.from_numpy(sample['ignored_instances']['masks'].masks).bool():
             segments[mask] = torch.tensor([void, 0])
         return segments

@@ -50,10 +50,11 @@ class HubBackbone(
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f'kind must be one of {", ".join(KINDS)}, not {kind!r}')
-        if 'init_cfg' in settings:
+        if settings.get('init_cfg') is not None:
             raise ValueError(
-                'init_cfg would be saved, and load its file again: fill the backbone with '
-                'mmengine.runner.load_checkpoint(model.backbone, FILE) instead'
+                'init_cfg would be saved in config.json, and each later load would read its file '
+                'again: fill the backbone with mmengine.runner.load_checkpoint(model.backbone, '
+                'FILE) instead'
             )
         for name, value in settings.items():
             try:
@@ -65,7 +66,11 @@ class HubBackbone(
 
     @classmethod
     def from_pretrained(cls, *args: Any, strict: bool = True, **kwargs: Any) -> 'HubBackbone':
-        """Loads from a folder or the Hub, as the mixin does, but all tensors by default."""
+        """Loads from a folder or the Hub.
+
+        Tensors that are missing or left over are an error, but for new output norms;
+        ``strict=False`` lets other ``out_indices`` than the saved ones be loaded.
+        """
         return super().from_pretrained(*args, strict=strict, **kwargs)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

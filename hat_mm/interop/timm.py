@@ -95,11 +95,12 @@ def create(
             f'{family} {arch}: hat_mm gives timm backbones with features_only=True only; '
             'hat_mm.get_model(NAME) builds a classifier of mmpretrain'
         )
-    if pretrained_cfg is not None or pretrained_cfg_overlay is not None:
+    given = dict(pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay)
+    given |= dict(init_cfg=settings.pop('init_cfg', None))
+    if given := {name: value for name, value in given.items() if value is not None}:
         raise ValueError(
-            f'{family} {arch} has no tags and no pretrained_cfg, but '
-            f'{pretrained_cfg or pretrained_cfg_overlay!r} was given: pretrained=True loads the '
-            "authors' weights, and mmengine.runner.load_checkpoint(model.backbone, FILE) others"
+            f"{family} {arch} has no tags and takes no {given}: pretrained=True loads the authors' "
+            'weights, and mmengine.runner.load_checkpoint(model.backbone, FILE) others'
         )
     url = URLS.get((kind.__name__, arch))
     if pretrained and url is None:
@@ -141,4 +142,5 @@ for _family, _kind in FAMILIES.items():
         if _arch == '4-21k-224-dino':  # only a part of the authors' detector
             continue
         _entry = _entry_point(_family, _arch)
+        # register_model adds the name to __all__, so it has to exist.
         globals()[_entry.__name__] = models.register_model(_entry)

@@ -1,5 +1,7 @@
 """Panoptic quality, by hand and as an evaluator of mmdet's data samples."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,41 @@ def test_scores_are_between_nothing_and_all(seed):
     )
     assert all(0 <= value <= 100 for value in found.values())
     assert found['PQ'] <= min(found['SQ'], found['RQ']) + 1e-6
+
+
+def test_truth_that_does_not_fit():
+    predicted, stuff, objects = scene()
+    fitting = sample(predicted, stuff, objects)
+    for wrong, message in (
+        ({k: v for k, v in fitting.items() if k != 'gt_sem_seg'}, 'has no label map'),
+        (fitting | dict(gt_instances=dict(labels=torch.tensor([0]))), 'not NoneType'),
+        (sample(predicted[1:], stuff, objects), 'not 7×12, 8×12 and 8×12: .* after Resize'),
+        (fitting | dict(gt_sem_seg=dict(sem_seg=torch.zeros(1, 9, 12))), '8×12, 9×12 and 8×12'),
+        (sample(predicted, stuff, [(2, objects[0][1])]), 'of class 2, but num_things_classes=2'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scores(wrong)
+
+
+def evaluate(rank, address, out):
+    torch.distributed.init_process_group('gloo', init_method=address, rank=rank, world_size=2)
+    predicted, stuff, objects = scene()
+    missed = np.where(objects[0][1], THINGS, predicted)
+    metric = panoptic_quality()
+    metric.process(None, [sample([predicted, missed][rank], stuff, objects)])
+    (out / f'{rank}.json').write_text(json.dumps(metric.evaluate(2)))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(tmp_path):
+    torch.multiprocessing.spawn(evaluate, (f'file://{tmp_path}/store', tmp_path), nprocs=2)
+    predicted, stuff, objects = scene()
+    missed = np.where(objects[0][1], THINGS, predicted)
+    one = scores(sample(predicted, stuff, objects), sample(missed, stuff, objects))
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f'{rank}.json').read_text())
+        assert found == {f'panoptic/{name}': value for name, value in one.items()}
 
 
 def test_without_torchmetrics(monkeypatch):

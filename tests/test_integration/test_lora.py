@@ -107,7 +107,8 @@ def test_nothing_to_merge(trained, tmp_path):
     with pytest.raises(cli.UserError, match='has no LoRAModel'):
         merge_lora.main([TOY_CONFIG, str(trained / 'start.pth'), str(out)])
     words = [str(trained / 'lora.py'), str(trained / 'run/epoch_1.pth'), str(out)]
-    unknown = ['--cfg-options', 'model.backbone.module.init_cfg=None']
-    with pytest.raises(cli.UserError, match='does not say which weights LoRAModel started from'):
-        merge_lora.main([*words, *unknown])
+    for setting in ('init_cfg=None', 'init_cfg.checkpoint=None'):
+        unknown = ['--cfg-options', f'model.backbone.module.{setting}']
+        with pytest.raises(cli.UserError, match='does not say which weights LoRAModel started'):
+            merge_lora.main([*words, *unknown])
     assert not out.exists()

@@ -222,9 +222,11 @@ def make_runner(**settings: Any) -> Any:
 
 def measure_seconds(args: argparse.Namespace, rounds: int = 9) -> None:
     """Writes medians of a training step and of a picture to :data:`SECONDS` in ``args.out``."""
-    found: dict[str, Any] = {'measured': describe(circumstances('cpu', tune()))}
+    path = args.out / SECONDS
+    found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    measured = describe(circumstances('cpu', tune()))
     for name in args.data:
-        found[name] = {backbone: {} for backbone in args.backbones}
+        found.setdefault(name, {}).update({one: {'measured': measured} for one in args.backbones})
         for what in (training_step, picture):
             with TemporaryDirectory() as folder:
                 jobs = {
@@ -241,9 +243,7 @@ def measure_seconds(args: argparse.Namespace, rounds: int = 9) -> None:
             for backbone, values in seconds.items():
                 found[name][backbone][what.__name__] = statistics.median(values)
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / SECONDS
-    before = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    path.write_text(json.dumps(before | found, indent=1) + '\n', encoding='utf-8')
+    path.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
 
 
 # --- output ---------------------------------------------------------------------------------------

@@ -39,14 +39,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_lora(cfg: Any) -> Iterator[Any]:
-    """The configs of what LoRAModel goes around."""
+    """Yields the configs of the modules that LoRAModel wraps."""
     if isinstance(cfg, dict):
-        if str(cfg.get('type')).endswith('LoRAModel'):
+        kind = cfg.get('type')
+        if getattr(kind, '__name__', str(kind)).endswith('LoRAModel'):
             yield cfg['module']
         cfg = list(cfg.values())
-    if isinstance(cfg, list):
+    if isinstance(cfg, (list, tuple)):
         for value in cfg:
             yield from find_lora(value)
+
+
+def starts_from_a_file(cfg: Any) -> bool:
+    """Whether a module's config says which weights fill it."""
+    given = cfg.get('init_cfg') or []
+    several = given if isinstance(given, (list, tuple)) else [given]
+    return bool(cfg.get('pretrained')) or any(init.get('checkpoint') for init in several)
 
 
 def merge(model: nn.Module) -> int:
@@ -81,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     wrapped = [*find_lora(cfg.model)]
     if not wrapped:
         raise UserError(f'config {args.config!r} has no LoRAModel')
-    if not all(module.get('init_cfg') or module.get('pretrained') for module in wrapped):
+    if not all(map(starts_from_a_file, wrapped)):
         raise UserError(
             f'config {args.config!r} does not say which weights LoRAModel started from '
             '(init_cfg of its module), and the checkpoint does not hold them'
@@ -89,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(cfg).eval()
     meta: dict[str, Any] = load_weights(model, args.checkpoint)
     merged = merge(model)
-    # The config in it has LoRAModel, and inferencers would build that.
+    # meta['cfg'] has LoRAModel, which inferencers would build.
     meta = {key: value for key, value in meta.items() if key != 'cfg'}
     meta = {**meta, 'merged_lora': {'adapters': merged, 'hat_mm_version': hat_mm.__version__}}
     checkpoint = {'meta': meta, 'state_dict': dict(model.state_dict())}

@@ -35,7 +35,7 @@ model = dict(
     ),
     panoptic_fusion_head=classes,
     train_cfg=dict(num_points=1024),
-    # After a short training scores are low: fewer than the usual 0.8 would leave holes.
+    # After a short training scores are low: the usual threshold of 0.8 would leave holes.
     test_cfg=dict(max_per_image=20, object_mask_thr=0.5),
 )
 

@@ -25,12 +25,7 @@ PyTorchModelHubMixin: Any = compat.require('huggingface_hub').PyTorchModelHubMix
 KINDS = {kind.__name__: kind for kind in (FasterViT, HATNet, SwinHAT)}
 
 
-class HubBackbone(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name='hat_mm',
-    tags=['backbone'],
-):
+class HubBackbone(nn.Module, PyTorchModelHubMixin, library_name='hat_mm', tags=['backbone']):  # type: ignore[call-arg]
     """A backbone with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
     A config takes the saved weights as ``init_cfg=dict(type='Pretrained', prefix='backbone.',

@@ -159,8 +159,8 @@ def list_models(
         pattern: Start of the names; ``*``, ``?`` and ``[...]`` are wildcards.
         exclude_patterns: Patterns of names to leave out.
         task: Only models for this task, such as ``'Object Detection'``,
-            ``'Instance Segmentation'``, ``'Semantic Segmentation'`` and ``'Image Classification'``;
-            ``'null'`` for models without a task.
+            ``'Instance Segmentation'``, ``'Panoptic Segmentation'``, ``'Semantic Segmentation'``
+            and ``'Image Classification'``; ``'null'`` for models without a task.
 
     Returns:
         Names in lower case, sorted.

@@ -77,6 +77,7 @@ def result(tmp_path_factory):
         yield folder, json.loads(made)
 
 
+@pytest.mark.slow
 def test_a_run_is_measured(result, capsys):
     folder, run = result
     assert run['steps'] == 1
@@ -92,6 +93,7 @@ def test_a_run_is_measured(result, capsys):
     assert (folder / 'plot.png').stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_time_is_measured_apart(result, capsys, monkeypatch):
     monkeypatch.chdir(result[0])
     words = ['--data', 'trees', '--backbones', 'resnet-wide-toy', '--out', 'results']
@@ -119,6 +121,7 @@ def test_all_have_one_recipe(tmp_path, monkeypatch, result):
     assert all(recipe == recipes[0] for recipe in recipes)
 
 
+@pytest.mark.slow
 def test_whole_and_tiles(result, capsys, tmp_path, monkeypatch):
     folder, _ = result
     monkeypatch.chdir(folder)

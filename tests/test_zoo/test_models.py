@@ -89,14 +89,16 @@ def test_lists_as_mmpretrain_does(pattern, exclude, task):
 
 
 def test_every_model_says_what_it_is_for():
-    tasks = ('Object Detection', 'Instance Segmentation', 'Semantic Segmentation',
-             'Image Classification')  # fmt: skip
-    detectors, masks, segmentors, classifiers = (
+    tasks = ('Object Detection', 'Instance Segmentation', 'Panoptic Segmentation',
+             'Semantic Segmentation', 'Image Classification')  # fmt: skip
+    detectors, masks, panoptic, segmentors, classifiers = (
         SHIPPED & {*hat_mm.list_models(task=task)} for task in tasks
     )
-    assert detectors | segmentors | classifiers == SHIPPED
+    assert detectors | panoptic | segmentors | classifiers == SHIPPED
+    assert panoptic == SHIPPED & {*hat_mm.list_models('*-panoptic')}
     assert masks == {name for name in detectors if 'mask' in name}
-    assert segmentors == SHIPPED & {*hat_mm.list_models('*ade20k')}
+    streets = {*hat_mm.list_models('*cityscapes')}
+    assert segmentors == SHIPPED & ({*hat_mm.list_models('*ade20k')} | streets)
 
 
 def test_a_single_pattern_to_exclude_is_an_error():

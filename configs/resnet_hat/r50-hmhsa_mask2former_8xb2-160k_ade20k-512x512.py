@@ -1,0 +1,5 @@
+_base_ = [
+    'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py',
+    '../_base_/backbones/r50-hmhsa.py',
+]
+model = dict(backbone=_base_.backbone)

@@ -140,6 +140,12 @@ def test_a_file_of_another_network_is_refused(tmp_path):
         HubBackbone.from_pretrained(tmp_path, out_indices=(1, 3))
 
 
+def test_each_name_is_a_function_of_the_module():
+    module = hat_mm.interop.timm
+    assert set(module.__all__) == set(NAMES)
+    assert all(callable(getattr(module, name)) for name in NAMES)
+
+
 def test_registering_overwrites_no_model_of_timm():
     with warnings.catch_warnings():
         warnings.simplefilter('error')

@@ -1,6 +1,7 @@
 """LoRA in a detector: of the backbone only adapters train and are saved, and merge exactly."""
 
 import itertools
+import json
 from pathlib import Path
 
 import merge_lora
@@ -84,6 +85,18 @@ def test_a_published_file_holds_adapters_alone(trained):
     assert names
     assert all('.lora_' in name for name in names)
     assert any(name.startswith('roi_head.') for name in state_of(done.path))
+
+
+def test_adapters_are_tested_as_they_are(trained, toy_options, tmp_path):
+    words = [
+        str(trained / 'lora.py'),
+        str(trained / 'run/epoch_1.pth'),
+        '--work-dir',
+        str(tmp_path),
+    ]
+    cli.test([*words, '--cfg-options', *toy_options, f'experiment_name=lora{next(RUNS)}'])
+    [metrics] = tmp_path.glob('*/*.json')
+    assert 'coco/segm_mAP' in json.loads(metrics.read_text())
 
 
 def test_merged_equals_unmerged(trained, capsys):

@@ -1,7 +1,8 @@
 # mmdet's Mask2Former made small, to learn the objects and the background of toy pictures on a CPU
 # within half an hour: a leaf adds the backbone and the head's inputs. `python demo/shapes.py
 # --layout panoptic` draws the data: objects as in COCO's files, and label maps with the classes of
-# the background after theirs.
+# the background after theirs. mmdet's config sets data and schedule as well, and bases beside each
+# other may not set the same, so the data of the other toys cannot be a base here.
 _base_ = ['mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py']
 
 # --- model ----------------------------------------------------------------------------------------

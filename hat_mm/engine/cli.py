@@ -327,7 +327,7 @@ def _set_out(cfg: Any, toolbox: Toolbox, args: argparse.Namespace) -> None:
 # --- the tools -----------------------------------------------------------------------------------
 
 
-def _set_memory_format(model: torch.nn.Module) -> None:
+def set_memory_format(model: torch.nn.Module) -> None:
     """Makes FasterViT compute in channels last on a CPU, where its convolutions are then faster.
 
     Its outputs stay contiguous. Those of necks and heads would not, but mmcv's RoI operators read
@@ -502,7 +502,7 @@ def test(argv: Sequence[str] | None = None) -> dict:
         _drop_averaging(cfg)
     runner = compat.require('mmengine.registry').RUNNERS.build(cfg)
     if isinstance(runner.model, torch.nn.Module):  # FlexibleRunner has a config until it runs
-        _set_memory_format(runner.model)
+        set_memory_format(runner.model)
     for warning in _check_maps(cfg, runner.model):
         runner.logger.warning(warning)
     if args.deploy:

@@ -202,17 +202,17 @@ def _find(name: str) -> Model:
 
 @torch.inference_mode(False)  # its tensors could not be trained or loaded into
 def get_model(
-    name: str,
+    name: str | os.PathLike | Config,
     pretrained: bool | str | os.PathLike = False,
     device: Any = None,
     **overrides: Any,
 ) -> Any:
-    """Builds a model by its name, in eval mode.
+    """Builds a model by its name or from a config, in eval mode.
 
     Args:
-        name: One of :func:`list_models`.
-        pretrained: True loads the weights of the model, which may be downloaded; a URL or a path
-            loads others. With False the weights are random, and nothing is downloaded.
+        name: One of :func:`list_models`, the path of a config (``.py``), or a config.
+        pretrained: True loads the weights of a named model, which may be downloaded; a URL or a
+            path loads others. With False the weights are random, and nothing is downloaded.
         device: Where to move the model, such as ``'cuda'``.
         **overrides: Settings merged into the config's ``model``, such as
             ``backbone=dict(window_size=14)``. A dict that replaces another, such as one for
@@ -220,28 +220,33 @@ def get_model(
 
     Returns:
         The model of mmdet, mmseg or mmpretrain. It has ``_config``, ``_metainfo`` (the entry of the
-        index) and ``_dataset_meta`` for mmpretrain's inferencers, and ``cfg`` and ``dataset_meta``
-        for the inference functions of mmdet and mmseg. (Call
+        index; None for a config) and ``_dataset_meta`` for mmpretrain's inferencers, and ``cfg``
+        and ``dataset_meta`` for the inference functions of mmdet and mmseg. (Call
         ``mmengine.registry.init_default_scope(model.cfg.default_scope)`` before those.)
 
     Raises:
+        OSError: There is no such config.
         ValueError: There is no such model, it has no weights, or the weights do not fill it. Parts
             that are overridden, such as ``head``, need not be filled; the log says what was not.
         TypeError: An override is not a setting of the model.
         hat_mm.compat.DependencyError: The toolbox of the model is not installed.
         hat_mm.weights.download.DownloadError: The weights cannot be fetched.
     """
-    info = _find(name)
-    if pretrained is True and not info.weights:
+    info, config = _look_up(name)
+    name = info.name if info else str(config.filename or 'the config')
+    if pretrained is True and not (info and info.weights):
         having = [other.name for other in _models().values() if other.weights]
-        near = difflib.get_close_matches(info.name, having, n=3, cutoff=0)
+        near = difflib.get_close_matches(name, having, n=3, cutoff=0)
         raise ValueError(
-            f'there are no weights of {info.name!r} yet; some that have are {", ".join(near)}'
+            f'there are no weights of {name!r} yet; some that have are {", ".join(near)}'
+            if info
+            else f'{name} is a config, which names no weights of the whole model: give their file'
         )
-    config = Config.fromfile(info.config)
     scope = config.get('default_scope')
     if scope is None:
-        raise ValueError(f'the config of {info.name!r} has no default_scope: {info.config}')
+        raise ValueError(f'the config of {name!r} has no default_scope: {config.filename}')
+    if config.get('model') is None:
+        raise ValueError(f'{name} has no model')
     compat.require(scope)
     file = None if pretrained is False else _weights(info, pretrained)
     _drop_weights(config.model, overrides)
@@ -255,7 +260,7 @@ def get_model(
         meta = _dataset_meta(config, registry.DATASETS)
         initialize(model)
     if file is not None:
-        meta = _load(model, file, info.name, overrides) or meta
+        meta = _load(model, file, name, overrides) or meta
     if device is not None:
         model.to(device)
     model._config = model.cfg = config
@@ -264,13 +269,23 @@ def get_model(
     return model.eval()
 
 
-def _weights(info: Model, pretrained: Any) -> str:
+def _look_up(name: Any) -> tuple[Model | None, Config]:
+    """The entry of the index, if it is a name, and the config."""
+    if isinstance(name, Config):
+        return None, copy.deepcopy(name)
+    if os.fspath(name).endswith('.py'):
+        return None, Config.fromfile(name)
+    info = _find(os.fspath(name))
+    return info, Config.fromfile(info.config)
+
+
+def _weights(info: Model | None, pretrained: Any) -> str:
     """The local file of the weights, downloaded and verified if a URL is given."""
-    where: str = info.weights if pretrained is True else os.fspath(pretrained)
+    where: str = info.weights if info and pretrained is True else os.fspath(pretrained)
     if '://' not in where:
         return where
-    recorded = info.metadata.data if info.metadata else {}
-    return str(fetch(where, recorded.get('SHA256') if where == info.weights else None))
+    recorded = info.metadata.data if info and info.metadata else {}
+    return str(fetch(where, recorded.get('SHA256') if info and where == info.weights else None))
 
 
 def _drop_weights(settings: Any, overrides: Mapping[str, Any]) -> None:

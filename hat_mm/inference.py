@@ -1,0 +1,264 @@
+"""Pictures in, results out: one call for models of the three toolboxes and for exported files."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmengine.registry import DefaultScope
+
+from hat_mm import compat
+from hat_mm.engine.cli import UserError, innermost_dataset, set_memory_format
+from hat_mm.engine.exported import open_file
+from hat_mm.zoo.models import get_model
+from hat_mm_runtime import ENDS, Classification, Detections, PictureError, Segmentation
+from hat_mm_runtime.images import read
+from hat_mm_runtime.results import Result, encode
+
+__all__ = ['Inferencer', 'PanopticSegmentation']
+
+# mmdet numbers the segments of a picture: class + OFFSET * number.
+OFFSET = 1000
+
+
+@dataclass(frozen=True)
+class PanopticSegmentation(Result):
+    """Segments that cover the picture: objects, and one for each class of background.
+
+    Attributes:
+        map: Number of the segment of each pixel, (H, W); -1 where there is none.
+        labels: Class of each segment.
+    """
+
+    map: np.ndarray
+    labels: Sequence[int]
+
+    def __str__(self) -> str:
+        labels, numbers = np.unique(self.labels, return_counts=True)
+        counts = [f'{n} {self.name(i)}' for i, n in zip(labels, numbers, strict=True)]
+        return ', '.join(counts) or 'nothing'
+
+    def draw(self) -> np.ndarray:
+        """The picture in the colours of the classes, with outlines, (H, W, 3), uint8, BGR."""
+        picture = self.image.copy()
+        for i, label in enumerate(self.labels):
+            mask = self.map == i
+            picture[mask] = (picture[mask] * 0.5 + np.array(self.color(label)) * 0.5).astype('u1')
+            outline, _ = cv2.findContours(mask.astype('u1'), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+            cv2.drawContours(picture, outline, -1, (255, 255, 255), 1)
+        return picture
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The mask of each segment, as RLE."""
+        return [
+            dict(category_id=int(i), name=self.name(i), segmentation=encode(self.map == n))
+            for n, i in enumerate(self.labels)
+        ]
+
+
+class Inferencer:
+    """Finds what is in pictures.
+
+    The toolboxes' own inference functions run PyTorch models, :class:`hat_mm_runtime.Model` runs
+    exported files. The results are of the same classes.
+
+    Args:
+        model: A name of :func:`hat_mm.list_models`, the path of a config, a config, a model of
+            :func:`hat_mm.get_model`, or a file that ``hat_mm.export`` wrote.
+        weights: File or URL of a checkpoint; None for the published weights of a name.
+        device: Such as ``'cuda'``; None for the GPU if there is one, else the CPU. Exported files
+            run on the CPU.
+        tile: Side in pixels of the tiles in which a detector looks at pictures, through SAHI; None
+            for whole pictures.
+        overlap: Shared part of neighbouring tiles, from 0 to below 1. It should hold the largest
+            object.
+
+    Attributes:
+        classes: Names of the classes; None if the model has none.
+
+    Raises:
+        ValueError: There is no such model, or the weights do not fill it.
+        UserError: Tiles for what is no detector, a GPU or weights for an exported file.
+        hat_mm_runtime.ModelError: An exported file cannot be opened.
+        hat_mm.compat.DependencyError: A package is not installed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        weights: str | Path | None = None,
+        *,
+        device: str | None = None,
+        tile: int | None = None,
+        overlap: float = 0.2,
+    ) -> None:
+        if isinstance(model, str | Path) and str(model).endswith(ENDS):
+            if weights is not None or device not in (None, 'cpu'):
+                raise UserError(f'{model} is an exported file: it has weights and runs on the CPU')
+            self.model: Any = None
+            self.file = open_file(model)
+            self.task, meta = self.file.meta['task'], self.file.meta
+        else:
+            if not isinstance(model, torch.nn.Module):
+                given = str(weights) if weights is not None else True
+                # Not on a GPU before the weights are there: a wrong file should fail at once.
+                model = get_model(model, pretrained=given)
+                model.to(device or importlib.import_module('mmengine.device').get_device())
+            set_memory_format(model)
+            self.model, self.file = model, None
+            self.task = _TASKS.get(model.cfg.default_scope, str(model.cfg.default_scope))
+            meta = model.dataset_meta or {}
+        if self.task not in _TASKS.values():
+            raise UserError(f'{model} is for {self.task}, not for {", ".join(_TASKS.values())}')
+        if tile is not None:
+            if self.task != 'detection':
+                raise UserError(f'tiles are for detectors; this model is for {self.task}')
+            if tile < 32 or not 0 <= overlap < 1:
+                raise UserError(
+                    f'a tile must have 32 pixels or more, the overlap lie from 0 to below 1, got '
+                    f'{tile} and {overlap}'
+                )
+            compat.require('sahi')
+        self.tile, self.overlap = tile, overlap
+        self.classes = meta.get('classes')
+        palette = meta.get('palette')
+        self._palette = None if isinstance(palette, str) else palette  # 'random'
+
+    def __call__(self, image: str | Path | np.ndarray, score_thr: float = 0.3) -> Result:
+        """Finds what is in a picture.
+
+        Args:
+            image: A file, or an array (H, W, 3), uint8, BGR as OpenCV has it.
+            score_thr: Least score of detections.
+
+        Returns:
+            :class:`hat_mm_runtime.Detections`, :class:`hat_mm_runtime.Segmentation`,
+            :class:`hat_mm_runtime.Classification` or :class:`PanopticSegmentation`. Each has
+            ``draw()``, ``to_json()`` and a text.
+
+        Raises:
+            hat_mm_runtime.PictureError: It is no picture.
+        """
+        if not isinstance(image, np.ndarray):
+            image = read(image)
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise PictureError(
+                f'an image must be (H, W, 3) of uint8, got {image.shape} of {image.dtype}'
+            )
+        if self.tile is not None:
+            return self._in_tiles(image, score_thr)
+        return self._whole(image, score_thr)
+
+    def _whole(self, image: np.ndarray, score_thr: float) -> Any:
+        if self.file is not None:
+            return self.file(image, score_thr)
+        sample = self.run(image)
+        common = dict(image=image, classes=self.classes, palette=self._palette)
+        if self.task == 'segmentation':
+            return Segmentation(**common, map=sample.pred_sem_seg.data[0].cpu().numpy())
+        if self.task == 'classification':
+            return Classification(**common, scores=sample.pred_score.cpu().numpy())
+        if 'pred_panoptic_seg' in sample:
+            numbers = sample.pred_panoptic_seg.sem_seg[0].cpu().numpy()
+            found, inverse = np.unique(numbers, return_inverse=True)
+            real = found % OFFSET < len(self.classes)  # one more stands for no segment
+            order = np.where(real, np.cumsum(real) - 1, -1)
+            labels = (found[real] % OFFSET).tolist()
+            segments = order[inverse].reshape(numbers.shape)
+            return PanopticSegmentation(**common, map=segments, labels=labels)
+        found = sample.pred_instances
+        found = found[found.scores >= score_thr].cpu().numpy()
+        return Detections(
+            **common,
+            boxes=found.bboxes,
+            scores=found.scores,
+            labels=found.labels,
+            masks=found.masks.astype(bool) if 'masks' in found else None,
+        )
+
+    def run(self, image: np.ndarray) -> Any:
+        """The toolbox's data sample of a picture (H, W, 3), uint8, BGR, with the prediction."""
+        cfg = self.model.cfg
+        scope = cfg.default_scope
+        apis = importlib.import_module(f'{scope}.apis')
+        with DefaultScope.overwrite_default_scope(scope):
+            if self.task == 'detection':
+                return apis.inference_detector(self.model, image)
+            if self.task == 'segmentation':
+                cfg.setdefault('test_pipeline', innermost_dataset(cfg.test_dataloader).pipeline)
+                return apis.inference_model(self.model, image)
+            # Called as a whole, it would draw a progress bar for each picture.
+            inferencer = apis.ImageClassificationInferencer(self.model)
+            [batch] = inferencer.preprocess([image])
+            return inferencer.forward(batch)[0]
+
+    def _in_tiles(self, image: np.ndarray, score_thr: float) -> Detections:
+        from sahi.models.base import DetectionModel
+        from sahi.predict import get_sliced_prediction
+        from sahi.prediction import ObjectPrediction
+        from sahi.utils.cv import get_coco_segmentation_from_bool_mask
+
+        whole = self._whole
+
+        class OneTile(DetectionModel):
+            def load_model(self) -> None:
+                self.model = whole
+
+            def perform_inference(self, image: np.ndarray) -> None:
+                self._original_predictions = self.model(image, self.confidence_threshold)
+
+            def _create_object_prediction_list_from_original_predictions(
+                self, shift_amount_list: Any = None, full_shape_list: Any = None
+            ) -> None:
+                found = self._original_predictions
+                outlines: Any = [None] * len(found)
+                if found.masks is not None:
+                    outlines = [get_coco_segmentation_from_bool_mask(mask) for mask in found.masks]
+                ones = zip(found.boxes, found.labels, found.scores, outlines, strict=True)
+                self._object_prediction_list_per_image = [
+                    [
+                        ObjectPrediction(
+                            bbox=box.tolist(),
+                            category_id=int(label),
+                            category_name=found.name(label),
+                            score=float(score),
+                            segmentation=outline,
+                            shift_amount=shift_amount_list[0],
+                            full_shape=full_shape_list[0],
+                        )
+                        for box, label, score, outline in ones
+                        # A mask of less than three pixels has no outline.
+                        if outline is None or outline
+                    ]
+                ]
+
+        tiles = get_sliced_prediction(
+            image,
+            OneTile(confidence_threshold=score_thr, device='cpu'),
+            slice_height=self.tile,
+            slice_width=self.tile,
+            overlap_height_ratio=self.overlap,
+            overlap_width_ratio=self.overlap,
+            perform_standard_pred=False,
+            postprocess_type='NMS',
+            postprocess_match_metric='IOU',
+            verbose=0,
+        )
+        found = sorted(tiles.object_prediction_list, key=lambda one: -one.score.value)
+        masks = [one.mask.bool_mask for one in found if one.mask is not None]
+        return Detections(
+            image=image,
+            classes=self.classes,
+            palette=self._palette,
+            boxes=np.array([one.bbox.to_xyxy() for one in found], np.float32).reshape(-1, 4),
+            scores=np.array([one.score.value for one in found], np.float32),
+            labels=np.array([one.category.id for one in found], np.int64),
+            masks=np.array(masks) if masks else None,
+        )
+
+
+_TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation', 'mmpretrain': 'classification'}

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -15,7 +15,14 @@ from hat_mm import compat
 from hat_mm.engine.cli import UserError, innermost_dataset, set_memory_format
 from hat_mm.engine.exported import open_file
 from hat_mm.zoo.models import get_model
-from hat_mm_runtime import ENDS, Classification, Detections, PictureError, Segmentation
+from hat_mm_runtime import (
+    ENDS,
+    Classification,
+    Detections,
+    Model,
+    PictureError,
+    Segmentation,
+)
 from hat_mm_runtime.images import read
 from hat_mm_runtime.results import Result, encode
 
@@ -60,6 +67,20 @@ class PanopticSegmentation(Result):
         ]
 
 
+class Prepared(NamedTuple):
+    """What a network gets for a picture.
+
+    Attributes:
+        inputs: The normalised and padded image, (1, C, H, W).
+        sample: Its data sample, with the prediction.
+        matrix: From the picture's pixels (x, y, 1) to the image's, (2, 3).
+    """
+
+    inputs: torch.Tensor
+    sample: Any
+    matrix: np.ndarray
+
+
 class Inferencer:
     """Finds what is in pictures.
 
@@ -96,10 +117,11 @@ class Inferencer:
         tile: int | None = None,
         overlap: float = 0.2,
     ) -> None:
+        self.model: Any = None
+        self.file: Model | None = None
         if isinstance(model, str | Path) and str(model).endswith(ENDS):
             if weights is not None or device not in (None, 'cpu'):
                 raise UserError(f'{model} is an exported file: it has weights and runs on the CPU')
-            self.model: Any = None
             self.file = open_file(model)
             self.task, meta = self.file.meta['task'], self.file.meta
         else:
@@ -109,7 +131,7 @@ class Inferencer:
                 model = get_model(model, pretrained=given)
                 model.to(device or importlib.import_module('mmengine.device').get_device())
             set_memory_format(model)
-            self.model, self.file = model, None
+            self.model = model
             self.task = _TASKS.get(model.cfg.default_scope, str(model.cfg.default_scope))
             meta = model.dataset_meta or {}
         if self.task not in _TASKS.values():
@@ -157,7 +179,7 @@ class Inferencer:
         if self.file is not None:
             return self.file(image, score_thr)
         sample = self.run(image)
-        common = dict(image=image, classes=self.classes, palette=self._palette)
+        common: Any = dict(image=image, classes=self.classes, palette=self._palette)
         if self.task == 'segmentation':
             return Segmentation(**common, map=sample.pred_sem_seg.data[0].cpu().numpy())
         if self.task == 'classification':
@@ -165,7 +187,7 @@ class Inferencer:
         if 'pred_panoptic_seg' in sample:
             numbers = sample.pred_panoptic_seg.sem_seg[0].cpu().numpy()
             found, inverse = np.unique(numbers, return_inverse=True)
-            real = found % OFFSET < len(self.classes)  # one more stands for no segment
+            real = found % OFFSET < len(self.classes or ())  # one more stands for no segment
             order = np.where(real, np.cumsum(real) - 1, -1)
             labels = (found[real] % OFFSET).tolist()
             segments = order[inverse].reshape(numbers.shape)
@@ -179,6 +201,28 @@ class Inferencer:
             labels=found.labels,
             masks=found.masks.astype(bool) if 'masks' in found else None,
         )
+
+    def prepare(self, image: np.ndarray) -> Prepared:
+        """What the network gets for a picture (H, W, 3), uint8, BGR.
+
+        Raises:
+            UserError: The model is an exported file.
+        """
+        if self.model is None:
+            raise UserError('an exported file has no modules to look into: give a config')
+        caught: list[Any] = []
+        hook = self.model.data_preprocessor.register_forward_hook(lambda *one: caught.append(one))
+        try:
+            self.run(image)
+        finally:
+            hook.remove()
+        data = caught[-1][-1]
+        [sample] = data['data_samples']
+        # From the picture's size to that after resizing, from there to a central crop.
+        old, new = np.array(image.shape[1::-1]), np.array(sample.img_shape[1::-1])
+        scale = np.array(sample.get('scale_factor', new / old), float)
+        offset = np.maximum(np.round((np.round(old * scale) - new) / 2), 0)
+        return Prepared(data['inputs'], sample, np.column_stack([np.diag(scale), -offset]))
 
     def run(self, image: np.ndarray) -> Any:
         """The toolbox's data sample of a picture (H, W, 3), uint8, BGR, with the prediction."""

@@ -35,12 +35,12 @@ class CarrierTokenizer(nn.Module):
         # torch.compile recompiles for every size, and torch 2.13 then silently returns wrong
         # values.
         x = self.conv(x).permute(0, 2, 3, 1)
-        rows, cols = (self._pooling(n, x) for n in num_windows)
+        rows, cols = (self.pooling(n, x) for n in num_windows)
         # The rows first, as one product for each image.
         x = cols @ (rows @ x.flatten(2)).unflatten(2, x.shape[2:])
         return split_windows(x, num_windows, self.carrier_size)
 
-    def _pooling(self, n: int, like: Tensor) -> Tensor:
+    def pooling(self, n: int, like: Tensor) -> Tensor:
         """The (c * n, n * w) matrix that averages an axis of n windows to its carriers."""
         size, cells = n * self.window_size, n * self.carrier_size
         stride = self.window_size // self.carrier_size

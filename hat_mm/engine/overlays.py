@@ -61,12 +61,12 @@ def overlay(image: np.ndarray, values: np.ndarray) -> np.ndarray:
 
     Args:
         image: The picture, (H, W, 3), uint8, BGR.
-        values: (H, W), not negative; the largest is the brightest.
+        values: (H, W), not negative. Brightness goes by their square root, so that weak ones show.
 
     Returns:
         The same size and type.
     """
-    share = values / max(float(values.max()), 1e-12)
+    share = np.sqrt(values / max(float(values.max()), 1e-12))
     colors = cv2.applyColorMap((share * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
     opacity = 0.35 + 0.5 * share[..., None]

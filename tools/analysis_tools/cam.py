@@ -161,9 +161,9 @@ def cam(
     if unknown := [name for name in names if name not in known]:
         raise UserError(f'there is no module {", ".join(unknown)}; --layers takes {[*known][:40]}')
     scored = Scored(infer.model, score_of(infer.task, label, threshold), sample)
-    with torch.enable_grad(), torch.random.fork_rng():
-        with getattr(kinds, METHODS[method])(scored, [known[name] for name in names]) as run:
-            values = run(inputs.clone().requires_grad_(), targets=[_checked])
+    kind = getattr(kinds, METHODS[method])
+    with torch.enable_grad(), kind(scored, [known[name] for name in names]) as run:
+        values = run(inputs.clone().requires_grad_(), targets=[_checked])
     return to_picture(values[0], matrix=matrix, stride=1, size=image.shape[:2], smooth=True)
 
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from coco_scores import score
+from pr_curve import plot
 from tabulate import tabulate
 
 from hat_mm import compat
@@ -97,20 +98,6 @@ def detect(args: argparse.Namespace, cfg: object, way: str) -> None:
         'detections': found,
     }
     (args.out / f'{way}.json').write_text(json.dumps(measured), encoding='utf-8')
-
-
-def plot(curves: dict[str, object], path: Path) -> None:
-    """Draws precision against recall."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 4), layout='constrained')
-    axis = figure.subplots()
-    for way, scores in curves.items():
-        recall = [i / 100 for i in range(101)]
-        axis.plot(recall, scores.precision, label=f'{way}, AP50 {scores.ap50:.3f}')
-    axis.set(xlabel='recall', ylabel='precision at IoU 0.5', xlim=(0, 1), ylim=(0, 1.02))
-    axis.legend()
-    figure.savefig(path, dpi=100)
 
 
 def main(argv: list[str] | None = None) -> None:

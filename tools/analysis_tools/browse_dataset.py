@@ -1,0 +1,12 @@
+"""Shows training pictures as a config makes them, by the tool of the config's toolbox."""
+
+import functools
+import sys
+
+from hat_mm.engine.cli import run_tool
+from hat_mm.engine.toolbox_tools import run_toolbox_tool
+
+if __name__ == '__main__':
+    sys.exit(
+        run_tool(functools.partial(run_toolbox_tool, 'browse_dataset.py'), 'browse_dataset.py')
+    )

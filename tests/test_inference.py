@@ -41,9 +41,11 @@ PIPELINES = {
 CLASSES = {'mmdet': 3, 'mmseg': 5, 'mmpretrain': 7}
 
 
-def model_of(kind: str) -> torch.nn.Module:
+def model_of(kind: str, backbone: dict | None = None) -> torch.nn.Module:
     """A tiny model with random weights, as ``get_model`` returns it."""
     cfg: Config = config(kind)
+    if backbone is not None:
+        cfg.model.backbone = backbone
     scope = cfg.default_scope
     classes = [f'c{i}' for i in range(CLASSES[scope])]
     cfg.test_dataloader = dict(

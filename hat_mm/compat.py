@@ -51,6 +51,7 @@ EXTRAS = {
     'torchmetrics': 'panoptic',
     'timm': 'interop',
     'huggingface_hub': 'interop',
+    'pytorch_grad_cam': 'vis',
 }
 
 logger = logging.getLogger(__name__)

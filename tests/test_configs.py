@@ -304,8 +304,9 @@ def test_the_files_are_those_of_the_table(capsys):
 def test_check_mends_nothing_and_writing_keeps_what_it_does_not_know(tmp_path, monkeypatch, capsys):
     copied = tmp_path / 'configs'
     shutil.copytree(CONFIGS, copied, ignore=shutil.ignore_patterns('__pycache__'))
-    for name in ('README.md', 'model-index.yml'):
-        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / 'model-index.yml', tmp_path)
+    (tmp_path / 'docs').mkdir()
+    shutil.copy(ROOT / 'docs/models.md', tmp_path / 'docs')
     monkeypatch.setattr(make_configs, 'CONFIGS', copied)
     changed, mine = (
         copied / 'fastervit/mask-rcnn_fastervit-0_fpn_1x_coco.py',

@@ -311,7 +311,7 @@ def test_parameters_of_backbones_without_a_head_are_counted(name):
         assert re.search(rf'\b{re.escape(f"{number / 1e6:.1f}")}\b', page.partition('```')[0])
     [row] = [
         line
-        for line in (ROOT / 'README.md').read_text().splitlines()
+        for line in (ROOT / 'docs/models.md').read_text().splitlines()
         if line.startswith(f'| `{name}` |')
     ]
     assert row.strip('| ').split(' | ')[1] == f'{count / 1e6:.1f}'
@@ -323,8 +323,9 @@ def test_parameters_of_backbones_without_a_head_are_counted(name):
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
     """A copy of all that the generator reads and writes."""
-    for name in ('README.md', 'model-index.yml'):
-        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / 'model-index.yml', tmp_path)
+    (tmp_path / 'docs').mkdir()
+    shutil.copy(ROOT / 'docs/models.md', tmp_path / 'docs')
     shutil.copytree(CONFIGS, tmp_path / 'configs')
     monkeypatch.setattr(make_configs, 'CONFIGS', tmp_path / 'configs')
     return tmp_path
@@ -366,8 +367,8 @@ def test_measurements_stay_and_get_into_the_pages(copied, capsys):
     assert row.split(' | ')[1:] == [
         '43.1', '65.4', '47.4', '39.7', '62.5', '42.4', '42.7', '39.3', f'[file]({URL}) |',
     ]  # fmt: skip
-    front = (copied / 'README.md').read_text()
-    config = f'configs/hat_net/{LEAF}.py'
+    front = (copied / 'docs/models.md').read_text()
+    config = f'../configs/hat_net/{LEAF}.py'
     assert f' | [43.1 / 39.7]({config}), **[42.7 / 39.3]({URL})** | ' in front
     assert make_configs.main(['--check']) == 0
     assert '0 files differ' in capsys.readouterr().out
@@ -433,7 +434,7 @@ def test_the_page_of_a_paper(family):
     """Citation, licence and the mark of the authors' figures; nothing measured is invented."""
     page = (CONFIGS / family / 'README.md').read_text()
     [bibtex] = re.findall(r'^```bibtex\n(.*?)^```', page, re.MULTILINE | re.DOTALL)
-    assert bibtex in (ROOT / 'README.md').read_text()
+    assert bibtex in (ROOT / 'docs/models.md').read_text()
     assert 'WEIGHTS.md' in page
     results = page.partition('<!-- results')[2].partition('<!-- end of results')[0]
     tables = re.findall(r'(?:^\|.*\n)+', results, re.MULTILINE)
@@ -486,6 +487,6 @@ def test_a_model_that_was_trained_replaces_the_note(copied):
     page = (copied / 'configs/swin_hat/README.md').read_text()
     assert 'No model has been trained' not in page
     assert f'| 43.5 | 39.9 | [file]({URL}) |' in page
-    front = (copied / 'README.md').read_text()
+    front = (copied / 'docs/models.md').read_text()
     assert f'**[43.5 / 39.9]({URL})**' in front
     assert make_configs.main(['--check']) == 0

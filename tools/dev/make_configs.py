@@ -3,9 +3,9 @@
 A leaf (such a config) joins files of ``configs/_base_``, or a toolbox's own config, with a backbone
 and holds only what follows from the pair. The metafiles, the model index, the grid in
 ``configs/README.md``, the settings and results in each family's README.md and the models in
-README.md come from the same table. The metafiles also hold figures, the authors' or measured; these
-are kept, as is everything else there that the table does not define. ``--check`` writes nothing and
-fails if a file is missing, differs, or is not in the table.
+docs/models.md come from the same table. The metafiles also hold figures, the authors' or measured;
+these are kept, as is everything else there that the table does not define. ``--check`` writes
+nothing and fails if a file is missing, differs, or is not in the table.
 """
 
 from __future__ import annotations
@@ -300,11 +300,11 @@ def results(folder: str, models: list[dict[str, Any]]) -> str:
 
 
 def _cells(model: dict[str, Any], metrics: list[str]) -> Iterator[str]:
-    """An entry's cells in README.md: the authors' figures, ours in bold with the weights."""
+    """An entry's cells in docs/models.md: the authors' figures, ours in bold with the weights."""
     figures = _figures(model)
     authors, ours = ([figures.get(metric + end) for metric in metrics] for end in (AUTHORS, ''))
     if None not in authors:
-        yield _link(' / '.join(map(str, authors)), model['Config'])
+        yield _link(' / '.join(map(str, authors)), f'../{model["Config"]}')
     if None not in ours and model.get('Weights'):
         yield f'**{_link(" / ".join(map(str, ours)), model["Weights"])}**'
 
@@ -363,7 +363,7 @@ def files() -> dict[Path, str]:
         page = CONFIGS / folder / 'README.md'
         parts.append((page, 'settings', settings(folder)))
         parts.append((page, 'results', results(folder, models)))
-        parts.append((root / 'README.md', f'models of {folder}', models_table(folder, models)))
+        parts.append((root / 'docs/models.md', f'models of {folder}', models_table(folder, models)))
     for page, name, part in parts:
         text = wanted.get(page) or page.read_text(encoding='utf-8')
         wanted[page] = with_part(text, name, part)

@@ -14,7 +14,7 @@ IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-hat-net demo-seg demo-cls demo-cascade \
   demo-panoptic demo-trees demo-nuclei study study-real bench test \
-  test-slow lint format clean
+  test-slow lint format docs docs-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -88,6 +88,16 @@ lint: setup ## check format, rules, types, imports between packages, spelling
 format: setup ## put the code into the format that `make lint` asks for
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
+
+docs: setup ## build the documentation's site, in work_dirs/docs/html
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	@PYTHONPATH=. $(PY) -m sphinx --quiet -b html docs work_dirs/docs/html $(ARGS)
+	@echo work_dirs/docs/html/index.html
+
+docs-check: ## the same from scratch; warnings, broken links and files from other hosts are errors
+	@rm -rf work_dirs/docs docs/_pages
+	@$(MAKE) --no-print-directory docs ARGS='--fail-on-warning --keep-going'
+	@$(PY) tools/dev/check_site.py work_dirs/docs/html
 
 clean: ## remove the environments and all that runs have produced
 	rm -rf .venv .venv-onedl work_dirs data build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -20,7 +20,8 @@ class LoadImageOrSkip(mmcv.transforms.LoadImageFromFile):
     fills what is missing with grey; OpenCV 5 and ``imdecode_backend='pillow'`` do not.
 
     Args:
-        *args, **kwargs: Arguments of mmcv's transform.
+        *args: Arguments of mmcv's transform.
+        **kwargs: The same, by name.
 
     Attributes:
         skipped: How many images were left out, by all workers of this process.

@@ -1,4 +1,4 @@
-"""Python of README and plugins.md runs; commands, options and links of all pages exist and fit."""
+"""Python of README and of the pages on plugins runs; commands, options and links of all pages exist and fit."""
 
 import importlib
 import re
@@ -27,7 +27,7 @@ from hat_mm_runtime import __main__ as runtime
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()
 PAGES = ['README.md', 'CONTRIBUTING.md', 'WEIGHTS.md', 'DATA.md', 'CHANGELOG.md']
-PAGES += [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob('docs/*.md'))]
+PAGES += [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob('docs/**/*.md'))]
 PAGES += [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob('configs/**/*.md'))]
 
 
@@ -35,7 +35,9 @@ def blocks(language, text=README):
     return re.findall(rf'^```{language}\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
 
 
-PYTHON = [*blocks('python'), *blocks('python', (ROOT / 'docs/plugins.md').read_text())]
+PYTHON = blocks('python')
+for page in ('docs/plugins.md', 'docs/plugins/own_network.md', 'docs/plugins/swin_hat.md'):
+    PYTHON += blocks('python', (ROOT / page).read_text())
 COMMANDS = [line for block in blocks('bash') for line in block.splitlines() if line.strip()]
 
 

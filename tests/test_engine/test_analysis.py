@@ -191,7 +191,7 @@ def test_bad_arguments_are_one_line(tool, arguments, message):
 
 # --- the published tables -------------------------------------------------------------------------
 
-DOCS = (ROOT / 'docs/complexity.md').read_text()
+DOCS = (ROOT / 'docs/complexity/published.md').read_text()
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_figures_of_the_tables(tool, name, backbone):
 
 @pytest.mark.parametrize('title', get_flops.PUBLISHED)
 def test_a_table_has_a_row_for_each_published_model(title):
-    section = DOCS.partition(f'### {title}\n\n')[2].partition('\n\n')[0]
+    section = DOCS.partition(f'## {title}\n\n')[2].partition('\n\n')[0]
     expected = []
     for config, (height, width), *_ in get_flops.PUBLISHED[title]:
         assert (get_flops.CONFIGS / config).is_file()

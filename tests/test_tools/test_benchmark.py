@@ -399,7 +399,7 @@ def test_results_of_the_docs_are_reported_once_more(name, tmp_path):
     shutil.copy(ROOT / f'docs/performance/{name}.json', tmp_path)
     run('report', str(tmp_path / f'{name}.json'))
     files = name.startswith('deployment')
-    page = (ROOT / f'docs/{"deployment" if files else "performance"}.md').read_text()
+    page = (ROOT / f'docs/{"deployment" if files else "performance/comparison"}.md').read_text()
     rows = table((tmp_path / f'{name}.md').read_text())
     assert rows
     for cells in rows:

@@ -176,7 +176,7 @@ def test_the_results_of_the_docs_are_rendered_again(tmp_path, capsys):
     paths = ['--out', str(ROOT / 'docs/plugin_study.json'), '--plot', str(tmp_path / 'a/study.png')]
     study.main(['--render', *paths])
     *lines, command = capsys.readouterr().out.splitlines()
-    page = (ROOT / 'docs/plugins.md').read_text().splitlines()
+    page = (ROOT / 'docs/plugins/study.md').read_text().splitlines()
     rows = [' | '.join(cell.strip() for cell in line.split('|')).strip() for line in lines[2:-1]]
     assert [row.split(' | ')[0].strip('| ') for row in rows] == list(
         json.loads((ROOT / 'docs/plugin_study.json').read_text())['backbones']

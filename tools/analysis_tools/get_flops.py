@@ -1,7 +1,7 @@
 """Counts parameters and FLOPs (MACs) of a model by part, for one image.
 
 It counts the forward pass of a prediction before its post-processing. --published prints the
-tables of docs/complexity.md.
+tables of docs/complexity/published.md.
 """
 
 import argparse
@@ -176,9 +176,9 @@ def show(args: argparse.Namespace) -> None:
 
 
 def show_published() -> None:
-    """Prints the tables of docs/complexity.md."""
+    """Prints the tables of docs/complexity/published.md."""
     for title, rows in PUBLISHED.items():
-        print(f'### {title}\n')
+        print(f'## {title}\n')
         head(
             *('model', 'image', 'params M', 'authors', 'FLOPs G', 'attention G', 'position G'),
             *('authors', 'ratio', 'without attention', 'nor position'),

@@ -42,7 +42,6 @@ extensions = [
     'sphinx.ext.napoleon',
     'sphinx_copybutton',
 ]
-exclude_patterns = ['images', 'performance', 'real_images']
 myst_enable_extensions = ['colon_fence']
 myst_heading_anchors = 4
 autodoc_member_order = 'bysource'

@@ -27,7 +27,12 @@ from hat_mm_runtime import __main__ as runtime
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()
 PAGES = ['README.md', 'CONTRIBUTING.md', 'WEIGHTS.md', 'DATA.md', 'CHANGELOG.md']
-PAGES += [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob('docs/**/*.md'))]
+# docs/_pages has copies of the others, for the site.
+PAGES += [
+    str(page.relative_to(ROOT))
+    for page in sorted(ROOT.glob('docs/**/*.md'))
+    if page.parent.name != '_pages'
+]
 PAGES += [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob('configs/**/*.md'))]
 
 

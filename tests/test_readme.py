@@ -1,4 +1,4 @@
-"""Python of README and of the pages on plugins runs; commands, options and links of all pages exist and fit."""
+"""Python of README and plugins runs; commands, options and links of all pages exist and fit."""
 
 import importlib
 import re

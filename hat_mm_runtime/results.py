@@ -165,10 +165,13 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
 def _write(
     picture: np.ndarray, text: str, *, corner: tuple[int, int], color: Sequence[int]
 ) -> None:
-    """Writes dark text on a bar above the corner, or below it at the border of the picture."""
+    """Writes text on a bar above the corner, or below it at the border of the picture."""
     font, scale = cv2.FONT_HERSHEY_SIMPLEX, max(0.35, max(picture.shape[:2]) / 2000)
     (width, height), below = cv2.getTextSize(text, font, scale, 1)
     x = min(max(corner[0], 0), max(picture.shape[1] - width, 0))
     y = max(corner[1], height + below)
     cv2.rectangle(picture, (x, y - height - below), (x + width, y), color, -1)
-    cv2.putText(picture, text, (x, y - below // 2), font, scale, (0, 0, 0), 1, cv2.LINE_AA)
+    blue, green, red = color
+    dark = 0.114 * blue + 0.587 * green + 0.299 * red < 110  # the bar, as eyes see it
+    ink = (255, 255, 255) if dark else (0, 0, 0)
+    cv2.putText(picture, text, (x, y - below // 2), font, scale, ink, 1, cv2.LINE_AA)

@@ -1,5 +1,6 @@
 """The runtime gives what the toolboxes give, from picture to result."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -397,7 +398,7 @@ def test_without_torch(files, tmp_path):
     venv.create(tmp_path / 'venv', symlinks=True)
     [packages] = (tmp_path / 'venv').glob('lib/*/site-packages')
     for module in ('numpy', 'cv2', 'onnxruntime', 'openvino'):
-        source = Path(sys.modules[module].__file__).parent
+        source = Path(importlib.import_module(module).__file__).parent
         for folder in (source, source.with_name(f'{module}.libs')):
             if folder.exists():
                 (packages / folder.name).symlink_to(folder)

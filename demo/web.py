@@ -54,9 +54,11 @@ TIMING = (
     'The model in PyTorch beside its exported file in onnxruntime, on this picture and this '
     'machine, in turns. The first time, the model is exported, which takes a minute or two.'
 )
-# As many columns as fit.
+# As many columns as fit, and all rows; words in one piece.
 CSS = """
 #attention .grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+#attention .grid-wrap { min-height: 0; max-height: none; }
+#counts td, #speed td, #speed th { overflow-wrap: normal; word-break: normal; padding: 6px 10px; }
 """
 
 
@@ -320,7 +322,7 @@ def compare(models: Models, session: Session, score: float) -> str:
     """Times a model and its exported file on the picture in turns; a table in Markdown."""
     choices = {
         'PyTorch': models.choices[session.name],
-        'exported, onnxruntime': Choice(str(models.export(session.name))),
+        'onnxruntime': Choice(str(models.export(session.name))),
     }
     seconds: dict[str, list[float]] = {what: [] for what in choices}
     found: dict[str, Any] = {}
@@ -336,8 +338,8 @@ def compare(models: Models, session: Session, score: float) -> str:
         rows.append([what, f'{middle * 1e3:.0f}', span, str(found[what])])
     first, second = (str(one) for one in found.values())
     verdict = 'They agree.' if first == second else '**They differ.**'
-    head = ['', f'median of {RUNS} runs, ms', 'range, ms', 'found']
-    return f'{table(head, rows)}\n\n{verdict} The file is {choices["exported, onnxruntime"].model}.'
+    head = ['', f'median of {RUNS}, ms', 'range, ms', 'found']
+    return f'{table(head, rows)}\n\n{verdict} The file is {choices["onnxruntime"].model}.'
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -365,16 +367,18 @@ def build_page(models: Models) -> Any:
     gr = compat.require('gradio')
 
     def on_picture(name: str, path: str | None, score: float) -> dict:
-        session = None
+        session, broken = None, {}
         if path is not None:
             try:
                 session = find(models, name, path)
             except Exception as error:
-                gr.Warning(reason(error), title='Not this picture', duration=None)
+                gr.Warning(reason(error), duration=None)
+                if isinstance(error, PictureError):
+                    broken = {picture: None}
         out = {state: session, gallery: None, stages: gr.Radio(visible=False), speed: ''}
         out[place] = session and session.found.image[..., ::-1]
         out[slider] = gr.Slider(visible=session is None or isinstance(session.found, Detections))
-        return out | dict(zip((result, counts), on_score(session, score), strict=True))
+        return out | broken | dict(zip((result, counts), on_score(session, score), strict=True))
 
     def on_score(session: Session | None, score: float) -> tuple[Any, str]:
         if session is None:
@@ -436,7 +440,7 @@ def build_page(models: Models) -> Any:
                     gr.Markdown(TIMING)
                     button = gr.Button('Compare', variant='primary')
                     speed = gr.Markdown(elem_id='speed')
-        outputs = {state, result, counts, place, slider, gallery, stages, speed}
+        outputs = {state, picture, result, counts, place, slider, gallery, stages, speed}
         gr.on([picture.change, model.change], on_picture, [model, picture, slider], outputs)
         redraw = dict(show_progress='hidden', trigger_mode='always_last')
         slider.change(on_score, [state, slider], [result, counts], **redraw)

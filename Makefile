@@ -13,8 +13,8 @@ IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-hat-net demo-seg demo-cls demo-cascade \
-  demo-panoptic demo-trees demo-nuclei notebook study study-real bench \
-  test test-slow lint format docs docs-check clean
+  demo-panoptic demo-trees demo-nuclei notebook web study study-real \
+  bench test test-slow lint format docs docs-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,10 @@ demo-nuclei: setup ## real pictures: nuclei under the microscope, Mask R-CNN and
 notebook: setup ## run the tutorial, demo/hat_mm_tutorial.ipynb, as a test; installs what notebooks need
 	@$(PY) -m pip install --quiet -r requirements/notebook.txt
 	@$(IN_VENV) $(PY) -m pytest -m slow tests/test_demo/test_notebook.py $(ARGS)
+
+web: setup ## a page in the browser: what the trained models find, where they look, how fast they are
+	@$(IN_VENV) $(PY) -m pip install --quiet -r requirements/web.txt
+	@$(IN_VENV) $(PY) demo/web.py $(ARGS)
 
 study: setup ## train networks with and without global attention, 24 runs, over an hour on two cores
 	@$(IN_VENV) $(PY) tools/analysis_tools/plugin_study.py $(ARGS)

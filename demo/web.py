@@ -310,9 +310,9 @@ def look(models: Models, session: Session, stage: str | None) -> list[tuple[np.n
                 seen = (values > 0).astype(np.uint8)
                 outline, _ = cv2.findContours(seen, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
                 cv2.drawContours(picture, outline, -1, (255, 255, 255), 1)
-            size = max(8, max(image.shape) // 16)
+            size = max(8, max(image.shape) // 24)
             at = (round(x), round(y))
-            cv2.drawMarker(picture, at, (255, 255, 0), cv2.MARKER_CROSS, size, max(1, size // 8))
+            cv2.drawMarker(picture, at, (255, 255, 0), cv2.MARKER_CROSS, size, max(1, size // 10))
             title = panel.name if panel.name == 'rollout' else f'{panel.name}, {kind}'
             shown.append((shrunk(picture, PANEL_SIDE)[..., ::-1], title))
     return shown

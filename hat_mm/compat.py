@@ -46,6 +46,7 @@ EXTRAS = {
     'onnxruntime': 'deploy',
     'openvino': 'deploy',
     'nncf': 'deploy',
+    'gradio': 'demo',
     'sahi': 'large',
     'supervision': 'data',
     'torchmetrics': 'panoptic',
@@ -93,7 +94,8 @@ def require(name: str) -> ModuleType:
     extra = EXTRAS.get(name.partition('.')[0])
     cure = f'install the package that provides {name!r}'
     if extra is not None:
-        cure = f"run `make setup` in a checkout of hat_mm, or `pip install 'hat_mm[{extra}]'`"
+        target = 'web' if extra == 'demo' else 'setup'
+        cure = f"run `make {target}` in a checkout of hat_mm, or `pip install 'hat_mm[{extra}]'`"
     if not _has_module(name):
         raise DependencyError(f'{name} is not installed: {cure}')
     if name in ('mmdet', 'mmseg') and _has_module('mmcv') and not _has_module('mmcv._ext'):

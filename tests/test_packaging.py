@@ -132,7 +132,7 @@ def test_the_wheel_requires_torch_and_numpy_alone(archives):
     required = metadata.get_all('Requires-Dist')
     hard = [line for line in required if 'extra ==' not in line]
     assert sorted(line.split('>')[0] for line in hard) == ['numpy', 'torch']
-    extras = ['det', 'seg', 'cls', 'large', 'data', 'panoptic', 'interop', 'bench', 'vis']
+    extras = ['det', 'seg', 'cls', 'large', 'data', 'panoptic', 'interop', 'bench', 'vis', 'demo']
     extras += ['deploy', 'docs', 'test', 'dev']
     assert {*metadata.get_all('Provides-Extra')} == {*extras}
     assert metadata['License-Expression'] == 'Apache-2.0'

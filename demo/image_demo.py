@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -65,25 +66,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # --- inputs and outputs ---------------------------------------------------------------------------
 
 
-def find_files(inputs: list[str]) -> dict[Path, Path]:
-    """The files of all inputs, and the path below the output folder for each result.
+def find_files(inputs: list[str], results: Path) -> dict[Path, Path]:
+    """The files of all inputs, and the path of each result below the folder of results.
+
+    Args:
+        inputs: Files, folders and patterns.
+        results: Folder of earlier results, which are left out.
 
     Raises:
         UserError: Nothing matches an input.
     """
     found: dict[Path, Path] = {}
     for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            below = sorted(path.rglob('*'))
-            files = [file for file in below if file.suffix.lower() in (*PICTURES, *VIDEOS)]
-            found |= {file: file.relative_to(path) for file in files if file not in found}
-        else:
-            # A name may hold brackets.
-            files = [path] if path.exists() else [Path(one) for one in sorted(glob.glob(text))]
-            found |= {file: Path(file.name) for file in files if file not in found}
+        # A name may hold brackets.
+        matches = [text] if Path(text).exists() else sorted(glob.glob(text, recursive=True))
+        files: dict[Path, Path] = {}
+        for path in map(Path, matches):
+            if path.is_dir():
+                below = (file for file in sorted(path.rglob('*')) if file.is_file())
+                good = (file for file in below if file.suffix.lower() in (*PICTURES, *VIDEOS))
+                files |= {file: file.relative_to(path) for file in good}
+            else:
+                files[path] = Path(path.name)
+        files = {a: b for a, b in files.items() if results not in a.parents}
         if not files:
             raise UserError(f'no picture or video: {text!r}')
+        found |= {file: target for file, target in files.items() if file not in found}
     taken: set[Path] = set()
     for file, wanted in found.items():
         target = wanted.with_suffix('.mp4' if file.suffix.lower() in VIDEOS else '.jpg')
@@ -105,7 +113,7 @@ def frames(path: Path) -> Iterator[np.ndarray]:
     if path.suffix.lower() not in VIDEOS:
         yield read(path)
         return
-    video = cv2.VideoCapture(str(path))
+    video = cv2.VideoCapture(plain(path))
     try:
         good, frame = video.read()
         if not good:
@@ -115,6 +123,19 @@ def frames(path: Path) -> Iterator[np.ndarray]:
             good, frame = video.read()
     finally:
         video.release()
+
+
+def plain(path: Path) -> str:
+    """A path that OpenCV's videos can take; they end the process at others.
+
+    Raises:
+        PictureError: It is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise PictureError(f'video {str(path)!r}: its name is not UTF-8, rename it') from error
+    return str(path)
 
 
 class Writer:
@@ -131,19 +152,28 @@ class Writer:
         self.video: cv2.VideoWriter | None = None
         self.rate = 0.0
         if target.suffix == '.mp4':
-            video = cv2.VideoCapture(str(source))
+            video = cv2.VideoCapture(plain(source))
             self.rate = video.get(cv2.CAP_PROP_FPS) or 25.0
             video.release()
 
     def write(self, picture: np.ndarray) -> None:
-        """Writes a picture (H, W, 3), BGR."""
+        """Writes a picture (H, W, 3), BGR.
+
+        Raises:
+            PictureError: JPEG or OpenCV cannot take it.
+        """
         if not self.rate:
-            self.target.write_bytes(cv2.imencode('.jpg', picture)[1].tobytes())
+            good, content = cv2.imencode('.jpg', picture)
+            if not good:
+                raise PictureError(f'{self.target} cannot be written: too large for JPEG?')
+            self.target.write_bytes(content.tobytes())
             return
         if self.video is None:
             kind = cv2.VideoWriter.fourcc(*'mp4v')
             size = picture.shape[1::-1]
-            self.video = cv2.VideoWriter(str(self.target), kind, self.rate, size)
+            self.video = cv2.VideoWriter(plain(self.target), kind, self.rate, size)
+            if not self.video.isOpened():
+                raise PictureError(f'{self.target} cannot be written: OpenCV has no encoder for it')
         self.video.write(picture)
 
     def close(self) -> None:
@@ -191,7 +221,10 @@ def main(argv: list[str] | None = None) -> None:
         UserError: An input could not be read.
     """
     args = parse_args(argv)
-    files = find_files(args.inputs)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be no Unicode
+            stream.reconfigure(errors='backslashreplace')
+    files = find_files(args.inputs, args.out_dir / 'vis')
     make_writable(str(args.out_dir), '--out-dir')
     hat_mm.tune_allocator()
     infer = hat_mm.Inferencer(
@@ -201,17 +234,20 @@ def main(argv: list[str] | None = None) -> None:
     progress = ProgressBar(len(files), file=sys.stderr)
     try:
         for file, target in files.items():
-            writer = Writer(file, args.out_dir / 'vis' / target)
+            writer = None
             try:
+                writer = Writer(file, args.out_dir / 'vis' / target)
                 for i, frame in enumerate(frames(file)):
                     found = infer(frame, args.score_thr)
                     results.add(file, i, found)
                     writer.write(found.draw())
             except (PictureError, ModelError) as error:  # and on to the next
-                print(f'\nerror: {error}', file=sys.stderr)
+                known = str(file) in str(error)
+                print(f'\nerror: {error if known else f"{file}: {error}"}', file=sys.stderr)
                 failed += 1
             finally:
-                writer.close()
+                if writer is not None:
+                    writer.close()
             progress.update()
     finally:  # an interrupted run keeps what it has found
         results.write(args.out_dir / 'results.json', infer.classes)

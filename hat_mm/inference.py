@@ -1,6 +1,8 @@
 """Pictures in, results out: one call for models of the three toolboxes and for exported files."""
 
+import copy
 import importlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from mmengine.registry import DefaultScope
 from hat_mm import compat
 from hat_mm.engine.cli import UserError, innermost_dataset, set_memory_format
 from hat_mm.engine.exported import open_file
+from hat_mm.engine.maps import evaluation
 from hat_mm.zoo.models import get_model
 from hat_mm_runtime import (
     ENDS,
@@ -45,9 +48,7 @@ class PanopticSegmentation(Result):
     labels: Sequence[int]
 
     def __str__(self) -> str:
-        labels, numbers = np.unique(self.labels, return_counts=True)
-        counts = [f'{n} {self.name(i)}' for i, n in zip(labels, numbers, strict=True)]
-        return ', '.join(counts) or 'nothing'
+        return self.counted(self.labels)
 
     def draw(self) -> np.ndarray:
         """The picture in the colours of the classes, with outlines, (H, W, 3), uint8, BGR."""
@@ -84,8 +85,9 @@ class Prepared(NamedTuple):
 class Inferencer:
     """Finds what is in pictures.
 
-    The toolboxes' own inference functions run PyTorch models, :class:`hat_mm_runtime.Model` runs
-    exported files. The results are of the same classes.
+    PyTorch models run as the toolboxes' inferencers run them: by the config's test pipeline and the
+    model's ``test_step``. :class:`hat_mm_runtime.Model` runs exported files. The results are of the
+    same classes. Neither the model nor its config is changed.
 
     Args:
         model: A name of :func:`hat_mm.list_models`, the path of a config, a config, a model of
@@ -102,8 +104,8 @@ class Inferencer:
         classes: Names of the classes; None if the model has none.
 
     Raises:
-        ValueError: There is no such model, or the weights do not fill it.
-        UserError: Tiles for what is no detector, a GPU or weights for an exported file.
+        UserError: There is no such model, file or device, the weights do not fill the model, tiles
+            are asked of what is no detector, or an exported file is given weights or a GPU.
         hat_mm_runtime.ModelError: An exported file cannot be opened.
         hat_mm.compat.DependencyError: A package is not installed.
     """
@@ -126,23 +128,25 @@ class Inferencer:
             self.task, meta = self.file.meta['task'], self.file.meta
         else:
             if not isinstance(model, torch.nn.Module):
-                given = str(weights) if weights is not None else True
-                # Not on a GPU before the weights are there: a wrong file should fail at once.
-                model = get_model(model, pretrained=given)
-                model.to(device or importlib.import_module('mmengine.device').get_device())
-            set_memory_format(model)
+                model = _load(model, weights, device)
+            elif weights is not None or device is not None or not hasattr(model, 'cfg'):
+                raise UserError(
+                    f'{type(model).__name__}: a model that is built must come from get_model, with '
+                    'its weights, and on its device'
+                )
             self.model = model
             self.task = _TASKS.get(model.cfg.default_scope, str(model.cfg.default_scope))
             meta = model.dataset_meta or {}
+            self._pipeline = _pipeline_of(model.cfg)
         if self.task not in _TASKS.values():
             raise UserError(f'{model} is for {self.task}, not for {", ".join(_TASKS.values())}')
         if tile is not None:
             if self.task != 'detection':
                 raise UserError(f'tiles are for detectors; this model is for {self.task}')
-            if tile < 32 or not 0 <= overlap < 1:
+            if not isinstance(tile, int) or tile < 32 or not 0 <= overlap < 1:
                 raise UserError(
                     f'a tile must have 32 pixels or more, the overlap lie from 0 to below 1, got '
-                    f'{tile} and {overlap}'
+                    f'{tile!r} and {overlap!r}'
                 )
             compat.require('sahi')
         self.tile, self.overlap = tile, overlap
@@ -165,8 +169,10 @@ class Inferencer:
         Raises:
             hat_mm_runtime.PictureError: It is no picture.
         """
-        if not isinstance(image, np.ndarray):
+        if isinstance(image, str | Path):
             image = read(image)
+        if not isinstance(image, np.ndarray):
+            raise PictureError(f'an image must be a file or an array, got {type(image).__name__}')
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise PictureError(
                 f'an image must be (H, W, 3) of uint8, got {image.shape} of {image.dtype}'
@@ -225,20 +231,25 @@ class Inferencer:
         return Prepared(data['inputs'], sample, np.column_stack([np.diag(scale), -offset]))
 
     def run(self, image: np.ndarray) -> Any:
-        """The toolbox's data sample of a picture (H, W, 3), uint8, BGR, with the prediction."""
-        cfg = self.model.cfg
-        scope = cfg.default_scope
-        apis = importlib.import_module(f'{scope}.apis')
+        """The toolbox's data sample of a picture (H, W, 3), uint8, BGR, with the prediction.
+
+        Raises:
+            PictureError: The test pipeline cannot prepare it, because it is too thin, for example.
+        """
+        scope = self.model.cfg.default_scope
+        height, width = image.shape[:2]
+        size = dict(img_shape=(height, width), ori_shape=(height, width))
         with DefaultScope.overwrite_default_scope(scope):
-            if self.task == 'detection':
-                return apis.inference_detector(self.model, image)
-            if self.task == 'segmentation':
-                cfg.setdefault('test_pipeline', innermost_dataset(cfg.test_dataloader).pipeline)
-                return apis.inference_model(self.model, image)
-            # Called as a whole, it would draw a progress bar for each picture.
-            inferencer = apis.ImageClassificationInferencer(self.model)
-            [batch] = inferencer.preprocess([image])
-            return inferencer.forward(batch)[0]
+            try:
+                data = self._pipeline(dict(img=image, img_id=0, img_path='', **size))
+            except (cv2.error, ZeroDivisionError, MemoryError) as error:
+                cause = ' '.join(str(error).split())
+                raise PictureError(
+                    f'the test pipeline cannot prepare a picture of {width}x{height}: {cause}'
+                ) from error
+            batch = {key: [value] for key, value in data.items()}
+            with evaluation(self.model), torch.no_grad():
+                return self.model.test_step(batch)[0]
 
     def _in_tiles(self, image: np.ndarray, score_thr: float) -> Detections:
         from sahi.models.base import DetectionModel
@@ -303,6 +314,41 @@ class Inferencer:
             labels=np.array([one.category.id for one in found], np.int64),
             masks=np.array(masks) if masks else None,
         )
+
+
+def _load(model: Any, weights: Any, device: str | None) -> Any:
+    """Builds a model with weights on a device.
+
+    Raises:
+        UserError: One of them is not there, or they do not fit.
+    """
+    device = device or importlib.import_module('mmengine.device').get_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+        cause = str(error).splitlines()[0]
+        raise UserError(f'device {device!r} cannot be used: {cause}') from error
+    try:
+        model = get_model(model, pretrained=True if weights is None else str(weights))
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    set_memory_format(model.to(device))
+    return model
+
+
+def _pipeline_of(cfg: Any) -> Any:
+    """The test pipeline of a config for pictures that are loaded, without their annotations.
+
+    Raises:
+        UserError: The config has none.
+    """
+    if not cfg.get('test_dataloader'):
+        raise UserError('the config has no test_dataloader, which says how pictures are prepared')
+    steps = innermost_dataset(cfg.test_dataloader).get('pipeline') or []
+    kept = [step for step in steps if not re.search('Load[A-Za-z]*(Image|Annotations)', step.type)]
+    importlib.import_module(f'{cfg.default_scope}.datasets')  # registers the transforms
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return importlib.import_module('mmcv.transforms').Compose(copy.deepcopy(kept))
 
 
 _TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation', 'mmpretrain': 'classification'}

@@ -27,6 +27,12 @@ class Result:
         known = self.classes or ()
         return known[label] if label < len(known) else f'class {label}'
 
+    def counted(self, labels: Any) -> str:
+        """How many there are of each class, as text."""
+        found, numbers = np.unique(labels, return_counts=True)
+        counts = [f'{n} {self.name(i)}' for i, n in zip(found, numbers, strict=True)]
+        return ', '.join(counts) or 'nothing'
+
     def color(self, label: int) -> tuple[int, ...]:
         """Colour of a class, BGR."""
         if self.palette and label < len(self.palette):
@@ -56,9 +62,7 @@ class Detections(Result):
         return len(self.boxes)
 
     def __str__(self) -> str:
-        labels, numbers = np.unique(self.labels, return_counts=True)
-        counts = [f'{n} {self.name(i)}' for i, n in zip(labels, numbers, strict=True)]
-        return ', '.join(counts) or 'nothing'
+        return self.counted(self.labels)
 
     @property
     def names(self) -> list[str]:

@@ -7,12 +7,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmcv.transforms import Compose
 from mmdet.structures import DetDataSample
-from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
-from test_deployment.tiny_models import config, spread
-from test_runtime.test_runtime import CLASSIFYING, DETECTING, picture, write
+from model_files import CLASSIFYING, DETECTING, PIPELINES, model_of, picture, write
 
 import hat_mm
 from hat_mm.engine.cli import UserError
@@ -20,47 +19,17 @@ from hat_mm.inference import PanopticSegmentation
 from hat_mm_runtime import Classification, Detections, ModelError, PictureError, Segmentation
 
 ROOT = Path(__file__).resolve().parents[1]
-PIPELINES = {
-    'mmdet': [
-        dict(type='LoadImageFromFile'),
-        dict(type='Resize', scale=(160, 96), keep_ratio=True),
-        dict(type='PackDetInputs'),
-    ],
-    'mmseg': [
-        dict(type='LoadImageFromFile'),
-        dict(type='Resize', scale=(160, 96), keep_ratio=True),
-        dict(type='PackSegInputs'),
-    ],
-    'mmpretrain': [
-        dict(type='LoadImageFromFile'),
-        dict(type='ResizeEdge', scale=96, edge='short'),
-        dict(type='CenterCrop', crop_size=64),
-        dict(type='PackInputs'),
-    ],
-}
-CLASSES = {'mmdet': 3, 'mmseg': 5, 'mmpretrain': 7}
-
-
-def model_of(kind: str, backbone: dict | None = None) -> torch.nn.Module:
-    """A tiny model with random weights, as ``get_model`` returns it."""
-    cfg: Config = config(kind)
-    if backbone is not None:
-        cfg.model.backbone = backbone
-    scope = cfg.default_scope
-    classes = [f'c{i}' for i in range(CLASSES[scope])]
-    cfg.test_dataloader = dict(
-        dataset=dict(pipeline=PIPELINES[scope], metainfo=dict(classes=classes))
-    )
-    return spread(hat_mm.get_model(cfg))
 
 
 @pytest.mark.parametrize('kind', ['mask_rcnn', 'retinanet'])
 def test_detections_are_the_toolbox_s(kind):
     model, image = model_of(kind), picture(120, 200)
+    loaded = [dict(type='mmdet.LoadImageFromNDArray'), *PIPELINES['mmdet'][1:]]
     found = hat_mm.Inferencer(model)(image, score_thr=0.0)
     with DefaultScope.overwrite_default_scope('mmdet'):
         apis = importlib.import_module('mmdet.apis')
-        expected = apis.inference_detector(model, image).pred_instances
+        pipeline = Compose(loaded)
+        expected = apis.inference_detector(model, image, pipeline).pred_instances
     assert isinstance(found, Detections)
     assert len(found) == len(expected) > 3
     assert np.array_equal(found.boxes, expected.bboxes.numpy())
@@ -159,7 +128,37 @@ def test_errors(tmp_path):
         infer(np.zeros((8, 8, 3)))
     with pytest.raises(PictureError, match='does not exist'):
         infer('nowhere.jpg')
-    with pytest.raises(ValueError, match='names no weights'):
+    with pytest.raises(UserError, match='names no weights'):
         hat_mm.Inferencer(ROOT / 'configs/toy/fastervit-tiny_shapes.py')
-    with pytest.raises(ValueError, match='did you mean'):
+    with pytest.raises(UserError, match='did you mean'):
         hat_mm.Inferencer('mask-rcnn_fastervit-0')
+    with pytest.raises(UserError, match="device 'gpu' cannot be used"):
+        hat_mm.Inferencer(ROOT / 'configs/toy/fastervit-tiny_shapes.py', device='gpu')
+    with pytest.raises(UserError, match='must come from get_model'):
+        hat_mm.Inferencer(model, 'nowhere.pth')
+    model.cfg.pop('test_dataloader')
+    with pytest.raises(UserError, match='no test_dataloader'):
+        hat_mm.Inferencer(model)
+
+
+@pytest.mark.parametrize('kind', ['retinanet', 'upernet'])
+def test_a_picture_that_is_too_thin(kind):
+    with pytest.raises(PictureError, match='picture of 3000x1'):
+        hat_mm.Inferencer(model_of(kind))(np.zeros((1, 3000, 3), np.uint8))
+
+
+@pytest.mark.parametrize('kind', ['mask_rcnn', 'upernet', 'classifier'])
+def test_nothing_of_the_model_changes(kind):
+    """Nor does it matter in which mode the model is, or that its dataset is wrapped."""
+    model = model_of(kind)
+    dataset = model.cfg.test_dataloader.dataset
+    model.cfg.test_dataloader.dataset = dict(type='RepeatDataset', times=1, dataset=dataset)
+    dataset.pipeline[0].type = 'hat_mm.LoadImageOrSkip'
+    text, state = model.cfg.pretty_text, {k: v.clone() for k, v in model.state_dict().items()}
+    first = hat_mm.Inferencer(model)(picture(90, 150))
+    model.train()
+    second = hat_mm.Inferencer(model)(picture(90, 150))
+    assert first.to_json() == second.to_json()
+    assert model.training
+    assert model.cfg.pretty_text == text
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())

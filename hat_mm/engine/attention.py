@@ -12,7 +12,7 @@ Letters: T tokens, S summaries, M groups that attend apart (windows), Q queries,
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hat_mm.backbones.fastervit import HATBlock, HATStage
-from hat_mm.backbones.swin_hat import SwinBlock, SwinStage
+from hat_mm.backbones.fastervit import HATStage
+from hat_mm.backbones.swin_hat import SwinStage
 from hat_mm.layers import HierarchicalMHSA, SelfAttention, count_windows, split_windows
 
 __all__ = ['BlockAttention', 'StageAttention', 'attention_weights', 'trace_attention']
@@ -85,18 +85,14 @@ def attention_weights(module: nn.Module, *inputs: Any) -> tuple[list[Tensor], Te
 
 
 @contextmanager
-def recorded(model: nn.Module, kinds: tuple[type, ...]) -> Iterator[dict[nn.Module, tuple]]:
-    """Keeps what modules of these kinds are given and return, and removes its hooks at the end."""
+def recorded(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple]]:
+    """Keeps what modules are given and return, and removes its hooks at the end."""
     seen: dict[nn.Module, tuple] = {}
 
     def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         seen[module] = (*args, *kwargs.values()), output
 
-    hooks = [
-        module.register_forward_hook(keep, with_kwargs=True)
-        for module in model.modules()
-        if isinstance(module, kinds)
-    ]
+    hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
     try:
         yield seen
     finally:
@@ -155,6 +151,21 @@ class Summarize:
 
 
 @dataclass(frozen=True)
+class Pad:
+    """New padding: what was at its places before does not come through.
+
+    Attributes:
+        kept: 1 for tokens of the map and for summaries, 0 for padding, (T + S,).
+    """
+
+    kept: Tensor
+
+    def back(self, shares: Tensor) -> Tensor:
+        """Takes shares of the nodes (T + S,) after the step to those before it."""
+        return shares * self.kept
+
+
+@dataclass(frozen=True)
 class BlockAttention:
     """The attention of a block.
 
@@ -190,7 +201,7 @@ class StageAttention:
         map_size: Its map (H, W) in tokens.
         padded_size: The same with padding to whole windows.
         grid_size: Grid (a, b) of the summaries; None if there are none.
-        cell_size: Tokens along a side of what a summary stands for.
+        cell_size: Tokens along a side of a summary's place, for drawing; carriers overlap.
         blocks: Its blocks.
         start: What the carriers are made of at the start; None for no carriers.
     """
@@ -278,8 +289,9 @@ def trace_attention(model: nn.Module, run: Callable[[], Any]) -> list[StageAtten
     Raises:
         ValueError: The model has no attention of hat_mm.
     """
-    kinds = (HATStage, HATBlock, SwinStage, SwinBlock, SelfAttention, HierarchicalMHSA)
-    with recorded(model, kinds) as seen, torch.no_grad():
+    kinds = (HATStage, SwinStage, SelfAttention, HierarchicalMHSA)
+    modules = [module for module in model.modules() if isinstance(module, kinds)]
+    with recorded(modules) as seen, torch.no_grad():
         run()
     stages: dict[str, StageAttention] = {}
     for name, module in model.named_modules():
@@ -390,6 +402,9 @@ def _of_swin_stage(name: str, stage: SwinStage, seen: dict[nn.Module, tuple]) ->
     w = block.window_size
     found, nodes = _windowed_stage(name, stage, w, seen)
     num_windows = count_windows(found.map_size, w)
+    # Swin crops the map after each block, and pads it with zeros before the next.
+    pad = Pad((found.shares(torch.ones(found.map_size, device=nodes.tokens.device)) > 0).double())
+    pad.kept[nodes.grid] = 1
     for i, block in enumerate(stage.blocks):
         inputs, _ = seen[block.attn]
         shift = 0 if inputs[2] is None else block.shift
@@ -397,12 +412,12 @@ def _of_swin_stage(name: str, stage: SwinStage, seen: dict[nn.Module, tuple]) ->
         windows = split_windows(rolled, num_windows, w)[..., 0]
         members = torch.cat([nodes.carriers, windows], 1)
         local = Attend(_mean_of_heads(block.attn, seen, len(windows)), members, members)
-        steps: tuple[Attend, ...] = (local,)
+        steps: tuple[Any, ...] = (pad, local)
         far: tuple[Attend, ...] = (local,) if found.grid_size else ()
         if block.carrier_attn is not None:
             among = _mean_of_heads(block.carrier_attn.attn, seen, 1)
             exchange = Attend(among, nodes.grid, nodes.grid)
-            steps, far = (exchange, local), (local, exchange)
+            steps, far = (pad, exchange, local), (local, exchange)
         found.blocks.append(BlockAttention(f'{name}.blocks.{i}', steps, local, far))
     return found
 

@@ -27,7 +27,7 @@ import torch
 import hat_mm
 from hat_mm import compat
 from hat_mm.layers import Deployable
-from hat_mm_runtime import ENDS, ModelError
+from hat_mm_runtime import ENDS, ModelError, PictureError
 
 from .allocator import tune_allocator
 
@@ -527,7 +527,8 @@ def explain(error: Exception) -> str | None:
         text = text.splitlines()[-1].partition(': ')[2]
     text = ' '.join(text.split())
     known = isinstance(
-        error, UserError | ModelError | compat.DependencyError | pickle.UnpicklingError
+        error,
+        UserError | ModelError | PictureError | compat.DependencyError | pickle.UnpicklingError,
     )
     if known and not from_worker:
         return text

@@ -61,7 +61,7 @@ def check_maps(model: nn.Module) -> list[str]:
         backbone, parts = owner.backbone, list(_made_for(owner))
         if not parts:
             continue
-        with _evaluation(owner), torch.no_grad():
+        with evaluation(owner), torch.no_grad():
             image = next(backbone.parameters()).new_zeros(1, backbone.in_channels, SIDE, SIDE)
             levels = backbone(image)
             if getattr(owner, 'neck', None) is not None:
@@ -129,7 +129,7 @@ def _text(strides: Sequence[float]) -> str:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
     """Puts a model in eval mode for a while; each part returns to its own mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -156,7 +156,7 @@ def check_model(cfg: Any) -> list[str]:
     Raises:
         UserError: The model cannot be built or run, or its levels miss their strides.
     """
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     cfg = copy.deepcopy(cfg)
     cfg.model = without_groups(without_weights(cfg.model))
     parts: tuple[Any, ...] = (cfg.model, cfg.model.get('detector') or {})

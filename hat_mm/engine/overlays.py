@@ -12,9 +12,15 @@ from .attention import StageAttention, trace_attention
 from .cli import UserError
 
 
-def stride_of(image_width: int, map_width: int) -> int:
-    """Pixels of the network's image for a cell of a map, a power of two."""
-    return 2 ** round(np.log2(image_width / map_width))
+def stride_of(image_size: Sequence[int], map_size: Sequence[int]) -> int:
+    """Pixels of the network's image for a cell of a map, a power of two.
+
+    Args:
+        image_size: Height and width of the image.
+        map_size: Height and width of the map.
+    """
+    longer = int(np.argmax(map_size))  # the other side may be a single cell
+    return 2 ** round(np.log2(image_size[longer] / map_size[longer]))
 
 
 def to_cells(points: np.ndarray, *, matrix: np.ndarray, stride: float) -> np.ndarray:
@@ -106,14 +112,14 @@ class AttentionMaps:
         size: Height and width of the picture.
         stages: Attention of each stage, by name.
         matrix: From the picture's pixels (x, y, 1) to the network's image, (2, 3).
-        width: Width of the network's image.
+        image_size: Height and width of the network's image.
         device: Where the network is.
     """
 
     size: tuple[int, int]
     stages: dict[str, StageAttention]
     matrix: np.ndarray
-    width: int
+    image_size: tuple[int, ...]
     device: torch.device
 
     @classmethod
@@ -131,7 +137,7 @@ class AttentionMaps:
         inputs, _, matrix = infer.prepare(image)
         stages = trace_attention(infer.model, lambda: infer.model.extract_feat(inputs))
         by_name = {stage.name: stage for stage in stages}
-        return cls(image.shape[:2], by_name, matrix, inputs.shape[-1], inputs.device)
+        return cls(image.shape[:2], by_name, matrix, tuple(inputs.shape[-2:]), inputs.device)
 
     def choose(self, name: str, box: Sequence[float]) -> torch.Tensor:
         """The tokens (H, W) of a stage whose centres lie in a box of the picture, at least one.
@@ -146,7 +152,10 @@ class AttentionMaps:
         height, width = self.stages[name].map_size
         corners = np.reshape(box, (2, 2))
         (x1, y1), (x2, y2) = to_cells(corners, matrix=self.matrix, stride=self._stride(name))
-        if x2 < 0 or y2 < 0 or x1 >= width or y1 >= height or x2 < x1 or y2 < y1:
+        if not np.isfinite(corners).all() or (corners[1] < corners[0]).any():
+            raise UserError(f'a box is X1 Y1 X2 Y2 with X1 <= X2 and Y1 <= Y2, got {[*box]}')
+        outside = (corners[1] < 0).any() or (corners[0] >= self.size[::-1]).any()
+        if outside or x2 < 0 or y2 < 0 or x1 >= width or y1 >= height:
             raise UserError(f'{[*box]} is no place in the picture that the network sees')
         cols, rows = np.arange(width) + 0.5, np.arange(height) + 0.5
         tokens = ((rows >= y1) & (rows <= y2))[:, None] & ((cols >= x1) & (cols <= x2))
@@ -178,4 +187,4 @@ class AttentionMaps:
         return found
 
     def _stride(self, name: str) -> int:
-        return stride_of(self.width, self.stages[name].map_size[1])
+        return stride_of(self.image_size, self.stages[name].map_size)

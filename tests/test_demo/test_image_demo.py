@@ -1,13 +1,16 @@
 """image_demo.py: files, folders, patterns and videos in; pictures and COCO's JSON out."""
 
 import json
+import os
+from pathlib import Path
 
 import cv2
 import image_demo
 import numpy as np
 import pytest
+import torch
+from model_files import DETECTING, model_of, picture, write
 from pycocotools.coco import COCO
-from test_runtime.test_runtime import DETECTING, picture, write
 
 from hat_mm.engine.cli import UserError
 
@@ -32,19 +35,21 @@ def test_everything_at_once(tmp_path, model, capsys):
     other = save(tmp_path / 'other/a.png', picture(32, 32))
     (tmp_path / 'in/broken.jpg').write_text('no picture')
     (tmp_path / 'in/notes.txt').write_text('is not tried')
+    (tmp_path / 'in/folder.jpg').mkdir()
+    save(tmp_path / 'in/results/vis/old.jpg', picture(8, 8))
     video = cv2.VideoWriter(
         str(tmp_path / 'in/clip.avi'), cv2.VideoWriter.fourcc(*'MJPG'), 10, (64, 48)
     )
     for i in range(3):
         video.write(picture(48, 64) // (i + 1))
     video.release()
-    out = tmp_path / 'out'
-    inputs = [str(tmp_path / 'in'), str(tmp_path / 'o*r/*.png')]
+    out = tmp_path / 'in/results'
+    inputs = [str(tmp_path / 'in'), str(tmp_path / 'o*r')]
     with pytest.raises(UserError, match='1 of 5 files'):
         image_demo.main([*inputs, str(model), '--out-dir', str(out), '--score-thr', '0.5'])
     assert 'broken.jpg' in capsys.readouterr().err
     drawn = {str(path.relative_to(out / 'vis')) for path in (out / 'vis').rglob('*.*')}
-    assert drawn == {'a.jpg', 'a_2.jpg', 'below/a.jpg', 'clip.mp4'}
+    assert drawn - {'old.jpg'} == {'a.jpg', 'a_2.jpg', 'below/a.jpg', 'clip.mp4'}
     assert cv2.imread(str(out / 'vis/a.jpg')).shape == (40, 60, 3)
     clip = cv2.VideoCapture(str(out / 'vis/clip.mp4'))
     assert (clip.get(cv2.CAP_PROP_FRAME_COUNT), clip.get(cv2.CAP_PROP_FPS)) == (3, 10)
@@ -86,6 +91,25 @@ def test_an_interrupted_run_keeps_its_results(tmp_path, model, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         image_demo.main([str(tmp_path / 'in'), str(model), '--out-dir', str(tmp_path / 'out')])
     assert len(json.loads((tmp_path / 'out/results.json').read_text())['images']) == 1
+
+
+def test_a_picture_that_the_model_cannot_take_is_left_out(tmp_path, capsys):
+    """So is a video with a name that OpenCV would end the process at."""
+    model = model_of('retinanet')
+    config, weights = tmp_path / 'config.py', tmp_path / 'weights.pth'
+    model.cfg.dump(config)
+    torch.save(dict(state_dict=model.state_dict(), meta={}), weights)
+    save(tmp_path / 'in/a.png', np.zeros((1, 3000, 3), np.uint8))
+    save(tmp_path / 'in/b.png', picture(40, 60))
+    name = os.fsencode(tmp_path / 'in') + b'/n\xff.avi'
+    Path(os.fsdecode(name)).write_bytes(b'')
+    words = [str(tmp_path / 'in'), str(config), str(weights), '--out-dir', str(tmp_path / 'out')]
+    with pytest.raises(UserError, match='2 of 3 files'):
+        image_demo.main(words)
+    error = capsys.readouterr().err
+    assert 'a.png: the test pipeline cannot prepare a picture of 3000x1' in error
+    assert 'not UTF-8' in error
+    assert [path.name for path in (tmp_path / 'out/vis').iterdir()] == ['b.jpg']
 
 
 def test_words():

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import web
+from model_files import CLASSIFYING, DETECTING, SEGMENTING, picture, write
 from test_deployment.tiny_models import classifier, config, spread
-from test_runtime.test_runtime import CLASSIFYING, DETECTING, SEGMENTING, picture, write
 
 import hat_mm
 from hat_mm.engine.cli import UserError
@@ -366,7 +366,7 @@ def point(page, x, y):
     wait_for_other(page, '#place', '')
     image = page.locator('#place img').first
     margin = image.evaluate(
-        'image => [image.clientWidth - image.naturalWidth, image.clientHeight - image.naturalHeight]'
+        'one => [one.clientWidth - one.naturalWidth, one.clientHeight - one.naturalHeight]'
     )
     assert min(margin) >= 0
     image.click(position=dict(x=margin[0] / 2 + x, y=margin[1] / 2 + y))

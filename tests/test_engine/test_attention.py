@@ -49,7 +49,9 @@ def one_token(stage, row: int, col: int) -> torch.Tensor:
 @pytest.mark.parametrize('name', MODELS)
 def test_weights_times_values_are_the_output(name):
     model = build(name)
-    with recorded(model, (SelfAttention, HierarchicalMHSA)) as seen, torch.no_grad():
+    kinds = (SelfAttention, HierarchicalMHSA)
+    modules = [module for module in model.modules() if isinstance(module, kinds)]
+    with recorded(modules) as seen, torch.no_grad():
         model(torch.rand(2, 3, 300, 200))
     assert seen
     for module, (inputs, output) in seen.items():
@@ -96,7 +98,7 @@ def test_a_block_shows_the_weights_of_its_attention():
     model = build('FasterViT')
     [stage, _] = trace(model)
     attention = model.stages[2].blocks[1].window_attn.attn
-    with recorded(model, (SelfAttention,)) as seen, torch.no_grad():
+    with recorded([attention]) as seen, torch.no_grad():
         generator = torch.Generator().manual_seed(1)
         model(torch.rand(1, 3, 300, 200, generator=generator))
     [weights], _ = attention_weights(attention, *seen[attention][0])
@@ -130,6 +132,20 @@ def test_rollout_is_where_tokens_have_an_influence(name):
             same = torch.equal(module(changed)[..., row, col], before)
             assert same == (shares[i, j] == 0), (i, j)
     assert bool((shares > 0).all()) == (name in ('FasterViT', 'SwinHAT'))
+
+
+@pytest.mark.parametrize('name', ['Swin', 'SwinHAT'])
+def test_padding_of_swin_passes_nothing_on(name):
+    """Each block pads with new zeros; a share that reached the padding is lost there."""
+    for stage in trace(build(name)):
+        rows, cols = stage.padded_size
+        inside = torch.zeros(rows, cols, dtype=torch.bool)
+        inside[: stage.map_size[0], : stage.map_size[1]] = True
+        shares = stage.shares(one_token(stage, stage.map_size[0] - 1, stage.map_size[1] - 1))
+        for block in reversed(stage.blocks):
+            shares = block.back(shares)
+            assert shares[: rows * cols].view(rows, cols)[~inside].sum() == 0
+        assert bool(shares.sum() < 0.999) == bool((~inside).any())
 
 
 def test_hat_net_reaches_the_whole_map():

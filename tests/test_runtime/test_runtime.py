@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.registry import DefaultScope
+from model_files import CLASSIFYING, DETECTING, META, SEGMENTING, picture, write
 from test_deployment.tiny_models import config
 
 import hat_mm
@@ -26,48 +27,6 @@ from hat_mm_runtime.__main__ import main
 from hat_mm_runtime.results import encode
 
 ROOT = Path(__file__).resolve().parents[2]
-CLASSES = ['cat', 'dog', 'élan']
-META = dict(
-    classes=CLASSES,
-    palette=[[255, 0, 0], [0, 255, 0], [0, 0, 255]],
-    mean=[123.675, 116.28, 103.53],
-    std=[58.395, 57.12, 57.375],
-    bgr_to_rgb=True,
-    pad_size_divisor=1,
-    resize=[],
-    precision='fp32',
-    static=None,
-)
-DETECTING = dict(META, task='detection', pad_size_divisor=32, mask_threshold=0.5)
-SEGMENTING = dict(META, task='segmentation', out_channels=5, threshold=None)
-CLASSIFYING = dict(META, task='classification')
-
-
-def write(path, meta, **outputs):
-    """A file whose outputs do not depend on the image."""
-    arrays = {name: onnx.numpy_helper.from_array(array, name) for name, array in outputs.items()}
-    nodes = [
-        onnx.helper.make_node('Constant', [], [name], value=tensor)
-        for name, tensor in arrays.items()
-    ]
-    make = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        nodes,
-        'constant',
-        [make('input', 1, ['batch', 3, 'height', 'width'])],
-        [make(name, tensor.data_type, tensor.dims) for name, tensor in arrays.items()],
-    )
-    opset = [onnx.helper.make_opsetid('', 20)]
-    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=9)
-    onnx.helper.set_model_props(model, {hat_mm_runtime.META: json.dumps(meta)})
-    onnx.save(model, path)
-    return path
-
-
-def picture(height, width):
-    rng = np.random.default_rng(height * 1000 + width)
-    coarse = rng.integers(0, 256, (8, 8, 3), np.uint8)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def boxes_in(height, width, number=6):

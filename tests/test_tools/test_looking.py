@@ -14,13 +14,12 @@ import numpy as np
 import pr_curve
 import pytest
 import torch
-from test_inference import model_of
-from test_runtime.test_runtime import picture
+from model_files import model_of, picture
 
 import hat_mm
 from hat_mm.engine import cli
 from hat_mm.engine.cli import UserError
-from hat_mm.engine.overlays import overlay, to_cells, to_picture
+from hat_mm.engine.overlays import overlay, stride_of, to_cells, to_picture
 from hat_mm.engine.toolbox_tools import run_toolbox_tool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +38,12 @@ def test_a_map_lies_on_the_picture_where_its_cells_are():
     rows, cols = np.nonzero(spread)
     assert (rows.min(), rows.max(), cols.min(), cols.max()) == (24, 31, 40, 47)
     assert to_cells(np.array([[44.0, 28.0]]), matrix=matrix, stride=16).tolist() == [[5.5, 3.5]]
+
+
+def test_stride_of_thin_maps():
+    assert stride_of((192, 9), (12, 1)) == 16
+    assert stride_of((9, 192), (1, 6)) == 32
+    assert stride_of((100, 100), (25, 25)) == 4
 
 
 def test_what_the_network_does_not_see_has_no_value():
@@ -89,7 +94,7 @@ def test_attention_map(saved, tmp_path, kind):
     attention_map.main([*saved(kind), '--box', '80', '40', '120', '80'])
     names = {path.name for path in (tmp_path / 'out').iterdir()}
     stages = (0, 1) if kind == 'mask_rcnn' else (2, 3)
-    assert names == {f'backbone.stages.{i}.png' for i in stages}
+    assert names == {f'a_backbone.stages.{i}.png' for i in stages}
     assert all(cv2.imread(str(tmp_path / 'out' / name)).std() > 10 for name in names)
 
 
@@ -99,6 +104,10 @@ def test_attention_map_says_what_is_wrong(saved):
         attention_map.main([*words, '--point', '100', '60', '--stages', 'head'])
     with pytest.raises(UserError, match='no place in the picture'):  # its pipeline crops
         attention_map.main([*words, '--point', '1', '60'])
+    with pytest.raises(UserError, match='X1 <= X2'):
+        attention_map.main([*words, '--box', '120', '40', '80', '80'])
+    with pytest.raises(UserError, match='X1 <= X2'):
+        attention_map.main([*words, '--point', 'nan', '60'])
 
 
 @pytest.mark.parametrize('kind', ['mask_rcnn', 'retinanet', 'upernet', 'classifier'])
@@ -127,8 +136,25 @@ def test_cam_says_what_is_wrong(saved):
         cam.main([*words, '--score-thr', '1'])
     with pytest.raises(UserError, match=r"none of .*'c0'"):
         cam.main([*words, '--category', 'zebra'])
-    with pytest.raises(UserError, match=r'no module backbone\.stage'):
+    with pytest.raises(UserError, match=r"no module 'backbone\.stage'; did you mean backbone"):
         cam.main([*words, '--layers', 'backbone.stage'])
+    with pytest.raises(UserError, match=r'backbone returns no map \(1, C, H, W\) but tuple'):
+        cam.main([*words, '--layers', 'backbone'])
+    with pytest.raises(UserError, match=r'returns no map .* but'):
+        cam.main([*words, '--layers', 'backbone.stages.0.blocks.0.attn'])
+
+
+def test_cam_leaves_gradients_and_mode_alone():
+    infer = hat_mm.Inferencer(small_model('mask_rcnn'))
+    infer.model.train()
+    parameter = next(infer.model.parameters())
+    parameter.grad = torch.ones_like(parameter)
+    cam.cam(infer, picture(96, 96), threshold=0.02)
+    assert infer.model.training
+    assert parameter.grad.eq(1).all()
+    assert sum(p.grad is not None for p in infer.model.parameters()) == 1
+    with pytest.raises(UserError, match='there is no class 99'):
+        cam.cam(infer, picture(96, 96), label=99)
 
 
 @pytest.mark.parametrize('kind', ['mask_rcnn', 'classifier'])
@@ -138,18 +164,19 @@ def test_feature_map(saved, tmp_path, kind):
     feature_map.main(words)
     names = {path.name for path in (tmp_path / 'out').iterdir()}
     last = 1 if kind == 'mask_rcnn' else 3
-    assert names >= {'backbone.stages.1.png', f'backbone.stages.{last}.png'}
+    assert names >= {'a_backbone.stages.1.png', f'a_backbone.stages.{last}.png'}
     with pytest.raises(UserError, match='returns no map'):
         feature_map.main([*words, '--layers', 'backbone'])
 
 
-def test_the_network_s_image_is_the_picture():
-    infer = hat_mm.Inferencer(model_of('mask_rcnn'))
+@pytest.mark.parametrize('kind', ['mask_rcnn', 'upernet', 'classifier'])
+def test_the_network_s_image_is_the_picture(kind):
+    infer = hat_mm.Inferencer(model_of(kind))
     image = np.zeros((96, 160, 3), np.uint8)
     image[..., 2] = 200  # red
     inputs, *_ = infer.prepare(image)
     seen = feature_map.seen_by_network(infer.model, inputs)
-    assert seen[40, 60].tolist() == pytest.approx([200, 0, 0], abs=1)
+    assert seen[40, 50].tolist() == pytest.approx([200, 0, 0], abs=1)
 
 
 # --- trainings and tests --------------------------------------------------------------------------

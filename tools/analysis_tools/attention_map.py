@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in maps.stages:
         if args.stages and name not in args.stages:
             continue
-        path = args.out_dir / f'{name}.png'
+        path = args.out_dir / f'{Path(args.image).stem}_{name}.png'
         draw(image, box, name, maps.panels(name, box), path)
         print(path)
 

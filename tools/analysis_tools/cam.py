@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import difflib
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,9 @@ from torch import Tensor, nn
 
 import hat_mm
 from hat_mm import compat
+from hat_mm.engine.attention import recorded
 from hat_mm.engine.cli import UserError, make_writable, run_tool
+from hat_mm.engine.maps import evaluation
 from hat_mm.engine.overlays import overlay, to_picture
 from hat_mm_runtime.images import read
 
@@ -96,8 +100,11 @@ def score_of(task: str, label: int | None, threshold: float) -> Callable[..., Te
             good = found.scores >= threshold
             return found.scores[good if label is None else good & (found.labels == label)].sum()
         # One-stage heads detach what they predict from: the maps of their scores.
+        head = getattr(model, 'bbox_head', None)
+        if not getattr(head, 'use_sigmoid_cls', False):
+            raise UserError(f'{type(head).__name__} has no scores that can be explained')
         maps = model(image, [sample], mode='tensor')[0]
-        classes = model.bbox_head.cls_out_channels
+        classes = head.cls_out_channels
         total = image.new_zeros(())
         for scores in maps:
             scores = scores.sigmoid().unflatten(1, (-1, classes))
@@ -107,8 +114,9 @@ def score_of(task: str, label: int | None, threshold: float) -> Callable[..., Te
 
     def segmentation(model: Any, image: Tensor, sample: Any) -> Tensor:
         logits = model.encode_decode(image, [sample.metainfo])
+        if logits.shape[1] == 1:  # foreground alone
+            return logits[logits > 0].sum()
         found = logits.argmax(1)
-        # Class 0 is often the background.
         chosen = found.flatten().bincount().argmax() if label is None else label
         return logits[:, chosen][found == chosen].sum()
 
@@ -119,6 +127,37 @@ def score_of(task: str, label: int | None, threshold: float) -> Callable[..., Te
     return dict(detection=detections, segmentation=segmentation, classification=classification)[
         task
     ]
+
+
+def find_layers(model: nn.Module, names: list[str]) -> list[nn.Module]:
+    """Modules by their names.
+
+    Raises:
+        UserError: There is none of a name.
+    """
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            raise UserError(
+                f'there is no module {name!r}; did you mean {" or ".join(near) or "…"}?'
+            )
+    return [known[name] for name in names]
+
+
+def check_maps_of(names: list[str], modules: list[nn.Module], seen: dict) -> None:
+    """Checks that modules have returned a map (1, C, H, W).
+
+    Raises:
+        UserError: One has not.
+    """
+    for name, module in zip(names, modules, strict=True):
+        if module not in seen:
+            raise UserError(f'{name} is not run on the whole image: choose another of --layers')
+        output = seen[module][1]
+        if not isinstance(output, Tensor) or output.ndim != 4 or len(output) != 1:
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise UserError(f'{name} returns no map (1, C, H, W) but {shape}: choose another')
 
 
 def default_layers(model: nn.Module) -> list[str]:
@@ -155,21 +194,35 @@ def cam(
         UserError: There is no such layer, or nothing was found that could be explained.
     """
     kinds = compat.require('pytorch_grad_cam')
+    if label is not None and not 0 <= label < len(infer.classes or ()):
+        raise UserError(f'there is no class {label}; the classes are {infer.classes}')
     inputs, sample, matrix = infer.prepare(image)
-    known = dict(infer.model.named_modules())
     names = layers or default_layers(infer.model)
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f'there is no module {", ".join(unknown)}; --layers takes {[*known][:40]}')
+    modules = find_layers(infer.model, names)
     scored = Scored(infer.model, score_of(infer.task, label, threshold), sample)
-    kind = getattr(kinds, METHODS[method])
-    with torch.enable_grad(), kind(scored, [known[name] for name in names]) as run:
-        values = run(inputs.clone().requires_grad_(), targets=[_checked])
+    gradients = [(parameter, parameter.grad) for parameter in infer.model.parameters()]
+    run = None
+    try:
+        with evaluation(infer.model), torch.enable_grad():
+            with recorded(modules) as seen:
+                [score] = scored(inputs)
+            check_maps_of(names, modules, seen)
+            _checked(score, infer.task)
+            run = getattr(kinds, METHODS[method])(scored, modules)
+            target = functools.partial(_checked, task=infer.task)
+            values = run(inputs.clone().requires_grad_(), targets=[target])
+    finally:
+        if run is not None:
+            run.activations_and_grads.release()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
     return to_picture(values[0], matrix=matrix, stride=1, size=image.shape[:2], smooth=True)
 
 
-def _checked(score: Tensor) -> Tensor:
+def _checked(score: Tensor, task: str) -> Tensor:
     if not score.requires_grad or not score:
-        raise UserError('nothing was found that could be explained: try a lower --score-thr')
+        hint = ': try a lower --score-thr' if task == 'detection' else ' of this class'
+        raise UserError(f'nothing was found that could be explained{hint}')
     return score
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from cam import default_layers
+from cam import check_maps_of, default_layers, find_layers
 
 import hat_mm
 from hat_mm.engine.attention import recorded
-from hat_mm.engine.cli import UserError, make_writable, run_tool
+from hat_mm.engine.cli import make_writable, run_tool
 from hat_mm_runtime.images import read
 
 # isort: split
@@ -39,15 +39,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--topk', type=int, default=16)
     parser.add_argument('--out-dir', type=Path, default=Path('outputs/features'))
     parser.add_argument('--device')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.topk < 1:
+        parser.error('--topk must be at least 1')
+    return args
 
 
 def seen_by_network(model: Any, inputs: torch.Tensor) -> np.ndarray:
     """The network's image as it was before normalization, (H, W, 3), uint8, RGB."""
     pre = model.data_preprocessor
-    image = inputs[0] * pre.std.to(inputs) + pre.mean.to(inputs)
-    pixels = image.clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
-    swapped = getattr(pre, '_channel_conversion', getattr(pre, 'channel_conversion', False))
+    image = inputs[0]
+    if getattr(pre, '_enable_normalize', False):
+        image = image * pre.std.to(inputs) + pre.mean.to(inputs)
+    pixels = image.clamp(0, 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    # mmpretrain's, mmdet's, mmseg's names for whether BGR has become RGB.
+    names = ('to_rgb', '_channel_conversion', 'channel_conversion')
+    swapped = any(getattr(pre, name, False) for name in names)
     return np.ascontiguousarray(pixels if swapped else pixels[..., ::-1])
 
 
@@ -59,16 +66,13 @@ def main(argv: list[str] | None = None) -> None:
     infer = hat_mm.Inferencer(args.model, args.weights, device=args.device)
     inputs, *_ = infer.prepare(image)
     names = args.layers or default_layers(infer.model)
-    known = dict(infer.model.named_modules())
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f'there is no module {", ".join(unknown)}; there are {[*known][1:40]} …')
-    with recorded(infer.model, (torch.nn.Module,)) as seen, torch.no_grad():
+    modules = find_layers(infer.model, names)
+    with recorded(modules) as seen, torch.no_grad():
         infer.model.extract_feat(inputs)
+    check_maps_of(names, modules, seen)
     below = seen_by_network(infer.model, inputs)
-    for name in names:
-        output = seen.get(known[name], (None, None))[1]
-        if not isinstance(output, torch.Tensor) or output.ndim != 4:
-            raise UserError(f'{name} returns no map (1, C, H, W): choose another of --layers')
+    for name, module in zip(names, modules, strict=True):
+        output = seen[module][1]
         one = args.channel_reduction != 'none'
         drawn = Visualizer.draw_featmap(
             output[0].float().cpu(),
@@ -77,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
             topk=args.topk,
             arrangement=(-(-args.topk // 4), 4),
         )
-        path = args.out_dir / f'{name}.png'
+        path = args.out_dir / f'{Path(args.image).stem}_{name}.png'
         path.write_bytes(cv2.imencode('.png', drawn[..., ::-1])[1].tobytes())
         print(path)
 

@@ -46,11 +46,17 @@ def main(argv: list[str] | None = None) -> None:
     """Scores the files, prints their AP and draws the curves."""
     args = parse_args(argv)
     curves = {}
+    for path in (args.annotations, *args.detections):
+        if not path.is_file():
+            raise UserError(f'there is no file {path}')
     for path in args.detections:
-        found = json.loads(path.read_text(encoding='utf-8'))
+        try:
+            found = json.loads(path.read_text(encoding='utf-8'))
+        except ValueError as error:
+            raise UserError(f'{path} is no JSON: {error}') from error
         if not isinstance(found, list):
             raise UserError(f"{path} is no list of detections in COCO's format")
-        curves[path.name] = scores = score(args.annotations, found, args.kind)
+        curves[str(path)] = scores = score(args.annotations, found, args.kind)
         print(f'{path}: AP {scores.ap:.3f}, AP50 {scores.ap50:.3f}, AP75 {scores.ap75:.3f}')
     args.out.parent.mkdir(parents=True, exist_ok=True)
     plot(curves, args.out)

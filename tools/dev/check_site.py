@@ -11,6 +11,7 @@ from pathlib import Path
 LOADED = re.compile(
     r"""<(?:script|img|iframe|source|audio|video)\b[^>]*?\bsrc=["']?(?P<src>(?:https?:)?//[^"'\s>]+)
     |<link\b(?![^>]*rel=["']?(?:canonical|next|prev))[^>]*?\bhref=["']?(?P<link>(?:https?:)?//[^"'\s>]+)
+    |\b(?:srcset|poster|data)=["'](?P<media>(?:https?:)?//[^"'\s>]+)
     |url\(\s*["']?(?P<url>(?:https?:)?//[^"')]+)
     |@import\s+["'](?P<imported>(?:https?:)?//[^"']+)""",
     re.VERBOSE | re.IGNORECASE,

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import gpu_check
+import pytest
 from backbone_checks import Check, Skip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +25,7 @@ def run(*words, **environment):
     )
 
 
+@pytest.mark.slow
 def test_dry_run(tmp_path):
     # Much time, for a busy processor.
     done = run('--device', 'cpu', '--quick', '--minutes', '30', '--out', tmp_path)

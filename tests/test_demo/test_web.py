@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import web
-from model_files import CLASSIFYING, DETECTING, SEGMENTING, picture, write
 from test_deployment.tiny_models import classifier, config, spread
+from model_files import CLASSIFYING, DETECTING, SEGMENTING, picture, write
 
 import hat_mm
 from hat_mm.engine.cli import UserError
@@ -366,7 +366,7 @@ def point(page, x, y):
     wait_for_other(page, '#place', '')
     image = page.locator('#place img').first
     margin = image.evaluate(
-        'one => [one.clientWidth - one.naturalWidth, one.clientHeight - one.naturalHeight]'
+        'it => [it.clientWidth - it.naturalWidth, it.clientHeight - it.naturalHeight]'
     )
     assert min(margin) >= 0
     image.click(position=dict(x=margin[0] / 2 + x, y=margin[1] / 2 + y))
@@ -413,7 +413,7 @@ def test_messages(visit):
     upload(page, folder / 'wide.png')
     page.get_by_role('tab', name='Find').click()
     choose(page, 'two.onnx')
-    page.locator('#counts').get_by_role('cell', name='dog').wait_for()
+    page.locator('#counts').get_by_text('by two.onnx').wait_for()
     point(page, 40, 40)
     page.get_by_text('an exported file has no modules to look into').wait_for()
 

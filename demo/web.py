@@ -441,11 +441,14 @@ def build_page(models: Models) -> Any:
                     button = gr.Button('Compare', variant='primary')
                     speed = gr.Markdown(elem_id='speed')
         outputs = {state, picture, result, counts, place, slider, gallery, stages, speed}
-        gr.on([picture.change, model.change], on_picture, [model, picture, slider], outputs)
-        redraw = dict(show_progress='hidden', trigger_mode='always_last')
-        slider.change(on_score, [state, slider], [result, counts], **redraw)
-        place.select(on_click, [state, stages], [stages, gallery])
-        stages.input(on_stage, [state, stages], [stages, gallery])
+        # What is chosen while a network runs comes after it; by default it would be ignored.
+        last = dict(trigger_mode='always_last')
+        chosen = [picture.change, model.change]
+        gr.on(chosen, on_picture, [model, picture, slider], outputs, **last)
+        redrawn = [result, counts]
+        slider.change(on_score, [state, slider], redrawn, show_progress='hidden', **last)
+        place.select(on_click, [state, stages], [stages, gallery], **last)
+        stages.input(on_stage, [state, stages], [stages, gallery], **last)
         button.click(on_compare, [state, slider], speed)
     return page.queue(default_concurrency_limit=4, api_open=False)
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import web
-from test_deployment.tiny_models import classifier, config, spread
 from model_files import CLASSIFYING, DETECTING, SEGMENTING, picture, write
+from test_deployment.tiny_models import classifier, config, spread
 
 import hat_mm
 from hat_mm.engine.cli import UserError

@@ -86,9 +86,10 @@ def find_files(inputs: list[str], results: Path) -> dict[Path, Path]:
                 below = (file for file in sorted(path.rglob('*')) if file.is_file())
                 good = (file for file in below if file.suffix.lower() in (*PICTURES, *VIDEOS))
                 files |= {file: file.relative_to(path) for file in good}
-            else:
-                files[path] = Path(path.name)
-        files = {a: b for a, b in files.items() if results not in a.parents}
+            elif str(path) == text or path.suffix.lower() in (*PICTURES, *VIDEOS):
+                files.setdefault(path, Path(path.name))
+        old = results.resolve()
+        files = {a: b for a, b in files.items() if old not in a.resolve().parents}
         if not files:
             raise UserError(f'no picture or video: {text!r}')
         found |= {file: target for file, target in files.items() if file not in found}

@@ -137,9 +137,10 @@ class Inferencer:
             self.model = model
             self.task = _TASKS.get(model.cfg.default_scope, str(model.cfg.default_scope))
             meta = model.dataset_meta or {}
-            self._pipeline = _pipeline_of(model.cfg)
         if self.task not in _TASKS.values():
             raise UserError(f'{model} is for {self.task}, not for {", ".join(_TASKS.values())}')
+        if self.model is not None:
+            self._pipeline = _pipeline_of(self.model.cfg)
         if tile is not None:
             if self.task != 'detection':
                 raise UserError(f'tiles are for detectors; this model is for {self.task}')
@@ -344,11 +345,24 @@ def _pipeline_of(cfg: Any) -> Any:
     """
     if not cfg.get('test_dataloader'):
         raise UserError('the config has no test_dataloader, which says how pictures are prepared')
-    steps = innermost_dataset(cfg.test_dataloader).get('pipeline') or []
-    kept = [step for step in steps if not re.search('Load[A-Za-z]*(Image|Annotations)', step.type)]
+    steps = innermost_dataset(cfg.test_dataloader).get('pipeline')
+    if not steps:
+        raise UserError('the dataset of test_dataloader has no pipeline')
+    kept: list[Any] = []
+    for step in steps:
+        name = step.type if isinstance(step.type, str) else step.type.__name__
+        if not re.search('Load[A-Za-z]*(Image|Annotation)', name):
+            kept.append(step)
+        elif step.get('to_float32'):
+            kept.insert(0, _to_float32)
     importlib.import_module(f'{cfg.default_scope}.datasets')  # registers the transforms
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         return importlib.import_module('mmcv.transforms').Compose(copy.deepcopy(kept))
+
+
+def _to_float32(data: dict[str, Any]) -> dict[str, Any]:
+    """What loading does with ``to_float32``."""
+    return data | dict(img=data['img'].astype(np.float32))
 
 
 _TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation', 'mmpretrain': 'classification'}

@@ -7,8 +7,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mmcv.transforms import Compose
+from mmcv.transforms import Compose, LoadImageFromFile
 from mmdet.structures import DetDataSample
+from mmengine.config import ConfigDict
 from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
 from model_files import CLASSIFYING, DETECTING, PIPELINES, model_of, picture, write
@@ -55,6 +56,19 @@ def test_classification_sums_to_one():
     assert isinstance(found, Classification)
     assert found.scores.sum() == pytest.approx(1, abs=1e-5)
     assert found.name(found.label).startswith('c')
+
+
+def test_loading_to_float32_is_kept():
+    """CenterNet's next step asks for it; a config may name its steps by classes, too."""
+    model = model_of('retinanet')
+    pipeline = model.cfg.test_dataloader.dataset.pipeline
+    pipeline[0] = ConfigDict(type=LoadImageFromFile, to_float32=True)
+    seen = []
+    infer = hat_mm.Inferencer(model)
+    step = infer._pipeline.transforms[1]
+    infer._pipeline.transforms[1] = lambda data: step(seen.append(data['img'].dtype) or data)
+    infer(picture(64, 64))
+    assert seen == [np.float32]
 
 
 def test_panoptic(monkeypatch):

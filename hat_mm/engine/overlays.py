@@ -10,6 +10,7 @@ import torch
 
 from .attention import StageAttention, trace_attention
 from .cli import UserError
+from .maps import evaluation
 
 
 def stride_of(image_size: Sequence[int], map_size: Sequence[int]) -> int:
@@ -135,7 +136,8 @@ class AttentionMaps:
             UserError: It is an exported file.
         """
         inputs, _, matrix = infer.prepare(image)
-        stages = trace_attention(infer.model, lambda: infer.model.extract_feat(inputs))
+        with evaluation(infer.model):
+            stages = trace_attention(infer.model, lambda: infer.model.extract_feat(inputs))
         by_name = {stage.name: stage for stage in stages}
         return cls(image.shape[:2], by_name, matrix, tuple(inputs.shape[-2:]), inputs.device)
 

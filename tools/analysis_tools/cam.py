@@ -204,13 +204,15 @@ def cam(
     run = None
     try:
         with evaluation(infer.model), torch.enable_grad():
+            images = inputs.clone().requires_grad_()
             with recorded(modules) as seen:
-                [score] = scored(inputs)
+                [score] = scored(images)
             check_maps_of(names, modules, seen)
             _checked(score, infer.task)
+            del score, seen  # and the graph of the pass
             run = getattr(kinds, METHODS[method])(scored, modules)
             target = functools.partial(_checked, task=infer.task)
-            values = run(inputs.clone().requires_grad_(), targets=[target])
+            values = run(images, targets=[target])
     finally:
         if run is not None:
             run.activations_and_grads.release()

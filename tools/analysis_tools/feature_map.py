@@ -15,6 +15,7 @@ from cam import check_maps_of, default_layers, find_layers
 import hat_mm
 from hat_mm.engine.attention import recorded
 from hat_mm.engine.cli import make_writable, run_tool
+from hat_mm.engine.maps import evaluation
 from hat_mm_runtime.images import read
 
 # isort: split
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs, *_ = infer.prepare(image)
     names = args.layers or default_layers(infer.model)
     modules = find_layers(infer.model, names)
-    with recorded(modules) as seen, torch.no_grad():
+    with evaluation(infer.model), recorded(modules) as seen, torch.no_grad():
         infer.model.extract_feat(inputs)
     check_maps_of(names, modules, seen)
     below = seen_by_network(infer.model, inputs)

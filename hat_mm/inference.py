@@ -15,7 +15,7 @@ from mmengine.registry import DefaultScope
 
 from hat_mm import compat
 from hat_mm.engine.cli import UserError, innermost_dataset, set_memory_format
-from hat_mm.engine.exported import open_file
+from hat_mm.engine.exported import TASKS, open_file
 from hat_mm.engine.maps import evaluation
 from hat_mm.zoo.models import get_model
 from hat_mm_runtime import (
@@ -135,10 +135,11 @@ class Inferencer:
                     'its weights, and on its device'
                 )
             self.model = model
-            self.task = _TASKS.get(model.cfg.default_scope, str(model.cfg.default_scope))
+            self.task = TASKS.get(model.cfg.default_scope, str(model.cfg.default_scope))
             meta = model.dataset_meta or {}
-        if self.task not in _TASKS.values():
-            raise UserError(f'{model} is for {self.task}, not for {", ".join(_TASKS.values())}')
+        if self.task not in TASKS.values():
+            name = type(model).__name__ if self.model is not None else model
+            raise UserError(f'{name} is for {self.task}, not for {", ".join(TASKS.values())}')
         if self.model is not None:
             self._pipeline = _pipeline_of(self.model.cfg)
         if tile is not None:
@@ -363,6 +364,3 @@ def _pipeline_of(cfg: Any) -> Any:
 def _to_float32(data: dict[str, Any]) -> dict[str, Any]:
     """What loading does with ``to_float32``."""
     return data | dict(img=data['img'].astype(np.float32))
-
-
-_TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation', 'mmpretrain': 'classification'}

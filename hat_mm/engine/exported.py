@@ -34,7 +34,7 @@ def open_file(path: str | Path) -> Model:
     return Model(path)
 
 
-_TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation', 'mmpretrain': 'classification'}
+TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation', 'mmpretrain': 'classification'}
 
 
 @MODELS.register_module()
@@ -58,7 +58,7 @@ class ExportedModel(BaseModel):
         super().__init__()
         self.file = open_file(file)
         scope = importlib.import_module('mmengine.registry').DefaultScope.get_current_instance()
-        task = _TASKS.get(scope and scope.scope_name)
+        task = TASKS.get(scope and scope.scope_name)
         if task != self.file.meta['task']:
             raise UserError(
                 f"{file!r} is for {self.file.meta['task']}, the config's default_scope is "

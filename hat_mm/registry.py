@@ -36,7 +36,7 @@ RUNNERS = Registry(
     build_runner_from_cfg,
     parent=_RUNNERS,
     scope='hat_mm',
-    locations=['hat_mm.engine.resume'],
+    locations=['hat_mm.engine.fsdp2', 'hat_mm.engine.resume'],
 )
 TRANSFORMS = Registry(
     'transform', parent=_TRANSFORMS, scope='hat_mm', locations=['hat_mm.engine.transforms']

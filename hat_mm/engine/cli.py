@@ -27,6 +27,7 @@ import torch
 import hat_mm
 from hat_mm import compat
 from hat_mm.layers import Deployable
+from hat_mm.weights.sharded import is_sharded
 from hat_mm_runtime import ENDS, ModelError, PictureError
 
 from .allocator import tune_allocator
@@ -224,8 +225,14 @@ def make_writable(folder: str, name: str) -> None:
         raise UserError(f'cannot write to {name} {folder!r}: {error.strerror}') from error
 
 
-def _check_checkpoint(path: str) -> None:
-    if '://' not in path and not os.path.isfile(os.path.expanduser(path)):
+def _check_checkpoint(path: str, cfg: Any) -> None:
+    if is_sharded(path):
+        if cfg.get('runner_type') != 'hat_mm.FSDP2Runner':
+            raise UserError(
+                f'{path!r} is the folder of a sharded training: runner_type=hat_mm.FSDP2Runner '
+                'loads it, and tools/model_converters/publish_model.py makes a file of its weights'
+            )
+    elif '://' not in path and not os.path.isfile(os.path.expanduser(path)):
         raise UserError(f'checkpoint {path!r} does not exist')
 
 
@@ -444,7 +451,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
     problem = ''
     if cfg.get('load_from') is not None:
-        _check_checkpoint(cfg.load_from)
+        _check_checkpoint(cfg.load_from, cfg)
     elif cfg.get('resume'):
         problem = _find_latest(cfg)
     runner = compat.require('mmengine.registry').RUNNERS.build(cfg)
@@ -482,8 +489,8 @@ def test(argv: Sequence[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     if args.out_item is not None and args.out is None:
         parser.error('--out-item needs --out')
-    _check_checkpoint(args.checkpoint)
     cfg, toolbox = _load_config(args)
+    _check_checkpoint(args.checkpoint, cfg)
     cfg.load_from = args.checkpoint
     cfg.resume = False
     if args.checkpoint.endswith(ENDS):

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from hat_mm import compat
 
+from . import sharded
 from .names import UNUSED, UNUSED_PREFIX
 
 SUFFIXES = ('.pth', '.pth.tar', '.pt', '.safetensors')
@@ -44,7 +45,8 @@ def read(path: str | Path, map_location: Any = None) -> Any:
     """Reads a checkpoint file.
 
     Args:
-        path: A file that ``torch.save`` wrote, or one whose name ends with ``.safetensors``.
+        path: A file that ``torch.save`` wrote, one whose name ends with ``.safetensors``, or the
+            folder of a sharded training (:mod:`hat_mm.weights.sharded`).
         map_location: Device of the tensors, as in ``torch.load``; by default the CPU. All tensors
             of a safetensors file count as saved from the CPU, and a function is called once, with
             an empty storage.
@@ -61,6 +63,8 @@ def read(path: str | Path, map_location: Any = None) -> Any:
     path = Path(path)
     if map_location is None:
         map_location = 'cpu'
+    if sharded.is_sharded(path):
+        return sharded.fill(read(path / sharded.REST, map_location), path)
     with open(path, 'rb'):
         pass  # its error names the file, safetensors' is a text alone
     try:
@@ -116,6 +120,8 @@ def check_whole(path: str | Path) -> Any:
     Raises:
         pickle.UnpicklingError, OSError: See :func:`read`.
     """
+    path = Path(path)
+    path = path / sharded.REST if sharded.is_sharded(path) else path
     checkpoint = read(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

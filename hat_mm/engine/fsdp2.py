@@ -7,6 +7,7 @@ are needed, and sums up its gradients when they are there.
 
 import copy
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from hat_mm.backbones.base import HierarchicalBackbone
 from hat_mm.registry import RUNNERS
 from hat_mm.weights import sharded
 
@@ -33,31 +35,29 @@ from .resume import ExactResumeRunner
 def find_units(model: nn.Module, min_params: int) -> Iterator[nn.Module]:
     """Yields the modules that are gathered on their own, inner ones before outer ones.
 
-    These are the backbone, and the large members of lists and sequences: blocks, layers of
-    transformers, fully connected layers. All else is gathered with the whole model, for a whole
+    These are the backbone, and the innermost large members of lists and sequences: blocks, layers
+    of transformers, fully connected layers. All else is gathered with the whole model, for a whole
     step. So are heads that compute their losses: toolboxes call their ``loss``, and FSDP2 only
     notices calls of ``forward``.
 
     Args:
         model: A model of the toolboxes.
-        min_params: Least number of parameters of a unit, without those of units in it.
+        min_params: Least number of parameters of a member.
     """
     backbone = getattr(model, 'backbone', None)
-    taken: set[nn.Parameter] = set()
 
     def visit(module: nn.Module, is_member: bool) -> Iterator[nn.Module]:
-        members = isinstance(module, nn.ModuleList | nn.Sequential)
-        for child in module.children():
-            yield from visit(child, members)
-        own = set(module.parameters()) - taken
+        is_list = isinstance(module, nn.ModuleList | nn.Sequential)
+        inner = [unit for child in module.children() for unit in visit(child, is_list)]
+        yield from inner
         is_block = (
             is_member
-            and sum(parameter.numel() for parameter in own) >= min_params
+            and not inner
             and not isinstance(module, nn.ModuleList)
             and not hasattr(module, 'loss')
+            and sum(parameter.numel() for parameter in module.parameters()) >= min_params
         )
-        if own and (is_block or module is backbone):
-            taken.update(own)
+        if is_block or module is backbone:
             yield module
 
     for child in model.children():
@@ -82,6 +82,9 @@ def shard(
     """
     dtypes = {name: getattr(torch, dtype) for name, dtype in (mixed_precision or {}).items()}
     backbone = getattr(model, 'backbone', None)
+    if isinstance(backbone, HierarchicalBackbone):
+        # Blocks return views. torch warns of changing them in place, which nothing does.
+        warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')
     within = set(backbone.modules()) if dtypes and backbone is not None else set()
     for unit in find_units(model, min_params):
         policy = MixedPrecisionPolicy()

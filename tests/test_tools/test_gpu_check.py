@@ -33,7 +33,7 @@ def test_dry_run(tmp_path):
     results = json.loads((tmp_path / 'gpu_check.json').read_text())
     checks = {check['name']: check for check in results['checks']}
     assert {check['status'] for check in checks.values()} == {'PASS'}
-    assert [*checks][:5] == ['parity', 'kernels', 'ddp', 'checkpointing', 'growth']
+    assert [*checks][:6] == ['parity', 'kernels', 'ddp', 'fsdp2', 'checkpointing', 'growth']
     assert 'attention' in checks['kernels']['reason']
     assert len(results['rows']) + len(results['unreached']) == 3
     assert all(min(row['seconds']) > 0 and row['macs'] for row in results['rows'][:2])

@@ -3,6 +3,7 @@
 - parity: golden files in float32 without TF32, and in bf16.
 - kernels: which attention kernels ran, in prediction and training.
 - ddp: gradients of DistributedDataParallel with one process (nccl, or gloo on a CPU).
+- fsdp2: the same for FSDP2, and the peak memory of each.
 - checkpointing: gradients and peak memory with with_cp.
 - growth: memory over training steps with images of random sizes.
 - autocast: a training step in bf16 beside float32, in both memory layouts: FasterViT 0 to 4 and
@@ -15,6 +16,7 @@ With ``quick``, tiny archs and the first golden file will do.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import random
@@ -30,9 +32,12 @@ import numpy as np
 import torch
 from test_backbones.archs import FAMILIES
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 import hat_mm
+from hat_mm.engine.fsdp2 import shard
 
 Finding = tuple[str, float, float | None]
 """What was found, a figure, and the limit that it must not exceed; None for no limit."""
@@ -79,7 +84,9 @@ def step(
     generator = torch.Generator(images.device).manual_seed(0)
     noise = [torch.randn(m.shape, generator=generator, device=m.device) for m in maps]
     sum((m.float() * n).sum() for m, n in zip(maps, noise, strict=True)).backward()
-    return [m.detach() for m in maps], torch.cat([p.grad.flatten() for p in model.parameters()])
+    gradients = [p.grad for p in model.parameters()]
+    gradients = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+    return [m.detach() for m in maps], torch.cat([g.flatten() for g in gradients])
 
 
 def error(ours: Any, expected: Any) -> float:
@@ -137,7 +144,9 @@ def kernels(device: str, quick: bool) -> Iterator[Finding]:
                 yield f'{mode}: calls that are not fused', ran['attention_math'], 0
 
 
-def ddp(device: str, quick: bool) -> Iterator[Finding]:
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """A group of this process alone."""
     for library in ('NCCL', 'GLOO'):  # there may be no network
         os.environ.setdefault(f'{library}_SOCKET_IFNAME', 'lo')
     with tempfile.TemporaryDirectory() as folder:
@@ -145,18 +154,43 @@ def ddp(device: str, quick: bool) -> Iterator[Finding]:
         store = f'file://{folder}/store'
         torch.distributed.init_process_group(backend, init_method=store, rank=0, world_size=1)
         try:
-            for family, archs in ARCHS.items():
-                model = build(family, FAMILIES[family].tiny() if quick else archs[0], device)
-                images = torch.randn(2, 3, 96, 160, device=device)
-                _, expected = step(copy.deepcopy(model), images)
-                _, gradients = step(
-                    model, images, forward=nn.parallel.DistributedDataParallel(model)
-                )
-                yield f'{family}: gradients', error([gradients], [expected]), 1e-4
-                odd = sum(p.grad.stride() != p.stride() for p in model.parameters())
-                yield f'{family}: gradients in another layout than their parameter', odd, 0
+            yield
         finally:
             torch.distributed.destroy_process_group()
+
+
+def ddp(device: str, quick: bool) -> Iterator[Finding]:
+    with process_group(device):
+        for family, archs in ARCHS.items():
+            model = build(family, FAMILIES[family].tiny() if quick else archs[0], device)
+            images = torch.randn(2, 3, 96, 160, device=device)
+            _, expected = step(copy.deepcopy(model), images)
+            _, gradients = step(model, images, forward=nn.parallel.DistributedDataParallel(model))
+            yield f'{family}: gradients', error([gradients], [expected]), 1e-4
+            odd = sum(p.grad.stride() != p.stride() for p in model.parameters())
+            yield f'{family}: gradients in another layout than their parameter', odd, 0
+
+
+def fsdp2(device: str, quick: bool) -> Iterator[Finding]:
+    with process_group(device):
+        mesh = init_device_mesh(device, (1,))
+        for family, archs in ARCHS.items():
+            arch = FAMILIES[family].tiny() if quick else archs[-1]
+            images = torch.randn(2, 3, 96, 160, device=device)
+            gradients, peaks = [], []
+            for sharded in (False, True):
+                model = build(family, arch, device)
+                if sharded:
+                    shard(model, mesh, min_params=1000 if quick else 1_000_000)
+                if device == 'cuda':
+                    torch.cuda.reset_peak_memory_stats()
+                gradients.append(step(model, images)[1].cpu())
+                if device == 'cuda':
+                    peaks.append(torch.cuda.max_memory_allocated() / MIB)
+                del model
+            yield f'{family}: gradients', error(gradients[1:], gradients[:1]), 1e-4
+            if peaks:
+                yield f'{family}: {peaks[1]:.0f} MiB, unsharded {peaks[0]:.0f}', peaks[1], None
 
 
 def checkpointing(device: str, quick: bool) -> Iterator[Finding]:
@@ -267,7 +301,7 @@ class Check:
 
 
 CHECKS = [Check('parity', parity, 0.3)]
-CHECKS += [Check(f.__name__, f) for f in (kernels, ddp, checkpointing, growth)]
+CHECKS += [Check(f.__name__, f) for f in (kernels, ddp, fsdp2, checkpointing, growth)]
 CHECKS += [Check(f'autocast {family}', autocast, 0.2, (family,)) for family in FAMILIES]
 CHECKS += [Check(f'compile {family}', compiled, 0.35, (family,)) for family in FAMILIES]
 QUICK = [check for check in CHECKS if check.name not in ('compile HATNet', 'compile SwinHAT')]

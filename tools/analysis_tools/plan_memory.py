@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import json
 import sys
@@ -137,8 +138,8 @@ def count_rest(cfg: Any, shapes: list[tuple[int, ...]], size: tuple[int, int]) -
     """
     from mmdet.testing import demo_mm_inputs
 
-    model = build(cfg | dict(backbone=dict(type='mmengine.PlannedMaps', shapes=shapes)))
-    truth = dict(num_items=[OBJECTS], with_mask=True, num_classes=80)
+    model = build(cfg, dict(type='mmengine.PlannedMaps', shapes=shapes))
+    truth = dict(num_items=[OBJECTS], with_mask=True, num_classes=1)
     data = model.data_preprocessor(demo_mm_inputs(1, [(3, *size)], **truth), training=True)
     kept = Kept(model)
     for tensor in model.backbone.maps:
@@ -150,8 +151,10 @@ def count_rest(cfg: Any, shapes: list[tuple[int, ...]], size: tuple[int, int]) -
     return kept.bytes - before
 
 
-def build(cfg: Any) -> nn.Module:
-    """A detector without SyncBN in training mode."""
+def build(cfg: Any, backbone: Any) -> nn.Module:
+    """A detector with another backbone, without SyncBN, in training mode."""
+    cfg = copy.copy(cfg)
+    cfg.backbone = backbone
     with DefaultScope.overwrite_default_scope('mmdet'):
         return revert_sync_batchnorm(MODELS.build(cfg)).train()
 
@@ -161,7 +164,7 @@ def measure(path: str, size: tuple[int, int]) -> dict[str, Any]:
     torch.manual_seed(0)
     cfg = read_config(path).model
     with FakeTensorMode():
-        model = build(cfg | dict(backbone=cfg.backbone | dict(init_cfg=None)))
+        model = build(cfg, cfg.backbone | dict(init_cfg=None))
     if not isinstance(model.backbone, HierarchicalBackbone):
         raise UserError(f'{path}: its backbone is none of hat_mm')
     units, seen = [], set()

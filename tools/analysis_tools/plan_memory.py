@@ -139,7 +139,7 @@ def count_rest(cfg: Any, shapes: list[tuple[int, ...]], size: tuple[int, int]) -
     from mmdet.testing import demo_mm_inputs
 
     model = build(cfg, dict(type='mmengine.PlannedMaps', shapes=shapes))
-    truth = dict(num_items=[OBJECTS], with_mask=True, num_classes=1)
+    truth = dict(num_items=[OBJECTS], with_mask=True, num_classes=2)
     data = model.data_preprocessor(demo_mm_inputs(1, [(3, *size)], **truth), training=True)
     kept = Kept(model)
     for tensor in model.backbone.maps:

@@ -107,7 +107,7 @@ class Watch(Hook):
             parameters=held(parameters.values()),
             gradients=self.gradients,
             states=held(x for state in states for name, x in state.items() if name != 'step'),
-            metrics=runner.message_hub.get_info('metrics'),
+            metrics=runner.message_hub.runtime_info.get('metrics'),
         )
         path = self.folder / f'rank{get_rank()}.json'
         path.write_text(json.dumps(found), encoding='utf-8')

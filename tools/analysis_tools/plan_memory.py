@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import gc
 import json
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -223,15 +224,15 @@ def plan(found: dict[str, Any], args: argparse.Namespace) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     """Measures what is not in ``--out``; prints a Markdown table in GB."""
     args = parse_args(argv)
-    tune()
     measured = args.out is not None and args.out.exists()
     done = json.loads(args.out.read_text(encoding='utf-8')) if measured else {}
     rows = []
     for path in args.configs:
         name = f'{Path(path).stem} {args.size[0]}x{args.size[1]}'
         if name not in done:
-            done[name] = measure(path, args.size)
-            gc.collect()
+            # In a process of its own, which gives all its memory back.
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+                done[name] = pool.submit(measure, path, args.size).result()
             if args.out:
                 args.out.write_text(json.dumps(done, indent=1) + '\n', encoding='utf-8')
         rows.append({'config': name, **plan(done[name], args)})

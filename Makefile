@@ -3,9 +3,10 @@ STACK ?= openmmlab
 
 VENV_openmmlab := .venv
 VENV_onedl := .venv-onedl
+VENV_latest := .venv-latest
 VENV := $(VENV_$(STACK))
 ifeq ($(VENV),)
-$(error STACK=$(STACK) is unknown; it is openmmlab (the default) or onedl)
+$(error STACK=$(STACK) is unknown; it is openmmlab (the default), onedl or latest)
 endif
 PY := $(VENV)/bin/python
 # Programs that a recipe starts (python, torchrun) come from the environment.
@@ -19,6 +20,7 @@ IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo '  STACK=onedl does the same on the OneDL forks, in .venv-onedl'
+	@echo '  STACK=latest does the same on the newest torch, torchvision, NumPy, OpenCV, in .venv-latest'
 	@echo '  PYTHON=... and CXX=... name the interpreter and the compiler of the set-up'
 
 # Any python3 can run the set-up, which itself looks for one that suits the environment.
@@ -108,4 +110,4 @@ docs-check: ## the same from scratch; warnings, broken links and files from othe
 	@$(PY) tools/dev/check_site.py work_dirs/docs/html
 
 clean: ## remove the environments and all that runs have produced
-	rm -rf .venv .venv-onedl work_dirs data build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-onedl .venv-latest work_dirs data build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

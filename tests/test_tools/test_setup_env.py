@@ -340,6 +340,14 @@ def test_without_a_compiled_header_the_build_goes_on(builder, tmp_path, reason):
     assert not [*tmp_path.glob('*.gch')]
 
 
+@pytest.mark.parametrize('standard', ['17', '20'])
+def test_mmcv_is_compiled_by_the_standard_that_torch_needs(builder, standard):
+    header = builder.path / 'lib/python3.11/site-packages/torch/include/ATen/ATen.h'
+    header.parent.mkdir(parents=True)
+    header.write_text(f'#error C++{standard} or later compatible compiler is required\n')
+    assert builder.standard() == f'c++{standard}'
+
+
 # --- What is checked first ------------------------------------------------------------------------
 
 
@@ -515,6 +523,21 @@ def test_a_stack_pins_its_own_five_packages_and_what_builds_them(stack):
         assert 78 <= int(found['setuptools'].split('.')[0]) < 81
 
 
+def test_the_latest_stack_leaves_five_pins_of_the_default_one_open(tmp_path):
+    root = checkout(tmp_path / 'checkout')
+    shutil.copytree(ROOT / 'requirements', root / 'requirements', dirs_exist_ok=True)
+    environment = load(root).Environment('latest')
+    environment.path.mkdir()
+    assert environment.pins == load(root).Environment('openmmlab').pins
+    pinned, opened = set(), set()
+    for file in (environment.common, environment.dev):
+        pinned.update(file.read_text().splitlines())
+        opened.update(environment.unpin(file).read_text().splitlines())
+    names = {'torch', 'torchvision', 'numpy', 'opencv-python', 'opencv-python-headless'}
+    assert opened - pinned == names
+    assert {line.split('==')[0] for line in pinned - opened} == names
+
+
 def test_the_example_requirements_are_the_default_stack():
     assert pins(ROOT / 'requirements.txt') == pins(ROOT / 'requirements' / 'openmmlab.txt')
 
@@ -541,7 +564,7 @@ def test_make_lists_its_targets():
 def test_an_unknown_stack_is_an_error_with_the_choices():
     done = make('setup', 'STACK=openmim')
     assert done.returncode != 0
-    assert 'STACK=openmim is unknown; it is openmmlab (the default) or onedl' in done.stderr
+    assert 'STACK=openmim is unknown; it is openmmlab (the default), onedl or latest' in done.stderr
 
 
 def test_make_says_what_to_install_without_python(tmp_path):

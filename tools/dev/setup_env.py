@@ -24,8 +24,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-# Stack -> folder of its environment, and distribution that is compiled.
-STACKS = {'openmmlab': ('.venv', 'mmcv'), 'onedl': ('.venv-onedl', 'onedl-mmcv')}
+# Stack -> folder of its environment, distribution that is compiled, and file of its own pins.
+STACKS = {
+    'openmmlab': ('.venv', 'mmcv', 'openmmlab.txt'),
+    'onedl': ('.venv-onedl', 'onedl-mmcv', 'onedl.txt'),
+    'latest': ('.venv-latest', 'mmcv', 'openmmlab.txt'),
+}
+# Of these, the stack 'latest' has the newest versions that the package index gives.
+UNPINNED = r'^(torch|torchvision|numpy|opencv-python|opencv-python-headless)==.*'
 GIB = 1024**3
 INSTALL_PYTHON = (
     'Python 3.11 or 3.12 is needed (Debian or Ubuntu: apt-get install python3.11 python3.11-venv '
@@ -162,7 +168,8 @@ class Environment:
     """The virtual environment of one stack, with the requested interpreter, if any."""
 
     def __init__(self, stack: str, wanted: str | None = None) -> None:
-        folder, self.mmcv = STACKS[stack]
+        folder, self.mmcv, own = STACKS[stack]
+        self.latest = stack == 'latest'
         self.wanted = wanted
         self.path = ROOT / folder
         self.python = self.path / 'bin' / 'python'
@@ -170,7 +177,7 @@ class Environment:
         self.stamp = self.path / 'setup.json'
         self.log = self.path / 'setup.log'
         self.lock = self.path / '.lock'
-        files = ('common.txt', 'dev.txt', f'{stack}.txt')
+        files = ('common.txt', 'dev.txt', own)
         self.common, self.dev, self.own = (ROOT / 'requirements' / name for name in files)
         self.pins = [line for line in self.own.read_text().splitlines() if '==' in line]
         self.env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONHOME')}
@@ -323,15 +330,25 @@ class Environment:
             if not (info / 'RECORD').is_file():  # pip was killed and would consider it installed
                 shutil.rmtree(info)
         others = [pin for pin in self.pins if not pin.startswith(f'{self.mmcv}==')]
-        files = ('-r', self.common, '-r', self.dev)
-        self.pip('torch, the toolboxes and what they need', 'install', *files, *others)
+        files = (self.common, self.dev)
+        if self.latest:
+            files = [self.unpin(file) for file in files]
+        lists = [word for file in files for word in ('-r', file)]
+        self.pip('torch, the toolboxes and what they need', 'install', *lists, *others)
         # OpenCV's default build needs desktop libraries, which a server may lack.
         if self.failure('import cv2'):
-            version = re.search(r'^opencv-python==(\S+)', self.common.read_text(), re.M).group(1)
+            (opencv,) = self.path.glob('lib/*/*/opencv_python-*.dist-info')
+            version = opencv.stem.partition('-')[2]
             words = ('install', '--no-deps', '--force-reinstall')
             self.pip('OpenCV without a display', *words, f'opencv-python-headless=={version}')
         words = ('install', '--no-deps', '--no-build-isolation', '--no-index')
         self.pip('hat_mm, editable', *words, '-e', ROOT)
+
+    def unpin(self, file: Path) -> Path:
+        """A copy of a list of requirements, for the stack 'latest'."""
+        copy = self.path / file.name
+        copy.write_text(re.sub(UNPINNED, r'\1', file.read_text(), flags=re.M))
+        return copy
 
     def install_mmcv(self) -> None:
         """Install mmcv with its operators: from the user's cache, or compiled here."""
@@ -371,6 +388,9 @@ class Environment:
         (archive,) = build.glob('*.tar.gz')
         shutil.unpack_archive(str(archive), str(build / 'source'))
         (source,) = (build / 'source').iterdir()
+        if self.standard() != 'c++17':  # which mmcv names after all flags that can be given
+            script = source / 'setup.py'
+            script.write_text(script.read_text().replace('c++17', self.standard()))
         jobs = str(build_jobs())
         flags = f'{os.environ.get("CPPFLAGS", "")} -g0'
         self.pip(
@@ -383,6 +403,12 @@ class Environment:
             CPPFLAGS=f'{flags} {self.precompile(build, flags)}',
         )
         return next((build / 'wheel').glob('*.whl'))
+
+    def standard(self) -> str:
+        """The standard of C++ that torch's headers need: C++20 from torch 2.15 on."""
+        headers = self.path.glob('lib/*/*/torch/include/ATen/ATen.h')
+        needs_20 = any('C++20 or later' in header.read_text() for header in headers)
+        return 'c++20' if needs_20 else 'c++17'
 
     def precompile(self, build: Path, flags: str) -> str:
         """Compile the header that every file of mmcv begins with once; returns the flag for it.
@@ -408,7 +434,7 @@ class Environment:
             )
             words = [*compiler, '-x', 'c++-header', *own.split(), *flags.split(), '-fPIC']
             words += [
-                '-std=c++17',
+                f'-std={self.standard()}',
                 '-DTORCH_API_INCLUDE_EXTENSION_H',
                 '-DTORCH_EXTENSION_NAME=_ext',
             ]

@@ -405,7 +405,7 @@ class Environment:
         return next((build / 'wheel').glob('*.whl'))
 
     def standard(self) -> str:
-        """The standard of C++ that torch's headers need: C++20 from torch 2.15 on."""
+        """The standard of C++ that torch's headers need: C++20 from torch 2.14 on."""
         headers = self.path.glob('lib/*/*/torch/include/ATen/ATen.h')
         needs_20 = any('C++20 or later' in header.read_text() for header in headers)
         return 'c++20' if needs_20 else 'c++17'

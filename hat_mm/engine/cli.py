@@ -227,7 +227,7 @@ def make_writable(folder: str, name: str) -> None:
 
 def _check_checkpoint(path: str, cfg: Any) -> None:
     if is_sharded(path):
-        if cfg.get('runner_type') != 'hat_mm.FSDP2Runner':
+        if not str(cfg.get('runner_type')).endswith('FSDP2Runner'):
             raise UserError(
                 f'{path!r} is the folder of a sharded training: runner_type=hat_mm.FSDP2Runner '
                 'loads it, and tools/model_converters/publish_model.py makes a file of its weights'

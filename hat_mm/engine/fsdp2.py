@@ -8,14 +8,18 @@ are needed, and sums up its gradients when they are there.
 import copy
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Set
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from mmengine.device import get_device
 from mmengine.dist import barrier, get_world_size, is_main_process
+from mmengine.hooks import EMAHook
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -23,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from hat_mm import compat
 from hat_mm.backbones.base import HierarchicalBackbone
 from hat_mm.registry import RUNNERS
 from hat_mm.weights import sharded
@@ -37,14 +42,15 @@ def find_units(model: nn.Module, min_params: int) -> Iterator[nn.Module]:
 
     These are the backbone, and the innermost large members of lists and sequences: blocks, layers
     of transformers, fully connected layers. All else is gathered with the whole model, for a whole
-    step. So are heads that compute their losses: toolboxes call their ``loss``, and FSDP2 only
-    notices calls of ``forward``.
+    step. So are heads that compute their losses, because toolboxes call their ``loss`` while FSDP2
+    only notices calls of ``forward``, and members that share a parameter with another module.
 
     Args:
         model: A model of the toolboxes.
         min_params: Least number of parameters of a member.
     """
     backbone = getattr(model, 'backbone', None)
+    uses = _count_uses(model)
 
     def visit(module: nn.Module, is_member: bool) -> Iterator[nn.Module]:
         is_list = isinstance(module, nn.ModuleList | nn.Sequential)
@@ -56,12 +62,18 @@ def find_units(model: nn.Module, min_params: int) -> Iterator[nn.Module]:
             and not isinstance(module, nn.ModuleList)
             and not hasattr(module, 'loss')
             and sum(parameter.numel() for parameter in module.parameters()) >= min_params
+            and all(uses[name] == count for name, count in _count_uses(module).items())
         )
         if is_block or module is backbone:
             yield module
 
     for child in model.children():
         yield from visit(child, False)
+
+
+def _count_uses(module: nn.Module) -> Counter:
+    """How often each parameter, by its identity, occurs in a module."""
+    return Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
 
 
 def shard(
@@ -76,9 +88,9 @@ def shard(
         model: A model of the toolboxes.
         mesh: All processes, in one dimension.
         min_params: See :func:`find_units`.
-        mixed_precision: Arguments of torch's ``MixedPrecisionPolicy`` for the backbone, with names
-            of dtypes: ``dict(param_dtype='bfloat16', reduce_dtype='float32')``. Its batch norms,
-            whose statistics are in float32, and all other parts keep float32.
+        mixed_precision: Dtypes of the backbone's computation and of the sums of its gradients, by
+            name: ``dict(param_dtype='bfloat16', reduce_dtype='float32')``. Its batch norms, whose
+            statistics are in float32, and all other parts keep float32.
     """
     dtypes = {name: getattr(torch, dtype) for name, dtype in (mixed_precision or {}).items()}
     backbone = getattr(model, 'backbone', None)
@@ -100,13 +112,19 @@ def shard(
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
-def share(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a whole tensor, sharded as a parameter is."""
-    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
+def share(tensor: Any, parameter: Tensor, is_scalar: bool) -> Any:
+    """This process's part of a whole tensor, if that has the size of a sharded parameter.
+
+    Args:
+        tensor: What was loaded.
+        parameter: The parameter that it belongs to.
+        is_scalar: Whether it is one element for :func:`_make_scalars_vectors`.
+    """
+    if not isinstance(parameter, DTensor) or not isinstance(tensor, Tensor):
         return tensor
-    if tensor.numel() == parameter.numel() == 1:
-        tensor = tensor.reshape(parameter.shape)
-    if tensor.shape != parameter.shape:
+    if is_scalar and not tensor.ndim:
+        tensor = tensor.reshape(1)
+    if isinstance(tensor, DTensor) or tensor.shape != parameter.shape:
         return tensor
     mesh = parameter.device_mesh
     # All processes have the whole tensor: each takes its part without asking the others.
@@ -119,31 +137,36 @@ def _share_weights(module: nn.Module, state_dict: dict, prefix: str, *_: Any) ->
     """Lets a sharded module load whole tensors; a pre-hook of ``load_state_dict``."""
     for name, parameter in module.named_parameters(recurse=False):
         if prefix + name in state_dict:
-            state_dict[prefix + name] = share(state_dict[prefix + name], parameter)
+            is_scalar = parameter.numel() == 1
+            state_dict[prefix + name] = share(state_dict[prefix + name], parameter, is_scalar)
 
 
-def _share_optimizer_state(optimizer: Optimizer, state_dict: dict) -> dict:
+def _share_optimizer_state(scalars: Set, optimizer: Optimizer, state_dict: dict) -> dict:
     """Lets an optimizer of sharded parameters load whole tensors; a pre-hook of its loading."""
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     saved = [index for group in state_dict['param_groups'] for index in group['params']]
     state = dict(state_dict['state'])
-    for index, parameter in zip(saved, parameters, strict=True):
-        state[index] = {
-            name: share(value, parameter) if name != 'step' and isinstance(value, Tensor) else value
-            for name, value in state.get(index, {}).items()
-        }
+    for index, parameter in zip(saved, parameters, strict=False):  # torch compares the numbers
+        if index in state:
+            state[index] = {
+                name: value if name == 'step' else share(value, parameter, index in scalars)
+                for name, value in state[index].items()
+            }
     return state_dict | {'state': state}
 
 
 def _make_scalars_vectors(model: nn.Module) -> set[str]:
     """Gives parameters without dimensions one, which FSDP2 requires; returns their names."""
-    names = {name for name, parameter in model.named_parameters() if not parameter.ndim}
-    for name in names:
+    every = list(model.named_parameters(remove_duplicate=False))
+    scalars = {name: parameter for name, parameter in every if not parameter.ndim}
+    vectors = {
+        parameter: nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad)
+        for parameter in scalars.values()
+    }
+    for name, parameter in scalars.items():
         module, _, leaf = name.rpartition('.')
-        parameter = model.get_parameter(name)
-        vector = nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad)
-        setattr(model.get_submodule(module), leaf, vector)
-    return names
+        setattr(model.get_submodule(module), leaf, vectors[parameter])
+    return set(scalars)
 
 
 def _allow_copies(model: nn.Module, skeleton: nn.Module) -> None:
@@ -178,6 +201,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
 # --- the setting ----------------------------------------------------------------------------------
 
 
+_DTYPES = ('float32', 'float16', 'bfloat16')
 _OPTIONS = {'checkpoints', 'min_params', 'mixed_precision'}
 
 
@@ -186,8 +210,8 @@ class FSDP2Runner(ExactResumeRunner):
     """mmengine's runner that shards what it trains over all processes, by torch's FSDP2.
 
     Set ``runner_type = 'hat_mm.FSDP2Runner'`` in any config and train with several processes. The
-    losses are those of DDP. In one process, and for tests, nothing is sharded. A validation holds
-    the whole model in each process, because each detects something else. Resume is exact.
+    losses are those of DDP. Without a launcher, and for tests, nothing is sharded. A validation
+    holds the whole model in each process. Resume is exact.
 
     Options are in the config's ``fsdp2``: ``min_params`` and ``mixed_precision`` as in
     :func:`shard`, and ``checkpoints``: ``'full'`` (default) writes files as DDP does, which load
@@ -195,7 +219,7 @@ class FSDP2Runner(ExactResumeRunner):
     (:mod:`hat_mm.weights.sharded`), which this runner loads with any number of processes.
 
     Raises:
-        ValueError: An option is unknown.
+        ValueError: An option is unknown, or does not suit the model or the checkpoints.
     """
 
     mesh: DeviceMesh | None = None
@@ -207,21 +231,49 @@ class FSDP2Runner(ExactResumeRunner):
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Moves the model to the device; it is sharded when the training starts."""
-        self._options = {'checkpoints': 'full', **(self.cfg.get('fsdp2') or {})}
-        if unknown := set(self._options) - _OPTIONS:
-            raise ValueError(f'fsdp2 has the options {sorted(_OPTIONS)}, not {sorted(unknown)}')
-        files = self._options.pop('checkpoints')
-        if files not in ('full', 'sharded'):
-            raise ValueError(f"fsdp2.checkpoints must be 'full' or 'sharded', not {files!r}")
-        self._writes_folders = files == 'sharded'
+        self._options = self._read_options(model)
+        self._writes_folders = self._options.pop('checkpoints') == 'sharded'
         if not self.distributed:
             return super().wrap_model(model_wrapper_cfg, model)
+        if model_wrapper_cfg or self.cfg.get('find_unused_parameters'):
+            self.logger.warning(
+                'FSDP2Runner does not use model_wrapper_cfg and find_unused_parameters: in each '
+                'step, all processes must use the same parts of the model'
+            )
         device = get_device()
         if device == 'cpu':
             model = revert_sync_batchnorm(model)
         elif self.cfg.get('sync_bn'):
             model = convert_sync_batchnorm(model, self.cfg.sync_bn)
         return model.to(device)
+
+    def _read_options(self, model: nn.Module) -> dict[str, Any]:
+        options = {'checkpoints': 'full', **(self.cfg.get('fsdp2') or {})}
+        if unknown := set(options) - _OPTIONS:
+            raise ValueError(f'fsdp2 has the options {sorted(_OPTIONS)}, not {sorted(unknown)}')
+        if options['checkpoints'] not in ('full', 'sharded'):
+            raise ValueError(
+                f"fsdp2.checkpoints must be 'full' or 'sharded', not {options['checkpoints']!r}"
+            )
+        for name, dtype in (options.get('mixed_precision') or {}).items():
+            if name not in ('param_dtype', 'reduce_dtype') or dtype not in _DTYPES:
+                raise ValueError(
+                    f'fsdp2.mixed_precision has param_dtype and reduce_dtype, which are one of '
+                    f'{", ".join(_DTYPES)}, not {name}={dtype!r}'
+                )
+            if not hasattr(model, 'backbone'):
+                raise ValueError(
+                    f'fsdp2.mixed_precision is for backbones, and {type(model).__name__} has none'
+                )
+        hook = (self.cfg.get('default_hooks') or {}).get('checkpoint') or {}
+        if options['checkpoints'] == 'sharded':
+            compat.require('safetensors')
+            if hook.get('published_keys') or '://' in str(hook.get('out_dir')):
+                raise ValueError(
+                    "fsdp2.checkpoints='sharded' writes folders to a local disk: it goes neither "
+                    "with CheckpointHook's published_keys nor with an address as its out_dir"
+                )
+        return options
 
     def train(self) -> nn.Module:
         """Shards the model with its initial weights, and trains."""
@@ -232,9 +284,11 @@ class FSDP2Runner(ExactResumeRunner):
             self.mesh = init_device_mesh(get_device(), (get_world_size(),))
             for module in self.model.modules():
                 module.register_load_state_dict_pre_hook(_share_weights)
-            skeleton = _skeleton(self.model)
+            averaged = any(isinstance(hook, EMAHook) for hook in self.hooks)
+            skeleton = _skeleton(self.model) if averaged else None
             shard(self.model, self.mesh, **self._options)
-            _allow_copies(self.model, skeleton)
+            if skeleton is not None:
+                _allow_copies(self.model, skeleton)
         return super().train()
 
     def _init_model_weights(self) -> None:
@@ -242,21 +296,29 @@ class FSDP2Runner(ExactResumeRunner):
             super()._init_model_weights()
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        """Builds the optimizer wrapper, which can load whole and sharded states."""
+        """Builds the optimizer wrapper, which can load whole and sharded states.
+
+        Raises:
+            ValueError: There are several optimizers.
+        """
         built = super().build_optim_wrapper(optim_wrapper)
         if self.mesh is not None and built is not optim_wrapper:
+            if not isinstance(built, OptimWrapper) or isinstance(built, OptimWrapperDict):
+                raise ValueError('FSDP2Runner trains with one optimizer, not with several')
             optimizer = built.optimizer
-            optimizer.register_load_state_dict_pre_hook(_share_optimizer_state)
             names = {id(p): name for name, p in self.model.named_parameters()}
             parameters = [p for group in optimizer.param_groups for p in group['params']]
             self._scalars |= {i for i, p in enumerate(parameters) if names[id(p)] in self._scalars}
+            hook = partial(_share_optimizer_state, self._scalars)
+            optimizer.register_load_state_dict_pre_hook(hook)
         return built
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
         """Calls the hooks, and prepares what they get or have left."""
         if fn_name == 'after_load_checkpoint' and self._folder:
             checkpoint = kwargs['checkpoint']
-            checkpoint.update(sharded.fill(checkpoint, self._folder, self.mesh))
+            only = '' if self._resume else 'state_dict/'
+            checkpoint.update(sharded.fill(checkpoint, self._folder, self.mesh, only))
         if self.mesh is not None and fn_name in ('after_val_epoch', 'after_test_epoch'):
             self._gather_for_evaluation(False)
         super().call_hook(fn_name, **kwargs)
@@ -321,6 +383,7 @@ class FSDP2Runner(ExactResumeRunner):
             return
         target = Path(out_dir, filename)
         part = target.with_name(f'.{filename}.part')
+        old = target.with_name(f'.{filename}.old')
         if self._writes_folders:
             self._folder, filename = part, f'{part.name}/{sharded.REST}'
             if is_main_process():
@@ -329,12 +392,16 @@ class FSDP2Runner(ExactResumeRunner):
             barrier()
         try:
             if is_main_process():
+                if target.is_dir() and not self._folder:  # of an earlier training
+                    shutil.rmtree(target)
                 super().save_checkpoint(
                     out_dir, filename, file_client_args, save_optimizer, **kwargs
                 )
                 if self._folder:
-                    shutil.rmtree(target, ignore_errors=True)
+                    if target.exists():
+                        target.rename(old)
                     part.rename(target)
+                    old.unlink() if old.is_file() else shutil.rmtree(old, ignore_errors=True)
             else:
                 checkpoint = {'meta': {}, 'state_dict': self.model.state_dict()}
                 if save_optimizer:

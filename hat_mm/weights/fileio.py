@@ -46,7 +46,8 @@ def read(path: str | Path, map_location: Any = None) -> Any:
 
     Args:
         path: A file that ``torch.save`` wrote, one whose name ends with ``.safetensors``, or the
-            folder of a sharded training (:mod:`hat_mm.weights.sharded`).
+            folder of a sharded training (:mod:`hat_mm.weights.sharded`), whose sharded tensors are
+            read to the CPU.
         map_location: Device of the tensors, as in ``torch.load``; by default the CPU. All tensors
             of a safetensors file count as saved from the CPU, and a function is called once, with
             an empty storage.
@@ -120,8 +121,10 @@ def check_whole(path: str | Path) -> Any:
     Raises:
         pickle.UnpicklingError, OSError: See :func:`read`.
     """
-    path = Path(path)
-    path = path / sharded.REST if sharded.is_sharded(path) else path
+    if sharded.is_sharded(path):
+        checkpoint = check_whole(Path(path, sharded.REST))
+        sharded.check_shards(path, checkpoint[sharded.SIZES])
+        return checkpoint
     checkpoint = read(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

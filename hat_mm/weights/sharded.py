@@ -1,13 +1,16 @@
 """Checkpoints of sharded trainings: folders to which each process writes its part.
 
 A folder holds a safetensors file of each process, by ``torch.distributed.checkpoint``, and
-``rest.pth`` with all else: a checkpoint in which names stand for the sharded tensors. The rest is
-written last, so a folder that has it is whole.
+``rest.pth`` with all else: a checkpoint in which names stand for the sharded tensors, and their
+sizes. The rest is written last; a part that is lost later is noticed by the sizes.
 """
 
 import copy
+import math
+import pickle
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 REST = 'rest.pth'
+SIZES = 'sharded_sizes'
 # Stand for a sharded tensor in the rest. FSDP2 takes no scalars: they are sharded as one element.
 _SHARD, _SCALAR = 'sharded tensor ', 'sharded scalar '
 
@@ -49,7 +53,8 @@ def split(checkpoint: Any, is_scalar: Callable[[tuple], bool]) -> tuple[Any, dic
         is_scalar: Tells by the path of a tensor if it is a scalar that was made one element.
 
     Returns:
-        What :data:`REST` holds, and the sharded tensors by name.
+        What :data:`REST` holds, which has the sizes of the sharded tensors as :data:`SIZES`; and
+        these tensors by name.
     """
     from torch.distributed.tensor import DTensor
 
@@ -62,7 +67,9 @@ def split(checkpoint: Any, is_scalar: Callable[[tuple], bool]) -> tuple[Any, dic
         shards[key] = leaf
         return (_SCALAR if is_scalar(path) else _SHARD) + key
 
-    return replaced(checkpoint, name), shards
+    rest = replaced(checkpoint, name)
+    rest[SIZES] = {key: list(shard.shape) for key, shard in shards.items()}
+    return rest, shards
 
 
 def write_shards(folder: Path, shards: dict[str, Tensor]) -> None:
@@ -73,7 +80,38 @@ def write_shards(folder: Path, shards: dict[str, Tensor]) -> None:
     dcp.save(shards, storage_writer=writer)
 
 
-def fill(checkpoint: Any, folder: str | Path, mesh: Any = None) -> Any:
+def check_shards(folder: str | Path, sizes: dict[str, list[int]]) -> dict[str, torch.dtype]:
+    """Checks that the files of a folder have all sharded tensors, without reading these.
+
+    Args:
+        folder: The folder.
+        sizes: What its :data:`REST` has as :data:`SIZES`.
+
+    Returns:
+        The dtypes of the tensors by name.
+
+    Raises:
+        pickle.UnpicklingError: A file is missing or damaged.
+    """
+    import torch.distributed.checkpoint as dcp
+    from safetensors import SafetensorError
+
+    try:
+        metadata: Any = dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
+    except (SafetensorError, ValueError) as error:
+        raise pickle.UnpicklingError(f'{folder} was not loaded: {error}') from error
+    found = metadata.state_dict_metadata
+    for name, size in sizes.items():
+        chunks = found[name].chunks if name in found else []
+        if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
+            raise pickle.UnpicklingError(
+                f'{folder} was not loaded: it lacks a part of {name!r}; was the file of a process '
+                'lost, or written to a disk that the machines do not share?'
+            )
+    return {name: found[name].properties.dtype for name in sizes}
+
+
+def fill(checkpoint: Any, folder: str | Path, mesh: Any = None, only: str = '') -> Any:
     """Puts the sharded tensors back into what :data:`REST` holds.
 
     Args:
@@ -81,31 +119,37 @@ def fill(checkpoint: Any, folder: str | Path, mesh: Any = None) -> Any:
         folder: The folder of the checkpoint, which may be of another number of processes.
         mesh: Device mesh of one dimension, for tensors that are sharded over it; None for whole
             ones on the CPU.
+        only: Leaves out all but one part of the checkpoint, such as ``'state_dict'``.
 
     Raises:
-        OSError, KeyError, RuntimeError: Files are missing or damaged.
+        pickle.UnpicklingError: A file is missing or damaged.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.tensor import Shard, empty
 
-    metadata: Any = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    how: dict[str, Any] = {} if mesh is None else dict(device_mesh=mesh, placements=[Shard(0)])
+    sizes = checkpoint[SIZES]
+    dtypes = check_shards(folder, sizes)
+    make: Any = torch.empty
+    if mesh is not None:
+        make = partial(empty, device_mesh=mesh, placements=[Shard(0)])
     shards = {
-        name: (torch.empty if mesh is None else empty)(
-            tensor.size, dtype=tensor.properties.dtype, **how
-        )
-        for name, tensor in metadata.items()
+        name: make(size, dtype=dtypes[name])
+        for name, size in sizes.items()
+        if name.startswith(only)
     }
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    with warnings.catch_warnings(action='ignore'):  # of a single process
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'torch.distributed is disabled')
         dcp.load(shards, storage_reader=reader, no_dist=mesh is None)
 
     def find(_: tuple, leaf: Any) -> Any:
         if isinstance(leaf, str) and leaf.startswith(_SHARD):
-            return shards[leaf.removeprefix(_SHARD)]
+            return shards.get(leaf.removeprefix(_SHARD))
         if isinstance(leaf, str) and leaf.startswith(_SCALAR):
-            shard = shards[leaf.removeprefix(_SCALAR)]
-            return shard.reshape(()) if mesh is None else shard
+            shard = shards.get(leaf.removeprefix(_SCALAR))
+            return shard.reshape(()) if mesh is None and shard is not None else shard
         return leaf
 
-    return replaced(checkpoint, find)
+    filled = replaced(checkpoint, find)
+    del filled[SIZES]
+    return filled

@@ -135,7 +135,7 @@ def make(folder: Path, runner_type: str, **changes) -> Config:
         default_scope='mmengine',
         runner_type=runner_type,
         fsdp2=dict(min_params=1000),
-        model=dict(type='FSDP2Net', drop_path_rate=0.0),
+        model=dict(type='FSDP2Net', drop_path_rate=0.0, frozen_stages=0),
         train_dataloader=data | dict(sampler=dict(type='InfiniteSampler')),
         val_dataloader=data,
         train_cfg=dict(by_epoch=False, max_iters=STEPS, val_interval=STEPS),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -152,6 +153,19 @@ def test_an_unfinished_sharded_checkpoint_is_not_resumed(two, tmp_path):
     assert 'iter_6.pth' in problem
 
 
+def test_a_lost_or_damaged_part_is_noticed(two, tmp_path):
+    folder = tmp_path / 'iter_3.pth'
+    parts = sorted(path.name for path in (two / 'sharded/iter_3.pth').glob('*.safetensors'))
+    for name in parts:
+        for damage in (Path.unlink, lambda path: os.truncate(path, path.stat().st_size - 4)):
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(two / 'sharded/iter_3.pth', folder)
+            damage(folder / name)
+            for read in (fileio.read, fileio.check_whole):
+                with pytest.raises(pickle.UnpicklingError, match='was not loaded'):
+                    read(folder)
+
+
 def test_mixed_precision_is_in_the_backbone_alone(two):
     exact, rounded = said(two / 'full')[0]['losses'], said(two / 'bf16')[0]['losses']
     assert exact != rounded
@@ -270,21 +284,35 @@ def test_units():
     assert units == [model.backbone[0], model.backbone, model.heads[0].convs[0]]
 
 
+def test_members_that_share_a_parameter_are_no_units():
+    model = Model()
+    model.heads[0].convs.append(model.heads[0].convs[0])
+    model.backbone.append(nn.Linear(60, 60))
+    model.backbone[2].weight = model.backbone[0].weight
+    assert list(find_units(model, 1000)) == [model.backbone]
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
         (dict(min_param=3), r"not \['min_param'\]"),
         (dict(checkpoints='local'), "'full' or 'sharded', not 'local'"),
+        (dict(mixed_precision=dict(param_dtype='bf16')), "not param_dtype='bf16'"),
+        (dict(mixed_precision=dict(output_dtype='float32')), 'not output_dtype'),
+        (dict(mixed_precision=dict(param_dtype='bfloat16')), 'Linear has none'),
+        (dict(checkpoints='sharded'), 'published_keys'),
     ],
 )
 def test_wrong_options(options, message, tmp_path):
-    cfg = Config(dict(model=nn.Linear(1, 1), work_dir=str(tmp_path), fsdp2=options))
+    hooks = dict(checkpoint=dict(type='CheckpointHook', published_keys=['state_dict']))
+    cfg = Config(
+        dict(model=nn.Linear(1, 1), work_dir=str(tmp_path), fsdp2=options, default_hooks=hooks)
+    )
     with pytest.raises(ValueError, match=message):
         hat_mm.FSDP2Runner.from_cfg(cfg)
 
 
-def test_shards_are_whole_tensors_without_processes(tmp_path):
-    """What a single process reads from a folder of shards is what was split."""
+def test_only_sharded_tensors_are_taken_out():
     checkpoint = {'state_dict': {'a': torch.ones(2)}, 'meta': {'iter': 3, 'list': [1, 'x']}}
     rest, shards = sharded.split(checkpoint, lambda path: False)
     assert shards == {}

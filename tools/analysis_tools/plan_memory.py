@@ -203,9 +203,11 @@ def plan(found: dict[str, Any], args: argparse.Namespace) -> dict[str, str]:
     with_cp = args.batch * (found['activations_with_cp'] + found['largest_block']) + rest
     # Parameters, gradients and their buckets, two states of AdamW.
     ddp = 5 * weights
-    # Shares of all but the buckets; what belongs to no unit, whole, with its gradients; two units,
-    # since the next one is gathered early, and the gradients of one.
-    fsdp2 = 4 * weights / args.processes + 2 * found['outside_units'] + 3 * found['largest_unit']
+    # Shares of all but the buckets. What belongs to no unit is there for the whole step, with its
+    # gradients, and a unit four times: itself, the next one, its gradients, and a buffer to sum
+    # these up. At last only the former has that buffer.
+    outside, unit = found['outside_units'], found['largest_unit']
+    fsdp2 = 4 * weights / args.processes + max(2 * outside + 4 * unit, 3 * outside)
     row = {
         'parameters, M': f'{weights / 4e6:.0f}',
         'states, DDP': f'{ddp / 1e9:.1f}',

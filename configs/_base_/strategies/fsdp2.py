@@ -2,6 +2,6 @@
 runner_type = 'hat_mm.FSDP2Runner'
 fsdp2 = dict(
     min_params=1_000_000,  # of a block that is gathered on its own
-    mixed_precision=None,  # or dict(param_dtype='bfloat16', reduce_dtype='float32')
+    mixed_precision=dict(),  # or dict(param_dtype='bfloat16', reduce_dtype='float32')
     checkpoints='full',  # or 'sharded'
 )

@@ -511,8 +511,9 @@ def test_attention_from_end_to_end(tmp_path):
 def test_the_program(run_python):
     done = run_python('tools/analysis_tools/benchmark', 'models', 'swin-t', '--peer', '1')
     assert done.returncode == 1
-    assert done.stderr.startswith("benchmark: error: --peer '1' is no candidate")
-    assert done.stderr.count('\n') == 1
+    # The last line: torch 2.15 warns before it of a machine without CUDA.
+    assert done.stderr.splitlines()[-1].startswith("benchmark: error: --peer '1' is no candidate")
+    assert 'Traceback' not in done.stderr
 
 
 # --- padding_effect.py ----------------------------------------------------------------------------

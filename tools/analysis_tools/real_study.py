@@ -314,7 +314,7 @@ def plot(results: dict[str, dict[str, list[dict]]], out: Path) -> None:
         axis.set_xticks(range(len(rows)), names, rotation=30, ha='right', fontsize=8)
         axis.set_title(data)
         axis.set_ylabel('AP50: seeds and mean')
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hat_mm import compat
+
 REST = 'rest.pth'
 SIZES = 'sharded_sizes'
 # Stand for a sharded tensor in the rest. FSDP2 takes no scalars: they are sharded as one element.
@@ -94,11 +96,11 @@ def check_shards(folder: str | Path, sizes: dict[str, list[int]]) -> dict[str, t
         pickle.UnpicklingError: A file is missing or damaged.
     """
     import torch.distributed.checkpoint as dcp
-    from safetensors import SafetensorError
 
+    safetensors = compat.require('safetensors')
     try:
         metadata: Any = dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
-    except (SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError) as error:
         raise pickle.UnpicklingError(f'{folder} was not loaded: {error}') from error
     found = metadata.state_dict_metadata
     for name, size in sizes.items():

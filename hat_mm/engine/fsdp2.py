@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed.checkpoint
 from mmengine.device import get_device
 from mmengine.dist import barrier, get_world_size, is_main_process
 from mmengine.hooks import EMAHook
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import OptimWrapperDict
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -198,6 +199,13 @@ def _skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 # --- the setting ----------------------------------------------------------------------------------
 
 
@@ -255,19 +263,26 @@ class FSDP2Runner(ExactResumeRunner):
             raise ValueError(
                 f"fsdp2.checkpoints must be 'full' or 'sharded', not {options['checkpoints']!r}"
             )
-        for name, dtype in (options.get('mixed_precision') or {}).items():
+        precision = options.get('mixed_precision') or {}
+        if not isinstance(precision, dict):
+            raise ValueError(f'fsdp2.mixed_precision must be a dict, not {precision!r}')
+        for name, dtype in precision.items():
             if name not in ('param_dtype', 'reduce_dtype') or dtype not in _DTYPES:
                 raise ValueError(
                     f'fsdp2.mixed_precision has param_dtype and reduce_dtype, which are one of '
                     f'{", ".join(_DTYPES)}, not {name}={dtype!r}'
                 )
-            if not hasattr(model, 'backbone'):
+            if not hasattr(getattr(model, 'module', model), 'backbone'):  # of a TTA model
                 raise ValueError(
                     f'fsdp2.mixed_precision is for backbones, and {type(model).__name__} has none'
                 )
         hook = (self.cfg.get('default_hooks') or {}).get('checkpoint') or {}
         if options['checkpoints'] == 'sharded':
             compat.require('safetensors')
+            if not hasattr(torch.distributed.checkpoint, 'HuggingFaceStorageWriter'):
+                raise ValueError(
+                    f"fsdp2.checkpoints='sharded' needs a newer torch than {torch.__version__}"
+                )
             if hook.get('published_keys') or '://' in str(hook.get('out_dir')):
                 raise ValueError(
                     "fsdp2.checkpoints='sharded' writes folders to a local disk: it goes neither "
@@ -303,7 +318,7 @@ class FSDP2Runner(ExactResumeRunner):
         """
         built = super().build_optim_wrapper(optim_wrapper)
         if self.mesh is not None and built is not optim_wrapper:
-            if not isinstance(built, OptimWrapper) or isinstance(built, OptimWrapperDict):
+            if isinstance(built, OptimWrapperDict):
                 raise ValueError('FSDP2Runner trains with one optimizer, not with several')
             optimizer = built.optimizer
             names = {id(p): name for name, p in self.model.named_parameters()}
@@ -317,8 +332,9 @@ class FSDP2Runner(ExactResumeRunner):
         """Calls the hooks, and prepares what they get or have left."""
         if fn_name == 'after_load_checkpoint' and self._folder:
             checkpoint = kwargs['checkpoint']
-            only = '' if self._resume else 'state_dict/'
-            checkpoint.update(sharded.fill(checkpoint, self._folder, self.mesh, only))
+            filled = sharded.fill(checkpoint, self._folder, self.mesh, with_optimizer=self._resume)
+            checkpoint.clear()
+            checkpoint.update(filled)
         if self.mesh is not None and fn_name in ('after_val_epoch', 'after_test_epoch'):
             self._gather_for_evaluation(False)
         super().call_hook(fn_name, **kwargs)
@@ -392,8 +408,9 @@ class FSDP2Runner(ExactResumeRunner):
             barrier()
         try:
             if is_main_process():
+                _remove(old)
                 if target.is_dir() and not self._folder:  # of an earlier training
-                    shutil.rmtree(target)
+                    target.rename(old)
                 super().save_checkpoint(
                     out_dir, filename, file_client_args, save_optimizer, **kwargs
                 )
@@ -401,7 +418,7 @@ class FSDP2Runner(ExactResumeRunner):
                     if target.exists():
                         target.rename(old)
                     part.rename(target)
-                    old.unlink() if old.is_file() else shutil.rmtree(old, ignore_errors=True)
+                _remove(old)
             else:
                 checkpoint = {'meta': {}, 'state_dict': self.model.state_dict()}
                 if save_optimizer:

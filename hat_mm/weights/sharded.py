@@ -82,12 +82,12 @@ def write_shards(folder: Path, shards: dict[str, Tensor]) -> None:
     dcp.save(shards, storage_writer=writer)
 
 
-def check_shards(folder: str | Path, sizes: dict[str, list[int]]) -> dict[str, torch.dtype]:
+def check_shards(folder: str | Path, checkpoint: Any) -> dict[str, torch.dtype]:
     """Checks that the files of a folder have all sharded tensors, without reading these.
 
     Args:
         folder: The folder.
-        sizes: What its :data:`REST` has as :data:`SIZES`.
+        checkpoint: What its :data:`REST` holds.
 
     Returns:
         The dtypes of the tensors by name.
@@ -100,7 +100,8 @@ def check_shards(folder: str | Path, sizes: dict[str, list[int]]) -> dict[str, t
     safetensors = compat.require('safetensors')
     try:
         metadata: Any = dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
-    except (safetensors.SafetensorError, ValueError) as error:
+        sizes = checkpoint[SIZES]
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise pickle.UnpicklingError(f'{folder} was not loaded: {error}') from error
     found = metadata.state_dict_metadata
     for name, size in sizes.items():
@@ -113,7 +114,7 @@ def check_shards(folder: str | Path, sizes: dict[str, list[int]]) -> dict[str, t
     return {name: found[name].properties.dtype for name in sizes}
 
 
-def fill(checkpoint: Any, folder: str | Path, mesh: Any = None, only: str = '') -> Any:
+def fill(checkpoint: Any, folder: str | Path, mesh: Any = None, with_optimizer: bool = True) -> Any:
     """Puts the sharded tensors back into what :data:`REST` holds.
 
     Args:
@@ -121,7 +122,7 @@ def fill(checkpoint: Any, folder: str | Path, mesh: Any = None, only: str = '') 
         folder: The folder of the checkpoint, which may be of another number of processes.
         mesh: Device mesh of one dimension, for tensors that are sharded over it; None for whole
             ones on the CPU.
-        only: Leaves out all but one part of the checkpoint, such as ``'state_dict'``.
+        with_optimizer: Whether to read the optimizer's state, the largest part.
 
     Raises:
         pickle.UnpicklingError: A file is missing or damaged.
@@ -129,15 +130,18 @@ def fill(checkpoint: Any, folder: str | Path, mesh: Any = None, only: str = '') 
     import torch.distributed.checkpoint as dcp
     from torch.distributed.tensor import Shard, empty
 
-    sizes = checkpoint[SIZES]
-    dtypes = check_shards(folder, sizes)
+    dtypes = check_shards(folder, checkpoint)
+    checkpoint = dict(checkpoint)
+    sizes = checkpoint.pop(SIZES)
+    if not with_optimizer:
+        checkpoint.pop('optimizer', None)
     make: Any = torch.empty
     if mesh is not None:
         make = partial(empty, device_mesh=mesh, placements=[Shard(0)])
     shards = {
         name: make(size, dtype=dtypes[name])
         for name, size in sizes.items()
-        if name.startswith(only)
+        if with_optimizer or not name.startswith('optimizer/')
     }
     reader = dcp.HuggingFaceStorageReader(str(folder))
     with warnings.catch_warnings():
@@ -146,12 +150,10 @@ def fill(checkpoint: Any, folder: str | Path, mesh: Any = None, only: str = '') 
 
     def find(_: tuple, leaf: Any) -> Any:
         if isinstance(leaf, str) and leaf.startswith(_SHARD):
-            return shards.get(leaf.removeprefix(_SHARD))
+            return shards[leaf.removeprefix(_SHARD)]
         if isinstance(leaf, str) and leaf.startswith(_SCALAR):
-            shard = shards.get(leaf.removeprefix(_SCALAR))
-            return shard.reshape(()) if mesh is None and shard is not None else shard
+            shard = shards[leaf.removeprefix(_SCALAR)]
+            return shard.reshape(()) if mesh is None else shard
         return leaf
 
-    filled = replaced(checkpoint, find)
-    del filled[SIZES]
-    return filled
+    return replaced(checkpoint, find)

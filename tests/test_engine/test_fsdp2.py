@@ -166,6 +166,26 @@ def test_a_lost_or_damaged_part_is_noticed(two, tmp_path):
                     read(folder)
 
 
+def test_a_folder_without_sizes_is_refused(two, tmp_path):
+    folder = tmp_path / 'iter_3.pth'
+    shutil.copytree(two / 'sharded/iter_3.pth', folder)
+    rest = fileio.read(folder / sharded.REST)
+    del rest[sharded.SIZES]
+    torch.save(rest, folder / sharded.REST)
+    with pytest.raises(pickle.UnpicklingError, match='was not loaded'):
+        fileio.check_whole(folder)
+
+
+def test_weights_alone_are_read_without_the_optimizer(two):
+    folder = two / 'sharded/iter_3.pth'
+    rest = fileio.read(folder / sharded.REST)
+    found = sharded.fill(rest, folder, with_optimizer=False)
+    whole = fileio.read(folder)
+    assert whole.keys() - found.keys() == {'optimizer'}
+    for part in ('state_dict', 'ema_state_dict'):
+        assert_equal(found[part], whole[part])
+
+
 def test_mixed_precision_is_in_the_backbone_alone(two):
     exact, rounded = said(two / 'full')[0]['losses'], said(two / 'bf16')[0]['losses']
     assert exact != rounded
@@ -300,6 +320,7 @@ def test_members_that_share_a_parameter_are_no_units():
         (dict(mixed_precision=dict(param_dtype='bf16')), "not param_dtype='bf16'"),
         (dict(mixed_precision=dict(output_dtype='float32')), 'not output_dtype'),
         (dict(mixed_precision=dict(param_dtype='bfloat16')), 'Linear has none'),
+        (dict(mixed_precision='bfloat16'), "a dict, not 'bfloat16'"),
         (dict(checkpoints='sharded'), 'published_keys'),
     ],
 )

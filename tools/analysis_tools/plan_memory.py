@@ -205,7 +205,7 @@ def plan(found: dict[str, Any], args: argparse.Namespace) -> dict[str, str]:
     ddp = 5 * weights
     # Shares of all but the buckets. What belongs to no unit is there for the whole step, with its
     # gradients, and a unit four times: itself, the next one, its gradients, and a buffer to sum
-    # these up. At last only the former has that buffer.
+    # these up. At the end of the backward pass no unit is left, and the former needs that buffer.
     outside, unit = found['outside_units'], found['largest_unit']
     fsdp2 = 4 * weights / args.processes + max(2 * outside + 4 * unit, 3 * outside)
     row = {

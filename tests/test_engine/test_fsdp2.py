@@ -76,6 +76,11 @@ def two(tmp_path_factory) -> Path:
     """Runs in two processes."""
     folder = tmp_path_factory.mktemp('two')
     names = ['ddp', 'full', 'sharded', 'full_resumed', 'sharded_resumed', 'bf16']
+    # Left by an earlier training into the same folder, with the other setting.
+    (folder / 'full_resumed/iter_6.pth').mkdir(parents=True)
+    (folder / 'full_resumed/iter_6.pth/rest.pth').touch()
+    (folder / 'sharded_resumed').mkdir()
+    (folder / 'sharded_resumed/iter_6.pth').touch()
     work(folder, 2, *names)
     yield folder
     shutil.rmtree(folder)
@@ -133,6 +138,7 @@ def test_full_checkpoint_holds_what_the_processes_hold(two):
 @pytest.mark.parametrize('kind', ['full', 'sharded'])
 def test_resume_is_exact(kind, two):
     assert_equal(state(two / f'{kind}_resumed'), state(two / kind))
+    assert not list((two / f'{kind}_resumed').glob('.*'))
 
 
 def test_sharded_checkpoint_has_the_same_content(two):

@@ -79,7 +79,8 @@ def run(command: list[Any], log: Path, **variables: str) -> str:
     if not status:
         return ''
     lines = [line for line in log.read_text(errors='replace').splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if line.startswith('ERROR:')), lines[-1])[:300]
+    errors = [line for line in lines if line.startswith('ERROR:')]
+    return (errors or lines or [f'exit status {status}'])[-1][:300]
 
 
 def versions(python: Path) -> dict[str, str]:

@@ -37,7 +37,15 @@ def _(boxes: Tensor, scores: Tensor, iou_threshold: float, max_boxes: int) -> Te
     return boxes.new_empty(size, dtype=torch.int64)
 
 
-@torch.library.custom_op('hat_mm::roi_align', mutates_args=())
+@torch.library.custom_op(
+    'hat_mm::roi_align',
+    mutates_args=(),
+    # torch 2.6 does not read it from the annotation `list[int]`.
+    schema=(
+        '(Tensor x, Tensor rois, SymInt[] size, float scale, SymInt sampling_ratio, bool aligned)'
+        ' -> Tensor'
+    ),
+)
 def roi_align(
     x: Tensor, rois: Tensor, size: list[int], scale: float, sampling_ratio: int, aligned: bool
 ) -> Tensor:

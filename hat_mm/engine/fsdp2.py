@@ -63,7 +63,7 @@ def find_units(model: nn.Module, min_params: int) -> Iterator[nn.Module]:
             and not isinstance(module, nn.ModuleList)
             and not hasattr(module, 'loss')
             and sum(parameter.numel() for parameter in module.parameters()) >= min_params
-            and all(uses[name] == count for name, count in _count_uses(module).items())
+            and all(uses[key] == count for key, count in _count_uses(module).items())
         )
         if is_block or module is backbone:
             yield module
@@ -190,6 +190,7 @@ def _allow_copies(model: nn.Module, skeleton: nn.Module) -> None:
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, for which no memory is needed at any time."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         meta = torch.empty_like(parameter, device='meta')
@@ -276,13 +277,14 @@ class FSDP2Runner(ExactResumeRunner):
                 raise ValueError(
                     f'fsdp2.mixed_precision is for backbones, and {type(model).__name__} has none'
                 )
-        hook = (self.cfg.get('default_hooks') or {}).get('checkpoint') or {}
         if options['checkpoints'] == 'sharded':
             compat.require('safetensors')
             if not hasattr(torch.distributed.checkpoint, 'HuggingFaceStorageWriter'):
                 raise ValueError(
                     f"fsdp2.checkpoints='sharded' needs a newer torch than {torch.__version__}"
                 )
+            hook = (self.cfg.get('default_hooks') or {}).get('checkpoint')
+            hook = hook if isinstance(hook, dict) else {}
             if hook.get('published_keys') or '://' in str(hook.get('out_dir')):
                 raise ValueError(
                     "fsdp2.checkpoints='sharded' writes folders to a local disk: it goes neither "

@@ -227,7 +227,6 @@ def main(argv: list[str] | None = None) -> None:
             stream.reconfigure(errors='backslashreplace')
     files = find_files(args.inputs, args.out_dir / 'vis')
     make_writable(str(args.out_dir), '--out-dir')
-    hat_mm.tune_allocator()
     infer = hat_mm.Inferencer(
         args.model, args.weights, device=args.device, tile=args.tiles, overlap=args.overlap
     )

@@ -29,6 +29,8 @@ import hat_mm  # noqa: F401  repairs the toolboxes before they are imported
 # isort: split
 from mmengine.config import Config, DictAction
 
+from hat_mm.engine.cli import key_value
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/toy/mask-rcnn_fastervit-tiny_fpn_shapes.py'
 STATE = 'demo.json'
@@ -54,7 +56,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--num-train', type=int, help='training images (default: by task)')
     parser.add_argument('--num-val', type=int, help='validation images (default: by task)')
     parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override the toy config'
+        '--cfg-options',
+        nargs='+',
+        type=key_value,
+        default=[],
+        metavar='KEY=VALUE',
+        help='override the toy config',
     )
     return parser.parse_args(argv)
 

@@ -100,7 +100,7 @@ def find_models(root: Path = WORK_DIRS) -> dict[str, Choice]:
     """What the demos have trained and what has been exported, by its folder or file."""
     found = {}
     for last in sorted(
-        [*root.glob('demo-*/last_checkpoint'), *root.glob('demo-*/*/last_checkpoint')]
+        [*root.glob('demo*/last_checkpoint'), *root.glob('demo*/*/last_checkpoint')]
     ):
         folder = last.parent
         weights = Path(last.read_text(encoding='utf-8').strip())

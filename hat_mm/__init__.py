@@ -42,43 +42,20 @@ _PUBLIC = {
     'tune_allocator': 'hat_mm.engine.allocator',
 }
 
-__all__ = [
-    'DropoutPooling',
-    'ExactEpochBasedTrainLoop',
-    'ExactIterBasedTrainLoop',
-    'ExactResumeRunner',
-    'ExportedModel',
-    'FSDP2Runner',
-    'FasterViT',
-    'FasterViTDINO',
-    'HATNet',
-    'HATPlugin',
-    'HMHSAPlugin',
-    'Inferencer',
-    'LayerDecayOptimWrapperConstructor',
-    'LayerNorm2d',
-    'LoadImageOrSkip',
-    'MapNorm',
-    'NonFiniteLossHook',
-    'PanopticQuality',
-    'SwinHAT',
-    'SwitchToDeployHook',
-    '__version__',
-    'export',
-    'get_model',
-    'list_models',
-    'register_model_index',
-    'swap_backbone',
-    'switch_to_deploy',
-    'tune_allocator',
-]
+__all__ = ['__version__', *_PUBLIC]
 
 compat.apply()
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+        try:
+            return getattr(import_module(_PUBLIC[name]), name)
+        except ModuleNotFoundError as error:
+            raise compat.DependencyError(
+                f'hat_mm.{name} needs {error.name}, which is not installed: run `make setup` in a '
+                "checkout of hat_mm, or `pip install 'hat_mm[det]'` (or [seg], [cls])"
+            ) from error
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

@@ -91,16 +91,17 @@ def require(name: str) -> ModuleType:
             operators although the package needs them, or the package refuses the versions found.
     """
     _check_torch()
-    extra = EXTRAS.get(name.partition('.')[0])
+    package = name.partition('.')[0]
+    extra = EXTRAS.get(package)
     cure = f'install the package that provides {name!r}'
     if extra is not None:
         target = 'web' if extra == 'demo' else 'setup'
         cure = f"run `make {target}` in a checkout of hat_mm, or `pip install 'hat_mm[{extra}]'`"
-    if not _has_module(name):
-        raise DependencyError(f'{name} is not installed: {cure}')
-    if name in ('mmdet', 'mmseg') and _has_module('mmcv') and not _has_module('mmcv._ext'):
+    if not _has_module(package):
+        raise DependencyError(f'{package} is not installed: {cure}')
+    if package in ('mmdet', 'mmseg') and _has_module('mmcv') and not _has_module('mmcv._ext'):
         raise DependencyError(
-            f'{name} needs the compiled operators of mmcv, but the installed mmcv has none '
+            f'{package} needs the compiled operators of mmcv, but the installed mmcv has none '
             f'(mmcv-lite?): uninstall it, then {cure}'
         )
     try:
@@ -238,6 +239,9 @@ def reading(file: Any) -> Iterator[None]:
         yield
     except Exception as error:  # on garbage, torch raises any exception
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek to nowhere
+            raise
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if out_of_memory or 'allocate memory' in str(error):  # on the CPU, a RuntimeError
             raise
         if 'deserialize object on' in str(error):  # of a missing device; torch says what to do
             raise

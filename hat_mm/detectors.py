@@ -22,7 +22,8 @@ def FasterViTDINO(**settings: Any) -> nn.Module:
             ``arch='4-21k-224-dino'`` and the neck ``bias=True``.
 
     Returns:
-        An instance of ``mmdet.models.DINO``.
+        An instance of ``mmdet.models.DINO``, whose loading raises ValueError if a file of the
+        authors' does not fit it.
     """
     model = MODELS.build({**settings, 'type': 'mmdet.DINO'})
     model.register_load_state_dict_pre_hook(_rename)
@@ -44,7 +45,7 @@ def _rename(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) 
         raise ValueError(
             "the backbone of the authors' DINO is a FasterViT with pad_every_stage and "
             f"positions_by_tokens, such as arch='4-21k-224-dino', not {type(backbone).__name__} "
-            f'{getattr(backbone, "arch", "")}'
+            f'{getattr(backbone, "arch", "")!r}'
         )
     # The backbone compares its part itself.
     own, outside = (

@@ -14,9 +14,10 @@ import torch
 from mmengine.registry import DefaultScope
 
 from hat_mm import compat
-from hat_mm.engine.cli import UserError, innermost_dataset, set_memory_format
+from hat_mm.configs import innermost_dataset
+from hat_mm.engine.build import evaluation
+from hat_mm.engine.cli import UserError, set_memory_format
 from hat_mm.engine.exported import TASKS, open_file
-from hat_mm.engine.maps import evaluation
 from hat_mm.zoo.models import get_model
 from hat_mm_runtime import (
     ENDS,
@@ -26,7 +27,7 @@ from hat_mm_runtime import (
     PictureError,
     Segmentation,
 )
-from hat_mm_runtime.images import read
+from hat_mm_runtime.images import check, read
 from hat_mm_runtime.results import Result, encode
 
 __all__ = ['Inferencer', 'PanopticSegmentation']
@@ -72,7 +73,7 @@ class Prepared(NamedTuple):
     """What a network gets for a picture.
 
     Attributes:
-        inputs: The normalised and padded image, (1, C, H, W).
+        inputs: The normalized and padded image, (1, C, H, W).
         sample: Its data sample, with the prediction.
         matrix: From the picture's pixels (x, y, 1) to the image's, (2, 3).
     """
@@ -175,10 +176,7 @@ class Inferencer:
             image = read(image)
         if not isinstance(image, np.ndarray):
             raise PictureError(f'an image must be a file or an array, got {type(image).__name__}')
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise PictureError(
-                f'an image must be (H, W, 3) of uint8, got {image.shape} of {image.dtype}'
-            )
+        check(image)
         if self.tile is not None:
             return self._in_tiles(image, score_thr)
         return self._whole(image, score_thr)
@@ -262,11 +260,14 @@ class Inferencer:
         whole = self._whole
 
         class OneTile(DetectionModel):
+            has_masks = False
+
             def load_model(self) -> None:
                 self.model = whole
 
             def perform_inference(self, image: np.ndarray) -> None:
-                self._original_predictions = self.model(image, self.confidence_threshold)
+                found = self.model(image, self.confidence_threshold)
+                self._original_predictions, self.has_masks = found, found.masks is not None
 
             def _create_object_prediction_list_from_original_predictions(
                 self, shift_amount_list: Any = None, full_shape_list: Any = None
@@ -293,9 +294,10 @@ class Inferencer:
                     ]
                 ]
 
+        detector = OneTile(confidence_threshold=score_thr, device='cpu')
         tiles = get_sliced_prediction(
             image,
-            OneTile(confidence_threshold=score_thr, device='cpu'),
+            detector,
             slice_height=self.tile,
             slice_width=self.tile,
             overlap_height_ratio=self.overlap,
@@ -306,7 +308,8 @@ class Inferencer:
             verbose=0,
         )
         found = sorted(tiles.object_prediction_list, key=lambda one: -one.score.value)
-        masks = [one.mask.bool_mask for one in found if one.mask is not None]
+        shapes = [one.mask.bool_mask for one in found if one.mask is not None]
+        masks = np.array(shapes, bool).reshape(-1, *image.shape[:2])
         return Detections(
             image=image,
             classes=self.classes,
@@ -314,7 +317,7 @@ class Inferencer:
             boxes=np.array([one.bbox.to_xyxy() for one in found], np.float32).reshape(-1, 4),
             scores=np.array([one.score.value for one in found], np.float32),
             labels=np.array([one.category.id for one in found], np.int64),
-            masks=np.array(masks) if masks else None,
+            masks=masks if detector.has_masks else None,
         )
 
 

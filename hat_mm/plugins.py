@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hat_mm.backbones.base import check_ints, check_ratio
+from hat_mm.backbones.base import check_int, check_ratio
 from hat_mm.backbones.fastervit import HATStage
 from hat_mm.layers import Deployable, HierarchicalMHSA, MapNorm, PointwiseConv
 from hat_mm.registry import MODELS
@@ -44,10 +44,10 @@ class _Plugin(Deployable):
 
     def __init__(self, in_channels: int, embed_dims: int | None) -> None:
         super().__init__()
-        _check_positive(in_channels=in_channels)
+        check_int('in_channels', in_channels)
         if embed_dims is None:
             embed_dims = min(in_channels, _MAX_DIMS)
-        _check_positive(embed_dims=embed_dims)
+        check_int('embed_dims', embed_dims)
         self.in_channels = in_channels
         self.embed_dims = embed_dims
         self.reduce = PointwiseConv(in_channels, embed_dims)
@@ -66,13 +66,8 @@ class _Plugin(Deployable):
         return x + change
 
 
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        check_ints(name, (value,), length=1)
-
-
 def _check_divides(name: str, value: int, embed_dims: int) -> None:
-    _check_positive(**{name: value})
+    check_int(name, value)
     if embed_dims % value:
         raise ValueError(
             f'{name} = {value} does not divide the {embed_dims} channels of the attention; choose '
@@ -81,7 +76,10 @@ def _check_divides(name: str, value: int, embed_dims: int) -> None:
 
 
 def _initialize(plugin: nn.Module) -> None:
-    """Initializes layers so that activations keep their scale, and distant pixels count at once."""
+    """Initializes layers so that activations keep their scale, and distant pixels count at once.
+
+    The last layer of a position MLP, which has no bias, keeps PyTorch's initialization.
+    """
     for module in plugin.modules():
         if isinstance(module, nn.Linear | PointwiseConv) and module.bias is not None:
             nn.init.xavier_uniform_(module.weight)
@@ -130,7 +128,8 @@ class HATPlugin(_Plugin):
         if num_heads is None:
             num_heads = _default_heads(self.embed_dims)
         _check_divides('num_heads', num_heads, self.embed_dims)
-        _check_positive(window_size=window_size, carrier_size=carrier_size)
+        check_int('window_size', window_size)
+        check_int('carrier_size', carrier_size)
         if window_size < carrier_size:
             raise ValueError(
                 f'window_size = {window_size} is smaller than carrier_size = {carrier_size}'
@@ -184,7 +183,8 @@ class HMHSAPlugin(_Plugin):
         if head_dim is None:
             head_dim = self.embed_dims // _default_heads(self.embed_dims)
         _check_divides('head_dim', head_dim, self.embed_dims)
-        _check_positive(grid=grid, ds_ratio=ds_ratio)
+        check_int('grid', grid)
+        check_int('ds_ratio', ds_ratio)
         if grid == 1 and ds_ratio != 1:
             raise ValueError(
                 f'grid = 1 makes every pixel a key, so ds_ratio must be 1, not {ds_ratio}'

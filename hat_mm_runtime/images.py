@@ -45,8 +45,16 @@ def read(path: str | Path) -> np.ndarray:
     return image
 
 
+def check(image: np.ndarray) -> None:
+    """Raises PictureError unless an array is a picture (H, W, 3) of uint8."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise PictureError(
+            f'an image must be (H, W, 3) of uint8, got {image.shape} of {image.dtype}'
+        )
+
+
 def prepare(image: np.ndarray, meta: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int]]:
-    """Resizes, normalises and pads a picture.
+    """Resizes, normalizes and pads a picture.
 
     Args:
         image: (H, W, 3), uint8, BGR.

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from . import images
-from .images import ModelError, PictureError
+from .images import ModelError
 from .results import Classification, Detections, Segmentation
 
 # Key of the file's metadata, a JSON text.
@@ -109,10 +109,7 @@ class Model:
             raise ModelError(f'{self.path} is a backbone; only run() can run it')
         if not isinstance(image, np.ndarray):
             image = images.read(image)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise PictureError(
-                f'an image must be (H, W, 3) of uint8, got {image.shape} of {image.dtype}'
-            )
+        images.check(image)
         batch, size = images.prepare(image, self.meta)
         return self.finish(image, self.run(batch), size=size, score_thr=score_thr)
 
@@ -142,7 +139,7 @@ class Model:
         return Classification(**common, scores=outputs['output'][0])
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs the file on normalised images.
+        """Runs the file on normalized images.
 
         Args:
             images: (B, 3, H, W), float32.

@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 import threading
 import types
@@ -635,6 +636,22 @@ def test_mmcv_without_operators_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
     with pytest.raises(compat.DependencyError, match=r'compiled operators of mmcv.*mmcv-lite'):
         compat.require('mmseg')
+
+
+@pytest.mark.parametrize('name', ['mmdet', 'mmdet.utils'])
+def test_a_module_of_a_toolbox_is_as_the_toolbox(name):
+    """In a process of its own: mmdet has been imported here."""
+    code = f"""
+import mmcv
+from hat_mm import compat
+mmcv.__version__ = '9.9.9'
+try:
+    compat.require({name!r})
+except compat.DependencyError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert f'{name} cannot be imported (MMCV==9.9.9 is used but incompatible' in done.stdout
 
 
 def test_versions_that_a_toolbox_refuses_are_named(monkeypatch, tmp_path):

@@ -14,12 +14,21 @@ OUTSIDE = ('tools', 'demo', 'tests', 'shapes')
 
 LOWEST = ('torch', 'hat_mm.layers', 'hat_mm.weights')
 BACKBONES = (*LOWEST, 'mmengine', 'mmcv.cnn', 'hat_mm.backbones', 'hat_mm.registry')
-HIGHEST = (*LOWEST, 'numpy', 'mmengine', 'hat_mm', 'hat_mm.backbones', 'hat_mm.plugins')
+HIGHEST = (
+    *LOWEST,
+    'numpy',
+    'mmengine',
+    'hat_mm',
+    'hat_mm.configs',
+    'hat_mm.backbones',
+    'hat_mm.plugins',
+)
 # Folder or file of hat_mm -> all it may import beside the standard library; `hat_mm` is the package
 # for its version, not the modules in it. What is not listed may import anything but the toolboxes,
 # the tools, the demos and the tests.
 ALLOWED = {
     'layers': ('torch', 'hat_mm.layers'),
+    'configs.py': (),
     'weights': ('torch', 'mmengine', 'hat_mm', 'hat_mm.compat', 'hat_mm.weights'),
     'backbones': BACKBONES,
     'plugins.py': ('torch', 'hat_mm.layers', 'hat_mm.backbones', 'hat_mm.registry'),
@@ -153,3 +162,20 @@ import hat_mm
 print(hat_mm.__version__)
 """
     assert run_python(code)
+
+
+def test_a_public_name_says_what_it_needs():
+    code = """
+import sys
+sys.modules['mmengine'] = None
+import hat_mm
+for name in ('FasterViT', 'get_model', 'Inferencer', 'export'):
+    try:
+        getattr(hat_mm, name)
+    except hat_mm.compat.DependencyError as error:
+        print(error)
+"""
+    said = run_python(code).splitlines()
+    assert len(said) == 4
+    for line in said:
+        assert 'needs mmengine' in line and "pip install 'hat_mm[det]'" in line

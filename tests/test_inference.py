@@ -109,6 +109,12 @@ def test_tiles_keep_masks():
         assert rows.max() <= y2 + 2 and cols.max() <= x2 + 2
 
 
+@pytest.mark.parametrize('tile', [None, 64])
+def test_nothing_found_has_masks_of_no_objects(tile):
+    infer = hat_mm.Inferencer(model_of('mask_rcnn'), tile=tile)
+    assert infer(picture(96, 128), score_thr=1.0).masks.shape == (0, 96, 128)
+
+
 @pytest.mark.parametrize('kind', ['mask_rcnn', 'upernet', 'classifier'])
 def test_prepare_says_where_the_picture_is(kind):
     """A bright spot lies in the network's image where the matrix puts it."""

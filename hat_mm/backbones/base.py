@@ -36,7 +36,7 @@ def resolve_arch(arch: Any, table: Mapping[str, Any], row: type) -> tuple[str, A
         row: Frozen dataclass of an arch; its defaults stand in for fields that are not given.
 
     Returns:
-        Name for messages, and the row.
+        Name, ``'custom'`` for a dictionary, and the row.
 
     Raises:
         ValueError: The name or a field is unknown.
@@ -54,7 +54,7 @@ def resolve_arch(arch: Any, table: Mapping[str, Any], row: type) -> tuple[str, A
         raise TypeError(f'arch must be a name, a number or a dict, not {arch!r}')
     if arch not in table:
         raise ValueError(f'unknown arch {arch!r}{near_names(arch, list(table))}')
-    return repr(arch), table[arch]
+    return arch, table[arch]
 
 
 def near_names(name: Any, choices: Sequence[str]) -> str:
@@ -64,6 +64,12 @@ def near_names(name: Any, choices: Sequence[str]) -> str:
     return f'; choices: {", ".join(choices)}{hint}'
 
 
+def check_int(name: str, value: int) -> None:
+    """Raises ValueError about ``name`` unless ``value`` is a positive int."""
+    if _not_int(value) or value < 1:
+        raise ValueError(f'{name} must be a positive int, not {value!r}')
+
+
 def check_ints(name: str, values: Sequence[int], length: int) -> None:
     """Raises ValueError about ``name`` unless ``values`` are ``length`` positive ints."""
     if (
@@ -71,9 +77,37 @@ def check_ints(name: str, values: Sequence[int], length: int) -> None:
         or len(values) != length
         or any(_not_int(v) or v < 1 for v in values)
     ):
-        shown = values[0] if length == 1 else values
-        wanted = 'a positive int' if length == 1 else f'{length} positive ints, one for each stage'
-        raise ValueError(f'{name} must be {wanted}, not {shown!r}')
+        raise ValueError(
+            f'{name} must be {length} positive ints, one for each stage, not {values!r}'
+        )
+
+
+def check_number(name: str, value: float) -> None:
+    """Raises ValueError about ``name`` unless ``value`` is an int or a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f'{name} must be a number, not {value!r}')
+
+
+def check_heads(dims: Sequence[int], num_heads: Sequence[int], stages: Iterable[int]) -> None:
+    """Raises ValueError unless the heads of these stages divide their channels."""
+    for i in stages:
+        if dims[i] % num_heads[i]:
+            raise ValueError(
+                f'num_heads[{i}] = {num_heads[i]} does not divide the {dims[i]} channels of '
+                f'stage {i} (embed_dims * 2**{i})'
+            )
+
+
+def check_carriers(
+    window_sizes: Sequence[int], carrier_sizes: Sequence[int], stages: Iterable[int]
+) -> None:
+    """Raises ValueError unless the windows of these stages have room for their carriers."""
+    for i in stages:
+        if window_sizes[i] < carrier_sizes[i]:
+            raise ValueError(
+                f'window_size[{i}] = {window_sizes[i]} is smaller than the carrier_size '
+                f'{carrier_sizes[i]}'
+            )
 
 
 def check_stages(name: str, stages: Sequence[int], num_stages: int) -> tuple[int, ...]:
@@ -94,7 +128,8 @@ def check_ratio(name: str, value: float, dim: int) -> None:
     """Raises ValueError about ``name`` unless ``value * dim`` is at least one channel."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value * dim < 1e9:
         raise ValueError(
-            f'{name} must be a positive number that leaves channels of {dim}, not {value!r}'
+            f'{name} must be a finite number of at least 1/{dim}, which leaves a channel, '
+            f'not {value!r}'
         )
 
 
@@ -174,6 +209,14 @@ class HierarchicalBackbone(Deployable, BaseModule):
         norm_eval: Keeps batch norms in eval mode during training.
         with_cp: Recomputes the blocks' activations in the backward pass, which saves memory.
         init_cfg: mmengine's initialization config.
+
+    Attributes:
+        arch: Name of the arch, ``'custom'`` if it was given as a dict.
+        spec: The arch, a row of ``arch_type``, with what arguments replace.
+        depths: Blocks of each stage.
+        out_indices: Stages whose maps are returned.
+        out_channels: Channels of each returned map.
+        out_strides: Pixels of the image to a pixel of each returned map.
     """
 
     archs: ClassVar[Mapping[str, Any]]
@@ -203,7 +246,7 @@ class HierarchicalBackbone(Deployable, BaseModule):
         self.spec = replace(spec, **{k: v for k, v in overrides.items() if v is not None})
         dims, self.depths = self.spec.dims, self.spec.depths
         num_stages = len(self.depths)
-        check_ints('in_channels', (in_channels,), length=1)
+        check_int('in_channels', in_channels)
         indices = (out_indices,) if isinstance(out_indices, int) else out_indices
         self.out_indices = check_stages('out_indices', indices, num_stages)
         if _not_int(frozen_stages) or frozen_stages not in range(-1, num_stages + 1):
@@ -408,7 +451,7 @@ class HierarchicalBackbone(Deployable, BaseModule):
             strict=_STRICT.get(),
         )
         print_log(
-            f'{type(self).__name__} {self.arch}: {report}',
+            f'{type(self).__name__} {self.arch!r}: {report}',
             logger='current',
             level=logging.INFO if report.complete else logging.WARNING,
         )
@@ -430,7 +473,7 @@ def _build_norm(name: str, cfg: Mapping[str, Any], dim: int) -> nn.Module:
         ) from error
     if type(norm) is nn.LayerNorm:
         raise ValueError(
-            f'{name} = {dict(cfg)!r} normalises the last axis, of a map its width; for the '
+            f'{name} = {dict(cfg)!r} normalizes the last axis, of a map its width; for the '
             "channels of each pixel take dict(type='hat_mm.LayerNorm2d')"
         )
     if isinstance(norm, nn.GroupNorm) and not isinstance(norm, MapNorm):

@@ -36,7 +36,17 @@ from hat_mm.layers import (
 from hat_mm.registry import MODELS
 from hat_mm.weights.names import FASTERVIT_NAMES
 
-from .base import HierarchicalBackbone, Stage, check_ints, drop_path_rates, per_stage
+from .base import (
+    HierarchicalBackbone,
+    Stage,
+    check_carriers,
+    check_heads,
+    check_int,
+    check_ints,
+    check_number,
+    drop_path_rates,
+    per_stage,
+)
 
 _NUM_STAGES = 4
 _ATTENTION_STAGES = (2, 3)
@@ -93,27 +103,20 @@ class FasterViTArch:
             check_ints(name, values, _NUM_STAGES)
             object.__setattr__(self, name, tuple(values))
         for name in ('embed_dims', 'stem_dims', 'carrier_size'):
-            check_ints(name, (getattr(self, name),), length=1)
-        if not isinstance(carriers, Sequence) or not set(carriers) <= set(_ATTENTION_STAGES):
+            check_int(name, getattr(self, name))
+        if not isinstance(carriers, Sequence) or any(i not in _ATTENTION_STAGES for i in carriers):
             raise ValueError(
                 f'carriers must be True, False or stages out of {_ATTENTION_STAGES}, '
                 f'not {carriers!r}'
             )
         object.__setattr__(self, 'carriers', tuple(carriers))
-        if not isinstance(self.carrier_bias, int | float):
-            raise ValueError(f'carrier_bias must be a number, not {self.carrier_bias!r}')
-        for i in _ATTENTION_STAGES:
-            if self.dims[i] % self.num_heads[i]:
-                raise ValueError(
-                    f'num_heads[{i}] = {self.num_heads[i]} does not divide the {self.dims[i]} '
-                    f'channels of stage {i} (embed_dims * 2**{i})'
-                )
-            window_size = given['window_size'][i]
-            if i in carriers and window_size < self.carrier_size:
-                raise ValueError(
-                    f'window_size[{i}] = {window_size} is smaller than '
-                    f'carrier_size = {self.carrier_size}'
-                )
+        check_number('carrier_bias', self.carrier_bias)
+        if self.layer_scale is not None:
+            check_number('layer_scale', self.layer_scale)
+            object.__setattr__(self, 'layer_scale', float(self.layer_scale))
+        check_heads(self.dims, self.num_heads, _ATTENTION_STAGES)
+        sizes = per_stage(self.carrier_size, _NUM_STAGES)
+        check_carriers(given['window_size'], sizes, carriers)
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -303,11 +306,11 @@ class HATBlock(Deployable):
         tokens = self.window_attn(torch.cat([carriers, windows], 1), (w, w))
         carriers, windows = tokens.split([c * c, w * w], 1)
         if self.propagate:
-            windows = windows + scaled(self._upsample(carriers), self.carrier_attn.scale)
+            windows = windows + scaled(self.nearest_carriers(carriers), self.carrier_attn.scale)
         return windows, carriers
 
-    def _upsample(self, carriers: Tensor) -> Tensor:
-        """Nearest carrier of each token of a window: (N, c * c, C) to (N, w * w, C)."""
+    def nearest_carriers(self, carriers: Tensor) -> Tensor:
+        """The nearest carrier of each token of a window: (N, c * c, ...) to (N, w * w, ...)."""
         w, c = self.window_size, self.carrier_size
         cell = torch.arange(w, device=carriers.device) * c // w
         return carriers[:, (cell[:, None] * c + cell).flatten()]

@@ -25,7 +25,7 @@ from hat_mm.layers import (
 from hat_mm.registry import MODELS
 from hat_mm.weights.names import HAT_NET_NAMES
 
-from .base import HierarchicalBackbone, Stage, check_ints, drop_path_rates
+from .base import HierarchicalBackbone, Stage, check_int, check_ints, drop_path_rates
 
 MODELS.register_module(module=MapNorm)
 
@@ -62,7 +62,7 @@ class HATNetArch:
             values = getattr(self, name)
             check_ints(name, values, _NUM_STAGES)
             object.__setattr__(self, name, tuple(values))
-        check_ints('head_dim', (self.head_dim,), length=1)
+        check_int('head_dim', self.head_dim)
         for i in range(_NUM_STAGES):
             if self.embed_dims[i] % self.head_dim:
                 raise ValueError(

@@ -39,6 +39,9 @@ from hat_mm.weights.names import SWIN_NAMES
 
 from .base import (
     HierarchicalBackbone,
+    check_carriers,
+    check_heads,
+    check_int,
     check_ints,
     check_ratio,
     check_stages,
@@ -88,23 +91,13 @@ class SwinHATArch:
         for name, values in given.items():
             check_ints(name, values, _NUM_STAGES)
             object.__setattr__(self, name, tuple(values))
-        check_ints('embed_dims', (self.embed_dims,), length=1)
+        check_int('embed_dims', self.embed_dims)
         stages = self.hat_stages
         stages = () if stages in ((), []) else check_stages('hat_stages', stages, _NUM_STAGES)
         object.__setattr__(self, 'hat_stages', stages)
         check_ratio('mlp_ratio', self.mlp_ratio, self.embed_dims)
-        for i in range(_NUM_STAGES):
-            if self.dims[i] % self.num_heads[i]:
-                raise ValueError(
-                    f'num_heads[{i}] = {self.num_heads[i]} does not divide the {self.dims[i]} '
-                    f'channels of stage {i} (embed_dims * 2**{i})'
-                )
-            window_size, carrier_size = given['window_size'][i], given['carrier_size'][i]
-            if i in self.hat_stages and window_size < carrier_size:
-                raise ValueError(
-                    f'window_size[{i}] = {window_size} is smaller than '
-                    f'carrier_size[{i}] = {carrier_size}'
-                )
+        check_heads(self.dims, self.num_heads, range(_NUM_STAGES))
+        check_carriers(given['window_size'], given['carrier_size'], self.hat_stages)
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -449,7 +442,7 @@ class SwinHAT(HierarchicalBackbone):
                 resized += 1
         if resized:
             print_log(
-                f'{type(self).__name__} {self.arch}: {resized} position tables interpolated for '
+                f'{type(self).__name__} {self.arch!r}: {resized} position tables interpolated for '
                 f'window_size {self.spec.window_size}',
                 logger='current',
             )

@@ -4,7 +4,7 @@ A FLOP is a multiply-add (MAC) of a matrix product or a convolution, as in the p
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,11 +74,12 @@ def count(
     Raises:
         ValueError: ``shape``, ``channels`` or ``proposals`` are not positive ints.
     """
-    numbers = (*shape, channels, proposals)
-    if len(shape) != 2 or any(not isinstance(n, int) or n < 1 for n in numbers):
+    sides = shape if isinstance(shape, Sequence) else [shape]
+    numbers = (*sides, channels, proposals)
+    if len(sides) != 2 or any(not isinstance(n, int) or n < 1 for n in numbers):
         raise ValueError(
             'shape (height, width), channels and proposals must be positive ints, not '
-            f'{tuple(shape)}, {channels!r} and {proposals!r}'
+            f'{shape!r}, {channels!r} and {proposals!r}'
         )
     model.eval()
     device = next((parameter.device for parameter in model.parameters()), None)

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from hat_mm.backbones.fastervit import HATStage
 from hat_mm.backbones.swin_hat import SwinStage
 from hat_mm.layers import HierarchicalMHSA, SelfAttention, count_windows, split_windows
+from hat_mm.layers.windows import averaging_matrix
 
 __all__ = ['BlockAttention', 'StageAttention', 'attention_weights', 'trace_attention']
 
@@ -388,10 +389,9 @@ def _of_hat_stage(name: str, stage: HATStage, seen: dict[nn.Module, tuple]) -> S
 
 def _propagation(block: Any, windows: Tensor, carriers: Tensor) -> Attend:
     """Each token is one part itself and ``scale`` parts its nearest carrier."""
-    w, c, scale = block.window_size, block.carrier_size, block.carrier_attn.scale
+    scale = block.carrier_attn.scale
     part = 1.0 if scale is None else float(scale.abs().mean())
-    cell = torch.arange(w, device=windows.device) * c // w
-    nearest = carriers[:, (cell[:, None] * c + cell).flatten()]
+    nearest = block.nearest_carriers(carriers)
     one = torch.ones(windows.numel(), 1, 1, dtype=torch.float64, device=windows.device)
     queries, keys = windows.reshape(-1, 1), nearest.reshape(-1, 1)
     return Attend(one, queries, keys, share=part / (1 + part))
@@ -453,7 +453,5 @@ def _of_h_mhsa(name: str, module: HierarchicalMHSA, x: Tensor) -> BlockAttention
 
 def _averages(n: int, padded: int, size: int, like: Tensor) -> Tensor:
     """The matrix that averages an axis of n tokens in pieces of a size; the last may be smaller."""
-    cell = torch.arange(-(-n // size), device=like.device)[:, None]
-    index = torch.arange(padded, device=like.device)
-    inside = ((index // size == cell) & (index < n)).to(like.dtype)
-    return inside / inside.sum(1, keepdim=True)
+    start = torch.arange(0, n, size, device=like.device)
+    return averaging_matrix(start, (start + size).clamp(max=n), padded, like.dtype)

@@ -4,6 +4,8 @@ import ast
 import copy
 import importlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from hat_mm import compat
 
-from .cli import UserError
+from .cli import TOOLBOXES, UserError
 
 # Settings that load weights, the last one of StrongSORT's trackers.
 _WEIGHTS = ('init_cfg', 'pretrained', 'teacher_ckpt', 'postprocess_model')
@@ -64,7 +66,7 @@ def build_type(kind: str, arguments: dict[str, Any]) -> nn.Module:
             channels.
     """
     scope = kind.partition('.')[0]
-    if scope in ('mmdet', 'mmseg', 'mmpretrain'):
+    if scope in TOOLBOXES:
         compat.require(f'{scope}.models')
     cfg = copy.deepcopy({'type': kind, **arguments})  # some backbones change their arguments
     try:
@@ -102,3 +104,24 @@ def without_weights(cfg: Any) -> Any:
         none = {k: False if isinstance(v, bool) else None for k, v in given.items()}  # timm's
         return type(cfg)({k: none[k] if k in _WEIGHTS else v for k, v in given.items()})
     return [without_weights(v) for v in cfg] if isinstance(cfg, list) else cfg
+
+
+# --- built models ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Puts a model in eval mode for a while; each part returns to its own mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def swaps_channels(preprocessor: Any) -> bool:
+    """Whether a toolbox's data preprocessor turns BGR to RGB, or RGB to BGR."""
+    names = ('to_rgb', '_channel_conversion', 'channel_conversion')  # mmpretrain, mmdet, mmseg
+    return any(bool(getattr(preprocessor, name, False)) for name in names)

@@ -26,6 +26,7 @@ import torch
 
 import hat_mm
 from hat_mm import compat
+from hat_mm.configs import innermost_dataset
 from hat_mm.layers import Deployable
 from hat_mm.weights.sharded import is_sharded
 from hat_mm_runtime import ENDS, ModelError, PictureError
@@ -96,7 +97,7 @@ TOOLBOXES = {
 # --- command lines -------------------------------------------------------------------------------
 
 
-def _key_value(text: str) -> str:
+def key_value(text: str) -> str:
     """Refuses anything but ``KEY=VALUE``, which mmengine's action parses."""
     key, equals, _ = text.partition('=')
     if not (key and equals):
@@ -121,8 +122,9 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        type=_key_value,
+        type=key_value,
         action=compat.require('mmengine').DictAction,
+        default={},
         metavar='KEY=VALUE',
         help='override settings of the config; lists and tuples as KEY="[a,b]" or KEY=a,b, nested '
         'ones as KEY="[(a,b),(c,d)]", without white space',
@@ -272,14 +274,6 @@ def _set_show(cfg: Any, toolbox: Toolbox, args: argparse.Namespace) -> None:
         hook[toolbox.show_dir] = args.show_dir
     elif args.show_dir:
         cfg.visualizer.save_dir = args.show_dir
-
-
-def innermost_dataset(loader: Any) -> Any:
-    """The dataset of a dataloader's config, without those that wrap it."""
-    dataset = loader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    return dataset
 
 
 def _set_tta(cfg: Any, toolbox: Toolbox) -> None:
@@ -513,6 +507,8 @@ def test(argv: Sequence[str] | None = None) -> dict:
     for warning in _check_maps(cfg, runner.model):
         runner.logger.warning(warning)
     if args.deploy:
+        if not isinstance(runner.model, torch.nn.Module):
+            raise UserError(f'--deploy does not work with {type(runner).__name__}')
         if not any(isinstance(module, Deployable) for module in runner.model.modules()):
             raise UserError('--deploy: the model has no backbone or plugin of hat_mm')
         runner.register_hook(hat_mm.SwitchToDeployHook())

@@ -42,7 +42,7 @@ def compare(
     Args:
         outputs: The file's outputs by name.
         model: The model, in eval mode.
-        image: Normalised image, (1, 3, H, W).
+        image: Normalized image, (1, 3, H, W).
         meta: The file's metadata.
     """
     found = {name: torch.from_numpy(array) for name, array in outputs.items()}

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 from hat_mm import compat
 from hat_mm.weights.fileio import replacing
 
-from .cli import UserError
+from .cli import TOOLBOXES, UserError
 
 __all__ = ['Edit', 'Edits', 'base_of', 'configs_of', 'find', 'literal', 'write']
 
-TOOLBOXES = ('mmdet', 'mmseg', 'mmpretrain')
 WIDTH = 100
 """Most characters of a line, where it can be broken."""
 

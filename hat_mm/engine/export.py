@@ -22,14 +22,17 @@ from mmengine.model import revert_sync_batchnorm
 from torch import nn
 
 from hat_mm import compat
+from hat_mm.configs import find_dataset_meta, find_test_dataset
 from hat_mm.layers import Deployable, switch_to_deploy
-from hat_mm.weights import fileio, loading
+from hat_mm.weights import fileio, loading, sharded
+from hat_mm.weights.names import some
+from hat_mm.weights.official import IMAGENET_MEAN, IMAGENET_STD
 from hat_mm_runtime import ENDS, META
-from hat_mm_runtime.images import prepare as normalised
+from hat_mm_runtime.images import prepare as normalized
 
 from . import onnx_ops
-from .build import build_model, build_type, read_type
-from .cli import UserError, innermost_dataset, make_writable, read_config
+from .build import build_model, build_type, read_type, swaps_channels
+from .cli import UserError, make_writable, read_config
 from .comparison import compare
 from .environment import versions
 from .exported import open_file
@@ -44,7 +47,7 @@ SIZES = ((320, 416), (333, 500), (608, 480))
 _TRACED = (333, 500)
 # What protobuf can hold in one file, with room for the graph.
 _LARGEST = 2**31 - 2**27
-_IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True)
+_IMAGENET = dict(mean=[*IMAGENET_MEAN], std=[*IMAGENET_STD], bgr_to_rgb=True)
 
 
 def export(
@@ -64,7 +67,7 @@ def export(
 ) -> Path:
     """Writes a model with its weights as a file for onnxruntime or OpenVINO.
 
-    The graph maps ``input``, normalised images (B, 3, H, W), to final results: detectors, which
+    The graph maps ``input``, normalized images (B, 3, H, W), to final results: detectors, which
     take one image, to ``dets`` (1, N, 5) with boxes and scores, ``labels`` (1, N) and ``masks``,
     segmentors and classifiers to ``output``, a bare backbone to ``stage0`` and so on.
 
@@ -103,7 +106,8 @@ def export(
     if precision == 'int8' and sum(x.nbytes for x in built.parameters()) > _LARGEST:
         raise UserError('int8 is for models of less than 2 GiB in float32; fp16 is for any')
     saved = {} if checkpoint is None else load_weights(built, checkpoint)
-    built = revert_sync_batchnorm(built.eval().requires_grad_(False))
+    built.eval()  # of some models it returns None
+    built = revert_sync_batchnorm(built.requires_grad_(False))
     graph = inference_graph(_folded(built), scores=scores, paste_masks=paste_masks)
     meta = dict(
         task=graph.task,
@@ -157,8 +161,11 @@ def _check_arguments(
         raise UserError(f'precision={precision!r} is for OpenVINO, so for .xml, not {out.name!r}')
     if samples < 1:
         raise UserError(f'samples={samples} must be at least 1')
-    if static is not None and [isinstance(n, int) and n > 0 for n in static] != [True, True]:
-        raise UserError(f'static={static} must be a height and a width')
+    if static is not None and (
+        not isinstance(static, Sequence)
+        or [isinstance(n, int) and n > 0 for n in static] != [True, True]
+    ):
+        raise UserError(f'static={static!r} must be a height and a width')
     if opset < OPSET:
         raise UserError(f'opset={opset} must be at least {OPSET}')
     compat.require('onnxscript')
@@ -194,6 +201,11 @@ def _build(model: Any) -> tuple[nn.Module, Any]:
 
 def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
     """Fills the model; returns the checkpoint's metadata."""
+    if sharded.is_sharded(path):
+        raise UserError(
+            f'{str(path)!r} is the folder of a sharded training: '
+            'tools/model_converters/publish_model.py makes a file of its weights'
+        )
     if not os.path.isfile(path):
         raise UserError(f'checkpoint {str(path)!r} does not exist')
     checkpoint = fileio.read(path)
@@ -204,10 +216,9 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
         raise UserError(f'checkpoint {str(path)!r} does not fit the model: {cause}') from error
     for what, names in (('lacks', report.missing_keys), ('also has', report.unexpected_keys)):
         if names:
-            shown = ', '.join(names[:5]) + (', …' if len(names) > 5 else '')
             raise UserError(
                 f'checkpoint {str(path)!r} does not fit the model: it {what} {len(names)} '
-                f'tensors ({shown})'
+                f'tensors ({some(names)})'
             )
     meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
     return meta if isinstance(meta, dict) else {}
@@ -226,18 +237,16 @@ def _folded(model: nn.Module) -> nn.Module:
 
 def _describe(model: nn.Module, cfg: Any, saved: dict[str, Any]) -> dict[str, Any]:
     """Classes, normalization and the rule for sizes, for the file's metadata."""
-    named = {**_dataset_meta(cfg), **(saved.get('dataset_meta') or {})}
+    named = {**find_dataset_meta(cfg), **(saved.get('dataset_meta') or {})}
     named = {key.lower(): value for key, value in named.items()}
     before: Any = getattr(model, 'data_preprocessor', None)
     normalization = dict(_IMAGENET)
     if before is not None:
         normalized = getattr(before, 'mean', None) is not None
-        # The names of the three toolboxes. Channels are swapped in either direction.
-        swaps = ('_channel_conversion', 'channel_conversion', 'to_rgb')
         normalization = dict(
             mean=before.mean.flatten().tolist() if normalized else [0.0] * 3,
             std=before.std.flatten().tolist() if normalized else [1.0] * 3,
-            bgr_to_rgb=any(bool(getattr(before, name, False)) for name in swaps),
+            bgr_to_rgb=swaps_channels(before),
         )
     divisor = getattr(before, 'pad_size_divisor', None)
     divisor = divisor or (getattr(before, 'test_cfg', None) or {}).get('size_divisor') or 1
@@ -254,24 +263,10 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda x: np.asarray(x).tolist()))
 
 
-def _test_data(cfg: Any) -> Any:
-    loader = (cfg or {}).get('test_dataloader')
-    return innermost_dataset(loader) if loader else {}
-
-
-def _dataset_meta(cfg: Any) -> dict[str, Any]:
-    dataset = _test_data(cfg)
-    kind = dataset.get('type')
-    if isinstance(kind, str):
-        datasets = importlib.import_module(f'{cfg.default_scope}.registry').DATASETS
-        kind = datasets.get(kind)
-    return {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
-
-
 def _resizing(cfg: Any) -> list[dict[str, Any]]:
     """The test pipeline's transforms of the size, as the config has them."""
     kinds = ('Resize', 'ResizeEdge', 'CenterCrop', 'ResizeShortestEdge')
-    pipeline = _test_data(cfg).get('pipeline') or []
+    pipeline = find_test_dataset(cfg).get('pipeline') or []
     return [_plain(dict(step)) for step in pipeline if str(step['type']).split('.')[-1] in kinds]
 
 
@@ -395,7 +390,7 @@ def _check(
     for picture in pictures:
         for height, width in sizes:
             image = cv2.resize(picture, (width, height))
-            batch, _ = normalised(image, dict(file.meta, resize=[], pad_size_divisor=1))
+            batch, _ = normalized(image, dict(file.meta, resize=[], pad_size_divisor=1))
             difference = compare(file.run(batch), model, torch.from_numpy(batch), file.meta)
             print(f'{precision}, {height}x{width}: {difference.text}')
             wrong += not difference.small

@@ -2,7 +2,7 @@
 
 The toolboxes' own ``predict`` turns sizes into numbers, branches on how many boxes were found, and
 works on data samples. The modules here call the same backbones, necks, heads, priors and box
-coders, from a normalised batch to final results, without a branch that depends on data.
+coders, from a normalized batch to final results, without a branch that depends on data.
 
 Letters: B batch, H W image size, K classes, N boxes.
 """
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from hat_mm.layers.windows import averaging_matrix
 
 from . import onnx_ops
 from .cli import UserError
@@ -45,7 +47,7 @@ class Graph(nn.Module):
         self.model = model
 
     def settings(self) -> dict[str, Any]:
-        """Settings of the model that are needed to run the file, as plain data."""
+        """Settings of the model for the file's metadata, as plain data."""
         return {}
 
 
@@ -140,11 +142,9 @@ class AdaptiveAvgPool2d(nn.Module):
 
     def _pooling(self, cells: int, size: int, like: Tensor) -> Tensor:
         """The (cells, size) matrix that averages an axis."""
-        cell = torch.arange(cells, device=like.device)[:, None]
-        index = torch.arange(size, device=like.device)
+        cell = torch.arange(cells, device=like.device)
         start, end = cell * size // cells, ((cell + 1) * size + cells - 1) // cells
-        inside = ((index >= start) & (index < end)).to(like.dtype)
-        return inside / inside.sum(1, keepdim=True)
+        return averaging_matrix(start, end, size, like.dtype)
 
 
 class Upsample(nn.Module):
@@ -249,7 +249,7 @@ class TwoStageDetector(Detector):
         """Detects objects in one image.
 
         Args:
-            input: Normalised image, (1, 3, H, W).
+            input: Normalized image, (1, 3, H, W).
 
         Returns:
             Boxes with scores (1, N, 5), classes (1, N), and if the model has masks these: their

@@ -7,7 +7,6 @@ import importlib
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from torch import nn
 from hat_mm import compat
 from hat_mm.backbones.base import HierarchicalBackbone
 
-from .build import build_model, without_weights
+from .build import build_model, evaluation, without_weights
 from .cli import UserError
 
 __all__ = ['check_maps', 'check_model', 'without_groups']
@@ -128,18 +127,6 @@ def _text(strides: Sequence[float]) -> str:
     return ', '.join(f'{stride:g}' for stride in strides)
 
 
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode for a while; each part returns to its own mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 # --- a config -------------------------------------------------------------------------------------
 
 
@@ -172,7 +159,7 @@ def check_model(cfg: Any) -> list[str]:
             warnings += check_maps(model) if cfg.get('check_maps', True) else []
             with torch.no_grad():
                 for owner in _owners(model):
-                    forward(owner, cfg.default_scope)
+                    run_once(owner, cfg.default_scope)
         except NotImplementedError as error:
             warnings.append(f'the heads were not run: {error}')
     except UserError:
@@ -205,7 +192,7 @@ def _find_teacher(cfg: Any) -> None:
                 return
 
 
-def forward(model: Any, scope: str) -> None:
+def run_once(model: Any, scope: str) -> None:
     """Runs a model on a random picture, before its post-processing if it can."""
     height = width = 3 * SIDE  # enough for 900 queries, and for kernels of 3 at stride 128
     if type(model).__name__ == 'BaseReID':

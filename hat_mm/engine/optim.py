@@ -1,18 +1,16 @@
 """Layer-wise learning rates: the closer a layer is to the image, the smaller its rate."""
 
 import inspect
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from mmengine.dist import is_main_process
-from mmengine.logging import MMLogger, print_log
+from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
 from hat_mm.backbones.base import near_names
 from hat_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from hat_mm.weights.initialization import only_warnings
 
 OPTIONS = (
     'layer_decay_rate',
@@ -119,7 +117,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             super().add_params(params, module, prefix, is_dcn_module)
             return
         backbones = _find_backbones(module)
-        with _no_info():
+        with only_warnings():  # mmengine logs each parameter's rate, which is not final
             super().add_params(params, module, prefix, is_dcn_module)
         groups = self._merge(params, module, backbones)
         params[:] = [group.settings for group in groups]
@@ -216,18 +214,3 @@ def _find_backbones(model: nn.Module) -> dict[str, nn.Module]:
             "mmpretrain's ConvNeXt, Swin and others"
         )
     return found
-
-
-@contextmanager
-def _no_info() -> Iterator[None]:
-    """Lets only warnings through: mmengine logs each parameter's rate, which is not final."""
-    logger = MMLogger.get_current_instance()
-
-    def is_warning(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING
-
-    logger.addFilter(is_warning)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_warning)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from .attention import StageAttention, trace_attention
+from .build import evaluation
 from .cli import UserError
-from .maps import evaluation
 
 
 def stride_of(image_size: Sequence[int], map_size: Sequence[int]) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hat_mm import compat
+from hat_mm.weights.names import some
 
 from .cli import UserError
 
@@ -41,8 +42,8 @@ class Finding:
     fatal: bool = True
 
     def __str__(self) -> str:
-        shown = ', '.join(map(str, self.cases[:3])) + (', …' if len(self.cases) > 3 else '')
-        return f'{"error" if self.fatal else "warning"}: {self.text}: {len(self.cases)} ({shown})'
+        kind = 'error' if self.fatal else 'warning'
+        return f'{kind}: {self.text}: {len(self.cases)} ({some(self.cases, 3)})'
 
 
 @dataclass

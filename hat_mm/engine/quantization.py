@@ -18,15 +18,16 @@ from typing import Any
 import numpy as np
 
 from hat_mm import compat
+from hat_mm.configs import innermost_dataset
 from hat_mm_runtime import META, images
 
-from .cli import UserError, innermost_dataset
+from .cli import UserError
+from .own_data import SUFFIXES
 
 # Convolutions and matrix products, which become 8 bit. The name of a node is MODULE/OPERATOR.
 _PRODUCTS = ['Conv', 'ConvTranspose', 'Gemm', 'MatMul']
 # What stays in float in all families, beside the first layer; docs/deployment.md has the figures.
 _POSITIONS = [r'pos_embed', r'attn\.bias', 'tokenizer']
-_PICTURES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -66,7 +67,7 @@ def find_pictures(source: str | Path, cfg: Any, samples: int) -> list[Path]:
     if str(source) != 'dataset':
         if not os.path.isdir(source):
             raise UserError(f"calibration={str(source)!r} is neither a folder nor 'dataset'")
-        named = (path for path in Path(source).rglob('*') if path.suffix.lower() in _PICTURES)
+        named = (path for path in Path(source).rglob('*') if path.suffix.lower() in SUFFIXES)
         found = [path for path in named if path.is_file()]
     elif cfg is None or 'train_dataloader' not in cfg:
         raise UserError("calibration='dataset' needs a config with a train_dataloader")

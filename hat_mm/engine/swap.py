@@ -19,16 +19,17 @@ import torch
 
 from hat_mm import compat
 from hat_mm.backbones.base import HierarchicalBackbone
+from hat_mm.weights.official import IMAGENET_MEAN, IMAGENET_STD
 
 from .build import build_part, without_weights
-from .cli import UserError
-from .edits import TOOLBOXES, Edit, Edits
+from .cli import TOOLBOXES, UserError
+from .edits import Edit, Edits
 from .maps import SIDE, check_model
 from .optim import OPTIONS
 
 __all__ = ['Refused', 'Swap', 'plan_swap', 'read_backbone', 'swap_backbone']
 
-MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+MEAN, STD = [*IMAGENET_MEAN], [*IMAGENET_STD]
 """Of the pictures that the published weights were trained on, as RGB from 0 to 255."""
 
 _TEXT = 'it works with published weights only, of a whole that includes a text model'

@@ -1,9 +1,10 @@
 """Calls the tools that the toolboxes ship, with hat_mm's repairs in place."""
 
-import importlib
 import runpy
 import sys
 from pathlib import Path
+
+from hat_mm import compat
 
 from .cli import UserError, read_config
 
@@ -26,7 +27,7 @@ def run_toolbox_tool(name: str, scope: str | None = None) -> None:
                 status=2,
             )
         scope = str(read_config(sys.argv[1]).default_scope)
-    toolbox = importlib.import_module(scope)
+    toolbox = compat.require(scope)
     found = sorted(Path(str(toolbox.__file__)).parent.glob(f'.mim/tools/**/{name}'))
     if not found:
         raise UserError(f'{scope} has no tool {name}, or was installed without its tools')

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .convs import Conv2d
-from .windows import split_windows
+from .windows import averaging_matrix, split_windows
 
 
 class CarrierTokenizer(nn.Module):
@@ -45,7 +45,5 @@ class CarrierTokenizer(nn.Module):
         size, cells = n * self.window_size, n * self.carrier_size
         stride = self.window_size // self.carrier_size
         width = size - (cells - 1) * stride
-        start = stride * torch.arange(cells, device=like.device)[:, None]
-        index = torch.arange(size, device=like.device)
-        inside = ((index >= start) & (index < start + width)).to(like.dtype)
-        return inside / inside.sum(1, keepdim=True)
+        start = stride * torch.arange(cells, device=like.device)
+        return averaging_matrix(start, start + width, size, like.dtype)

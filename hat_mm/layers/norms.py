@@ -52,7 +52,7 @@ def guard_group_norm(norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | No
 
 
 class MapNorm(nn.GroupNorm):
-    """Group norm with one group: normalises each image over all its channels and pixels.
+    """Group norm with one group: normalizes each image over all its channels and pixels.
 
     Args:
         dim: Channels.

@@ -1,6 +1,6 @@
 """Positions as functions of coordinates: absolute embedding, relative bias.
 
-FasterViT's are small MLPs of normalised coordinates, so one set of weights serves every grid size,
+FasterViT's are small MLPs of normalized coordinates, so one set of weights serves every grid size,
 and nothing that is stored depends on the input size (https://arxiv.org/abs/2306.06189). Swin's bias
 is a table of the offsets in a window (https://arxiv.org/abs/2103.14030).
 

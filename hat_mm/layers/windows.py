@@ -152,3 +152,10 @@ def shift_mask(
     rows, cols = map(together, num_windows)
     mask = rows[:, None, :, None, :, None] & cols[None, :, None, :, None, :]
     return mask.reshape(-1, 1, window_size**2, window_size**2)
+
+
+def averaging_matrix(start: Tensor, end: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """The (n, size) matrix that averages an axis from ``start`` to before ``end``, both (n,)."""
+    index = torch.arange(size, device=start.device)
+    inside = ((index >= start[:, None]) & (index < end[:, None])).to(dtype)
+    return inside / inside.sum(1, keepdim=True)

@@ -11,7 +11,12 @@ def shown(url: str) -> str:
 
 
 def check_address(url: str) -> None:
-    """Raises ValueError unless a URL is https, file, or http to this machine."""
+    """Checks that a URL is https, file, or http to this machine.
+
+    Raises:
+        ValueError: It is not.
+        TypeError: It is no string.
+    """
     if not isinstance(url, str):
         raise TypeError(f'an address must be a string, not {url!r}')
     parts = urlsplit(url)

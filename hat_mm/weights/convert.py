@@ -1,7 +1,7 @@
 """Converts official checkpoints to files of hat_mm and back, with a report and their origin."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -13,7 +13,7 @@ import hat_mm
 
 from . import dino
 from .loading import LoadReport, compare, unwrap
-from .names import FASTERVIT_NAMES, NAME_MAPS, UNUSED, NameMap
+from .names import FASTERVIT_NAMES, NAME_MAPS, UNUSED, NameMap, some
 from .official import OfficialFile
 
 # Keys under which official training checkpoints keep the averaged weights.
@@ -99,7 +99,7 @@ def _from_authors_dino(
     if not FASTERVIT_NAMES.matches(backbone):
         raise ValueError(
             f"{source.name} is a file of the authors' DINO, but its backbone is no FasterViT: it "
-            f'holds {_names(backbone)}'
+            f'holds {some(map(repr, backbone))}'
         )
     native, left = FASTERVIT_NAMES.to_native(backbone), FASTERVIT_NAMES.left_over(backbone)
     archs, report = _fit(native, FASTERVIT_NAMES, source, spare='(?!)', in_dino=True)
@@ -169,7 +169,7 @@ def to_official(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]
         raise ValueError(
             f'{source.name} is an official {kind} file already'
             if kind
-            else f'{source.name} holds no backbone of hat_mm, but {_names(whole)}'
+            else f'{source.name} holds no backbone of hat_mm, but {some(map(repr, whole))}'
         )
     archs, _ = _fit(native, name_map, source, spare=r'norm\d\..*')
     last = [f'norm3.{part}' for part in ('weight', 'bias', 'running_mean', 'running_var')]
@@ -230,7 +230,7 @@ def _kept(checkpoint: Mapping[str, Any], dropped: str, source: Source) -> dict[s
     if strange:
         raise ValueError(
             f'{source.name}: under {UNUSED!r} it holds other things than what official files have '
-            f'beyond the network: {_names(strange)}'
+            f'beyond the network: {some(map(repr, strange))}'
         )
     return dict(kept)
 
@@ -263,13 +263,8 @@ def _averaged(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
             return unwrap(checkpoint[key])
     raise ValueError(
         f'the checkpoint has no averaged weights ({" or ".join(EMA_KEYS)}), but '
-        f'{_names(checkpoint)}: leave --ema out'
+        f'{some(map(repr, checkpoint))}: leave --ema out'
     )
-
-
-def _names(state: Iterable[str]) -> str:
-    names = [*map(repr, state)]
-    return ', '.join(names[:4]) + (', …' if len(names) > 4 else '')
 
 
 def _official_map(state: Mapping[str, Any], name: str) -> NameMap:
@@ -280,7 +275,7 @@ def _official_map(state: Mapping[str, Any], name: str) -> NameMap:
         raise ValueError(f'{name} is a file of hat_mm already; --to-official makes an official one')
     raise ValueError(
         f'{name} is no official file of {" or ".join(m.family for m in NAME_MAPS)}: it holds '
-        f'{_names(state) or "nothing"}'
+        f'{some(map(repr, state)) or "nothing"}'
     )
 
 

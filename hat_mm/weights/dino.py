@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .names import FASTERVIT_NAMES, identical, is_dense
+from .names import FASTERVIT_NAMES, identical, is_dense, some
 
 # The authors' class layers have a row for each category id of COCO from 0 to 90; mmdet's have one
 # for each of the 80 ids that COCO uses.
@@ -220,11 +220,7 @@ def _check_complete(
     unknown = [n for n in state if n not in names and not n.startswith(backbone)]
     if missing or unknown:
         counts = {'missing': missing, 'not known': unknown}
-        said = [
-            f'{len(found)} {how} ({", ".join(found[:4])}{", …" * (len(found) > 4)})'
-            for how, found in counts.items()
-            if found
-        ]
+        said = [f'{len(found)} {how} ({some(found)})' for how, found in counts.items() if found]
         raise ValueError(f'the tensors are not those of {what}: {"; ".join(said)}')
 
 

@@ -35,7 +35,7 @@ _HASH_IN_NAME = re.compile(r'-(?!20\d{6}\.)([0-9a-f]{8})\.(pth|pth\.tar|pt|safet
 class DownloadError(OSError):
     """A file cannot be fetched, or is the wrong one; the message names it and the cause."""
 
-    filename = ''  # set, as for any OSError whose message names its file
+    filename = ''  # not None, as of any OSError that names a file: the tools show one line of it
 
 
 def fetch(url: str, sha256: str | None = None) -> Path:

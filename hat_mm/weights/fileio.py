@@ -136,13 +136,16 @@ def check_whole(path: str | Path) -> Any:
     return checkpoint
 
 
+_RESUMABLE = {'meta', 'message_hub', 'optimizer'}
+
+
 def whole_checkpoints(*folders: str | Path) -> Iterator[Path]:
     """Yields the checkpoints in these folders from which a training can go on, the latest first."""
     iterations = {}
     for path in {path for folder in folders for path in Path(folder).glob('*.pth')}:
         with contextlib.suppress(OSError, pickle.UnpicklingError):
             checkpoint = check_whole(path)
-            if {'meta', 'message_hub', 'optimizer'} <= checkpoint.keys():
+            if isinstance(checkpoint, dict) and checkpoint.keys() >= _RESUMABLE:
                 iterations[path] = checkpoint['meta'].get('iter', 0)
     yield from sorted(iterations, key=lambda path: iterations[path], reverse=True)
 

@@ -1,6 +1,8 @@
 """Initializes models without a line of mmengine's log for each parameter."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mmengine.logging import MMLogger
@@ -11,10 +13,20 @@ def initialize(model: Any) -> None:
 
     Constructors leave some parameters uninitialized, those of mmdet's DINO for example.
     """
-    log = MMLogger.get_current_instance()
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
+    with only_warnings():
         model.init_weights()
+
+
+@contextmanager
+def only_warnings() -> Iterator[None]:
+    """Keeps all but warnings and errors out of mmengine's log for a while."""
+    logger = MMLogger.get_current_instance()
+
+    def is_warning(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING
+
+    logger.addFilter(is_warning)
+    try:
+        yield
     finally:
-        log.setLevel(level)
+        logger.removeFilter(is_warning)

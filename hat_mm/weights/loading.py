@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .dino import is_authors_dino
-from .names import NAME_MAPS, SWIN_NAMES, UNUSED_PREFIX, NameMap, is_dense, rename_old
+from .names import NAME_MAPS, SWIN_NAMES, UNUSED_PREFIX, NameMap, is_dense, rename_old, some
 
 _COUNTER = 'num_batches_tracked'
 _ALL_NAMES = (*NAME_MAPS, SWIN_NAMES)
@@ -66,8 +66,7 @@ class LoadReport:
         }
         for label, names in labels.items():
             if names:
-                more = ', …' if len(names) > 4 else ''
-                parts.append(f'{len(names)} {label} ({", ".join(names[:4])}{more})')
+                parts.append(f'{len(names)} {label} ({some(names)})')
         return '; '.join(parts)
 
 
@@ -213,7 +212,7 @@ def adapt(
         if not report.complete:
             raise ValueError(
                 f'an official {name_map.family} checkpoint with depths {depths} does not fit arch '
-                f'{arch}: {report}. {_remedy(report)}'
+                f'{arch!r}: {report}. {_remedy(report)}'
             )
         report = replace(report, dropped=no_use)
         spare = rf'{spare}|.*{_COUNTER}'

@@ -45,6 +45,12 @@ def _unchanged(name: str, value: Any) -> Any:
     return value
 
 
+def some(names: Iterable[Any], most: int = 4) -> str:
+    """Text with the first of many names, for messages."""
+    names = [*map(str, names)]
+    return ', '.join(names[:most]) + (', …' if len(names) > most else '')
+
+
 @dataclass(frozen=True)
 class NameMap:
     """How a family's official checkpoints name their tensors.
@@ -132,7 +138,7 @@ class NameMap:
 
         Returns:
             The official state dict, and the native names that the published network lacks: norms of
-            maps that it does not normalise, and what was added to it.
+            maps that it does not normalize, and what was added to it.
         """
         official, unknown = {}, []
         for name, value in native.items():

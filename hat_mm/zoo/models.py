@@ -26,6 +26,7 @@ from mmengine.runner import load_checkpoint
 
 import hat_mm.registry  # noqa: F401  our classes, and the loader of safetensors
 from hat_mm import compat
+from hat_mm.configs import find_dataset_meta
 from hat_mm.weights.addresses import check_address
 from hat_mm.weights.download import fetch
 from hat_mm.weights.initialization import initialize
@@ -40,12 +41,15 @@ __all__ = ['get_model', 'list_models', 'register_model_index']
 
 logger = logging.getLogger(__name__)
 
+# Settings that load weights; the last one of StrongSORT's trackers.
+_WEIGHTS = ('pretrained', 'teacher_ckpt', 'postprocess_model')
+
 INDEX = Path(__file__).parents[1] / '.mim' / 'model-index.yml'
 
 # --- indexes --------------------------------------------------------------------------------------
 
 _registered: dict[str, Model] = {}
-# mmengine's default scope and the level of its logger are the same for all threads.
+# mmengine's default scope is the same for all threads.
 _lock = threading.RLock()
 
 
@@ -257,7 +261,7 @@ def get_model(
     registry = importlib.import_module(f'{scope}.registry')
     with _lock, DefaultScope.overwrite_default_scope(scope):
         model = registry.MODELS.build(config.model)
-        meta = _dataset_meta(config, registry.DATASETS)
+        meta = find_dataset_meta(config)
         initialize(model)
     if file is not None:
         meta = _load(model, file, name, overrides) or meta
@@ -266,7 +270,8 @@ def get_model(
     model._config = model.cfg = config
     model._metainfo = info
     model._dataset_meta = model.dataset_meta = meta
-    return model.eval()
+    model.eval()  # of some models it returns None
+    return model
 
 
 def _look_up(name: Any) -> tuple[Model | None, Config]:
@@ -297,8 +302,8 @@ def _drop_weights(settings: Any, overrides: Mapping[str, Any]) -> None:
         return
     for key, value in settings.items():
         chosen = overrides.get(key)
-        if key == 'pretrained' and chosen is None:
-            settings[key] = None
+        if key in _WEIGHTS and chosen is None:
+            settings[key] = False if isinstance(value, bool) else None  # timm's are bools
         elif key == 'init_cfg' and chosen is None:
             several = value if isinstance(value, list) else [value]
             if any(init and _class_name(init['type']).startswith('Pretrained') for init in several):
@@ -310,17 +315,6 @@ def _drop_weights(settings: Any, overrides: Mapping[str, Any]) -> None:
 def _class_name(kind: Any) -> str:
     """Name of a class that a config names or, in mmengine's newer style, imports."""
     return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
-
-
-def _dataset_meta(config: Config, datasets: Any) -> dict[str, Any]:
-    """The classes of the config's test data."""
-    dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
-    while 'dataset' in dataset:  # wrapped
-        dataset = dataset['dataset']
-    kind = dataset.get('type')
-    if isinstance(kind, str):
-        kind = datasets.get(kind)
-    return {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
 
 
 def _load(

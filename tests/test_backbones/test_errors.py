@@ -26,7 +26,7 @@ COMMON = [
     (dict(norm_cfg='BN'), TypeError, "norm_cfg must be a dict .*not 'BN'"),
     (dict(out_norm_cfg='BN'), TypeError, "out_norm_cfg must be a dict .*not 'BN'"),
     (dict(norm_cfg=dict(type='LN')), ValueError, "norm_cfg = .*last axis.*'hat_mm.LayerNorm2d'"),
-    (dict(out_norm_cfg=dict(type='LN')), ValueError, 'out_norm_cfg = .*normalises the last axis'),
+    (dict(out_norm_cfg=dict(type='LN')), ValueError, 'out_norm_cfg = .*normalizes the last axis'),
     (dict(norm_cfg=dict(type='GN')), ValueError, "norm_cfg = .*'GN'.*makes no norm"),
     (dict(out_norm_cfg=dict(type='Nope')), ValueError, "out_norm_cfg = .*'Nope'.*makes no norm"),
     (
@@ -46,7 +46,9 @@ OWN = {
         (dict(arch=dict(carriers=(1,))), ValueError, r'carriers.*\(1,\)'),
         (dict(arch=dict(carriers=None)), ValueError, 'carriers.*not None'),
         (dict(arch=dict(carrier_bias='8')), ValueError, "carrier_bias must be a number, not '8'"),
-        (dict(window_size=1), ValueError, 'window_size.2. = 1 is smaller than carrier_size = 2'),
+        (dict(arch=dict(layer_scale='1e-5')), ValueError, "layer_scale must be a number, not '1e"),
+        (dict(arch=dict(carriers=[[2]])), ValueError, r'carriers.*\[\[2\]\]'),
+        (dict(window_size=1), ValueError, 'window_size.2. = 1 is smaller than the carrier_size 2'),
         (dict(window_size=(7, 7)), ValueError, r'window_size must be 4 positive ints'),
         (dict(window_size=0), ValueError, 'window_size'),
     ],
@@ -68,8 +70,12 @@ OWN['SwinHAT'] = [
     (dict(arch=dict(embed_dims=(96,))), ValueError, 'embed_dims must be a positive int'),
     (dict(arch=dict(num_heads=(3, 6, 11, 24))), ValueError, r'num_heads\[2\] = 11.*384 channels'),
     (dict(arch=dict(carrier_size=0)), ValueError, 'carrier_size must be 4 positive ints'),
-    (dict(arch=dict(mlp_ratio=0)), ValueError, 'mlp_ratio must be a positive number.*not 0'),
-    (dict(arch=dict(mlp_ratio=0.001)), ValueError, 'leaves channels of 96, not 0.001'),
+    (dict(arch=dict(mlp_ratio=0)), ValueError, 'mlp_ratio must be a finite number.*not 0'),
+    (
+        dict(arch=dict(mlp_ratio=0.001)),
+        ValueError,
+        'at least 1/96, which leaves a channel, not 0.001',
+    ),
     (dict(arch=dict(mlp_ratio=float('nan'))), ValueError, 'mlp_ratio.*not nan'),
     (dict(hat_stages=(4,)), ValueError, r'hat_stages must be different stages out of 0 to 3.*4'),
     (dict(hat_stages=(0, 0)), ValueError, r'hat_stages must be different stages.*\(0, 0\)'),
@@ -80,7 +86,7 @@ OWN['SwinHAT'] = [
     (
         dict(window_size=1),
         ValueError,
-        r'window_size\[1\] = 1 is smaller than carrier_size\[1\] = 2',
+        r'window_size\[1\] = 1 is smaller than the carrier_size 2',
     ),
     (dict(window_size=(7, 7)), ValueError, 'window_size must be 4 positive ints'),
 ]

@@ -17,7 +17,7 @@ BLOCKS = sum(ARCH['depths'])
 
 
 def mmpretrain_swin(**arguments):
-    """mmpretrain's Swin with weights that show every part, all maps normalised."""
+    """mmpretrain's Swin with weights that show every part, all maps normalized."""
     torch.manual_seed(0)
     config = dict(type='SwinTransformer', arch=ARCH, out_indices=(0, 1, 2, 3))
     model = MODELS.build({**config, **arguments})

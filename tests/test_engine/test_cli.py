@@ -1,6 +1,7 @@
 """Command lines, flags and errors of the tools, without training anything."""
 
 import functools
+import importlib
 import json
 import logging
 import os
@@ -403,6 +404,30 @@ def test_deploy(run, monkeypatch):
     runner = run(cli.test, '--deploy', more=more)
     assert [type(hook).__name__ for hook in runner.hooks] == ['SwitchToDeployHook']
     assert [hook.type for hook in runner.cfg.custom_hooks] == ['Other']
+
+
+def test_deploy_needs_a_model_that_is_built(run, monkeypatch):
+    monkeypatch.setattr(RecordingRunner, 'make_model', dict)  # FlexibleRunner has its config
+    with pytest.raises(cli.UserError, match='--deploy does not work with RecordingRunner'):
+        run(cli.test, '--deploy')
+
+
+@pytest.mark.parametrize(
+    ('tool', 'arguments'),
+    [
+        ('get_flops', ['a.py']),
+        ('padding_effect', ['a.py', 'a.pth']),
+        ('plugin_study', []),
+        ('merge_lora', ['a.py', 'a.pth', 'b.pth']),
+        ('shapes_demo', []),
+        ('whole_and_tiles', ['a.py', 'a.pth']),
+    ],
+)
+def test_an_option_without_a_value(tool, arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(tool).parse_args([*arguments, '--cfg-options', 'foo'])
+    assert caught.value.code == 2
+    assert "expected KEY=VALUE, got 'foo'" in capsys.readouterr().err
 
 
 # --- launchers ------------------------------------------------------------------------------------

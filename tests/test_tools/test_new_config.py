@@ -203,6 +203,11 @@ def test_other_formats_give_the_same_boxes(data, tmp_path, write_as):
     with pytest.raises(UserError, match=r'own_train\.json exists'):
         new_config.main(again)
     new_config.main([*again, '--force'])
+    before = {path: path.read_bytes() for path in tmp_path.glob('own*')}
+    assert len(before) == 3
+    with pytest.raises(UserError, match='has no'):
+        new_config.main([*again, '--force', '--val', str(tmp_path), str(tmp_path)])
+    assert {path: path.read_bytes() for path in tmp_path.glob('own*')} == before
     masks = ['--model', 'mask-rcnn', '--backbone', 'fastervit-toy']
     with pytest.raises(UserError, match='mend'):  # boxes are no masks
         new_config.main([*words, *masks, '--out', str(tmp_path / 'masks.py')])

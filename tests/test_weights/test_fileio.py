@@ -13,7 +13,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from safetensors.torch import load_file, save_file
 
-from hat_mm.weights.fileio import check_target, read, write
+from hat_mm.weights.fileio import check_target, latest_whole, read, write
 from hat_mm.weights.names import UNUSED
 
 CHECKPOINT = {
@@ -147,6 +147,39 @@ def test_map_location_means_what_it_does_in_torch(path, location, device):
 def test_a_missing_file_is_named(path):
     with pytest.raises(FileNotFoundError, match=path.name):
         read(path)
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB.'),
+    ],
+)
+def test_too_little_memory_is_no_damage(error, tmp_path, monkeypatch):
+    """A training must not go on from an older checkpoint because of it."""
+    resumable = {'state_dict': {}, 'meta': {}, 'message_hub': {}, 'optimizer': {}}
+    for name in ('iter_1.pth', 'iter_2.pth'):
+        torch.save(resumable, tmp_path / name)
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
+    assert latest_whole(tmp_path)[0] == tmp_path / 'iter_2.pth'
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(torch, 'load', fail)
+    with pytest.raises(type(error)):
+        latest_whole(tmp_path)
+
+
+def test_files_that_are_no_checkpoints_are_passed_over(tmp_path):
+    torch.save([1, 2, 3], tmp_path / 'results.pth')
+    torch.save({'meta': {}, 'message_hub': {}, 'optimizer': {}}, tmp_path / 'iter_1.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
+    path, problem = latest_whole(tmp_path)
+    assert path == tmp_path / 'iter_1.pth'
+    assert 'iter_2.pth' in problem
 
 
 def test_log_history_of_mmengine_is_read(tmp_path):

@@ -1,6 +1,7 @@
 """Models by name: the shipped index, indexes of users, weights, and mmpretrain's functions."""
 
 import importlib
+import importlib.util
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from golden import official_state
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.runner import CheckpointLoader
 from torch.utils import deterministic
@@ -133,6 +135,16 @@ def test_a_detector_without_weights(no_downloads, capfd):
     assert float(std) == pytest.approx(0.001, rel=0.1)
     out, err = capfd.readouterr()
     assert 'Initialized' not in out + err and 'init_weights' not in out + err
+
+
+def test_a_teacher_is_not_fetched(no_downloads):
+    """Also a model whose train() returns nothing."""
+    folder = Path(importlib.util.find_spec('mmdet').origin).parent / '.mim/configs'
+    cfg = Config.fromfile(folder / 'ld/ld_r18-gflv1-r101_fpn_1x_coco.py')
+    cfg.model.teacher_config = str(folder / 'gfl/gfl_r101_fpn_ms-2x_coco.py')
+    model = hat_mm.get_model(cfg)
+    assert type(model).__name__ == 'KnowledgeDistillationSingleStageDetector'
+    assert not model.training
 
 
 def test_a_segmentor_and_a_classifier(no_downloads):

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import hat_mm
 from hat_mm import compat
 from hat_mm.engine.attention import recorded
+from hat_mm.engine.build import evaluation
 from hat_mm.engine.cli import UserError, make_writable, run_tool
-from hat_mm.engine.maps import evaluation
 from hat_mm.engine.overlays import overlay, to_picture
 from hat_mm_runtime.images import read
 

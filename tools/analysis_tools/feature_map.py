@@ -14,8 +14,8 @@ from cam import check_maps_of, default_layers, find_layers
 
 import hat_mm
 from hat_mm.engine.attention import recorded
+from hat_mm.engine.build import evaluation, swaps_channels
 from hat_mm.engine.cli import make_writable, run_tool
-from hat_mm.engine.maps import evaluation
 from hat_mm_runtime.images import read
 
 # isort: split
@@ -53,10 +53,7 @@ def seen_by_network(model: Any, inputs: torch.Tensor) -> np.ndarray:
     if getattr(pre, '_enable_normalize', False):
         image = image * pre.std.to(inputs) + pre.mean.to(inputs)
     pixels = image.clamp(0, 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    # mmpretrain's, mmdet's, mmseg's names for whether BGR has become RGB.
-    names = ('to_rgb', '_channel_conversion', 'channel_conversion')
-    swapped = any(getattr(pre, name, False) for name in names)
-    return np.ascontiguousarray(pixels if swapped else pixels[..., ::-1])
+    return np.ascontiguousarray(pixels if swaps_channels(pre) else pixels[..., ::-1])
 
 
 def main(argv: list[str] | None = None) -> None:

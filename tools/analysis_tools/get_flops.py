@@ -18,7 +18,7 @@ from torch import nn
 from hat_mm import compat
 from hat_mm.engine.analysis import Complexity, count
 from hat_mm.engine.build import build_model, build_type, read_type
-from hat_mm.engine.cli import UserError, run_tool
+from hat_mm.engine.cli import UserError, add_cfg_options, run_tool
 from hat_mm.engine.environment import versions
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -81,7 +81,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    mmengine = compat.require('mmengine')
     parser.add_argument(
         'model',
         nargs='?',
@@ -100,14 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--proposals', type=int, default=1000, help='boxes for the second stage of a detector'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=mmengine.DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
+    add_cfg_options(parser)
     parser.add_argument(
         '--published', action='store_true', help='measure all that the authors published instead'
     )

@@ -12,6 +12,7 @@ import argparse
 import logging
 import math
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from hat_mm import compat
-from hat_mm.engine.cli import UserError, run_tool
+from hat_mm.engine.cli import UserError, add_cfg_options, read_config, run_tool
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--images', type=int, default=24, help='images to average over')
     add('--pad', nargs='+', type=float, default=[0.1, 0.25, 0.5, 1.0],
         help='what is added to both sides, as a part of the side')  # fmt: skip
-    add('--cfg-options', nargs='+', action=compat.require('mmengine').DictAction, default={})
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     if args.images < 1 or not all(0 < pad < math.inf for pad in args.pad):
         parser.error('--images and --pad must be positive and finite')
@@ -56,10 +57,11 @@ def changes(backbone: torch.nn.Module, image: Tensor, pad: float) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     """Prints a Markdown table."""
     args = parse_args(argv)
-    cfg = compat.require('mmengine').Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options)
-    if 'backbone' not in cfg.get('model', {}):
-        raise UserError(f'{args.config} has no model.backbone: it is no config of a detector')
+    cfg = read_config(args.config, args.cfg_options)
+    if cfg.default_scope != 'mmdet' or 'backbone' not in cfg.model:
+        raise UserError(f'{args.config} is no config of a detector with a backbone')
+    if not Path(args.checkpoint).is_file():
+        raise UserError(f'there is no checkpoint {args.checkpoint}')
     apis, registry = compat.require('mmdet.apis'), compat.require('mmdet.registry')
     model = apis.init_detector(cfg, args.checkpoint, palette='random', device='cpu')
     data = registry.DATASETS.build(cfg.test_dataloader.dataset)

@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from hat_mm import compat
-from hat_mm.engine.cli import run_tool
+from hat_mm.engine.cli import add_cfg_options, run_tool
 from hat_mm.engine.environment import circumstances, describe, tune
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,14 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--render', action='store_true', help='only table and plot, from the file of --out'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=compat.require('mmengine').DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='override the configs',
-    )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     if len(args.only) < len(BACKBONES) and args.out == parser.get_default('out'):
         parser.error(f'--only needs --out: {args.out} holds the results of all')

@@ -21,7 +21,8 @@ from pr_curve import plot
 from tabulate import tabulate
 
 from hat_mm import compat
-from hat_mm.engine.cli import UserError, add_cfg_options, innermost_dataset, read_config, run_tool
+from hat_mm.configs import innermost_dataset
+from hat_mm.engine.cli import UserError, add_cfg_options, read_config, run_tool
 
 WAYS = ('whole', 'tiles')
 

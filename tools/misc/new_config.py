@@ -534,11 +534,14 @@ def main(argv: list[str] | None = None) -> None:
     if there and not args.force:
         raise UserError(f'{there[0]} exists: choose another --out, or --force to replace it')
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    before = {path: path.read_bytes() for path in written[1:] if path.exists()}
     try:
         text = write_config(args, read_data(args))
     except BaseException:
         for path in written[1:]:
             path.unlink(missing_ok=True)
+        for path, data in before.items():
+            path.write_bytes(data)
         raise
     args.out.write_text(text, encoding='utf-8')
     print(f'{args.out}: written. Next: python tools/train.py {args.out}')

@@ -14,15 +14,13 @@ from torch import nn
 
 import hat_mm
 from hat_mm.engine.build import build_model
-from hat_mm.engine.cli import UserError, read_config, run_tool
+from hat_mm.engine.cli import UserError, add_cfg_options, read_config, run_tool
 from hat_mm.engine.export import load_weights
 from hat_mm.weights import fileio
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    from mmengine.config import DictAction
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,9 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         'out_file', help=f'file to write; its end is the format: {", ".join(fileio.SUFFIXES)}'
     )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='override settings of the config'
-    )
+    add_cfg_options(parser)
     parser.add_argument('--force', action='store_true', help='overwrite OUT_FILE')
     return parser.parse_args(argv)
 
@@ -94,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
             f'config {args.config!r} does not say which weights LoRAModel started from '
             '(init_cfg of its module), and the checkpoint does not hold them'
         )
-    model = build_model(cfg).eval()
+    model = build_model(cfg)
+    model.eval()  # of some models it returns None
     meta: dict[str, Any] = load_weights(model, args.checkpoint)
     merged = merge(model)
     # meta['cfg'] has LoRAModel, which inferencers would build.

@@ -178,7 +178,8 @@ def _whole(candidate: Candidate, size: Size) -> tuple[torch.nn.Module, str]:
     model = compat.require('mmengine.model').revert_sync_batchnorm(build_model(cfg))
     if cfg.default_scope == 'mmseg':
         model.data_preprocessor.size = size  # instead of whole crops
-    return model.eval(), cfg.default_scope
+    model.eval()  # of some models it returns None
+    return model, cfg.default_scope
 
 
 def random_batch(scope: str, size: Size, batch: int, masks: bool) -> dict[str, Any]:

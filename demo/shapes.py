@@ -232,16 +232,17 @@ def _textures(
 
 
 def draw_scene(rng: np.random.Generator, style: Style = EASY, only: int | None = None) -> Scene:
-    """Draws one scene: a cluttered background and one to four objects, later ones in front.
+    """Draws one scene: a cluttered background and objects, later ones in front.
 
     The image is never square; its sides are 192 to 384 pixels, or 112 to 160 for one object. The
-    sides of an object are 32 to 96 pixels (a rotated one fits in a circle of that width). At least
-    30 % of every object stays visible, so every object has a label.
+    sides of an object are the style's ``object_sizes`` (a rotated one fits in a circle of that
+    width). At least ``min_visible`` of every object stays visible, so every object has a label.
 
     Args:
         rng: Source of all randomness.
         style: What to draw.
-        only: Label of the single object to draw; None draws one to four with random labels.
+        only: Label of the single object to draw; None draws as many as the style's ``objects``
+            says, with random labels.
 
     Returns:
         The image, labels and visible masks, and with a style that has stuff its map.

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mmcv.transforms import Compose, LoadImageFromFile
+from mmcv.transforms import BaseTransform, Compose, LoadImageFromFile
 from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
 from mmengine.registry import DefaultScope
@@ -64,10 +64,14 @@ def test_loading_to_float32_is_kept():
     pipeline = model.cfg.test_dataloader.dataset.pipeline
     pipeline[0] = ConfigDict(type=LoadImageFromFile, to_float32=True)
     seen = []
-    infer = hat_mm.Inferencer(model)
-    step = infer._pipeline.transforms[1]
-    infer._pipeline.transforms[1] = lambda data: step(seen.append(data['img'].dtype) or data)
-    infer(picture(64, 64))
+
+    class Record(BaseTransform):
+        def transform(self, results):
+            seen.append(results['img'].dtype)
+            return results
+
+    pipeline.insert(1, dict(type=Record))
+    hat_mm.Inferencer(model)(picture(64, 64))
     assert seen == [np.float32]
 
 

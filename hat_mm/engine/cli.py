@@ -339,7 +339,7 @@ def set_memory_format(model: torch.nn.Module) -> None:
             module.to(memory_format=torch.channels_last)
 
 
-def _check_maps(cfg: Any, model: Any) -> list[str]:
+def maps_warnings(cfg: Any, model: Any) -> list[str]:
     """Checks that the maps of a backbone of hat_mm suit the heads; returns warnings."""
     # FlexibleRunner has a config until it runs; sharded parts cannot run one by one.
     if not cfg.get('check_maps', True) or not isinstance(model, torch.nn.Module):
@@ -454,7 +454,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     versions = ', '.join(f'{module.__name__} {module.__version__}' for module in modules)
     runner.logger.info(f'Software: {versions}')
     _check_learning_rate(cfg, runner)
-    for warning in _check_maps(cfg, runner.model):
+    for warning in maps_warnings(cfg, runner.model):
         runner.logger.warning(warning)
     if problem:
         runner.logger.warning(f'{problem}; resuming from {cfg.load_from}')
@@ -504,7 +504,7 @@ def test(argv: Sequence[str] | None = None) -> dict:
     runner = compat.require('mmengine.registry').RUNNERS.build(cfg)
     if isinstance(runner.model, torch.nn.Module):  # FlexibleRunner has a config until it runs
         set_memory_format(runner.model)
-    for warning in _check_maps(cfg, runner.model):
+    for warning in maps_warnings(cfg, runner.model):
         runner.logger.warning(warning)
     if args.deploy:
         if not isinstance(runner.model, torch.nn.Module):

@@ -232,10 +232,12 @@ def get_model(
         OSError: There is no such config.
         ValueError: There is no such model, it has no weights, or the weights do not fill it. Parts
             that are overridden, such as ``head``, need not be filled; the log says what was not.
-        TypeError: An override is not a setting of the model.
+        TypeError: An override is not a setting of the model, or ``pretrained`` is something else.
         hat_mm.compat.DependencyError: The toolbox of the model is not installed.
         hat_mm.weights.download.DownloadError: The weights cannot be fetched.
     """
+    if not isinstance(pretrained, bool | str | os.PathLike):
+        raise TypeError(f'pretrained must be True, False, a URL or a path, not {pretrained!r}')
     info, config = _look_up(name)
     name = info.name if info else str(config.filename or 'the config')
     if pretrained is True and not (info and info.weights):

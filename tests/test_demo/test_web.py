@@ -185,7 +185,7 @@ def test_attention_is_traced_once(monkeypatch):
     network, image = Network().eval(), picture(96, 96)
     models = web.Models({'tiny': web.Choice('tiny')})
     infer = SimpleNamespace(model=network, prepare=network.prepare)
-    models._kept[models.choices['tiny']] = web.Loaded(threading.Lock(), infer)
+    monkeypatch.setattr(hat_mm, 'Inferencer', lambda *_: infer)
     session = web.Session('tiny', SimpleNamespace(image=image), 0.0, place=(40, 50))
     traced, trace = [], web.AttentionMaps.of
     monkeypatch.setattr(web.AttentionMaps, 'of', lambda *args: traced.append(1) or trace(*args))

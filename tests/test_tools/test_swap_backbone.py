@@ -545,9 +545,9 @@ def test_what_cannot_be_checked_is_a_warning():
 
     model = build_model(detector())
     model.neck = Neck()
-    [warning] = cli._check_maps(Config(), model)
+    [warning] = cli.maps_warnings(Config(), model)
     assert 'not checked' in warning
-    assert cli._check_maps(Config(dict(check_maps=False)), model) == []
+    assert cli.maps_warnings(Config(dict(check_maps=False)), model) == []
 
 
 def test_the_check_leaves_the_model_as_it_was():

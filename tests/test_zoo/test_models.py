@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import logging
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -272,10 +273,14 @@ def test_other_errors_of_weights(tmp_path):
         hat_mm.get_model(MASK_RCNN, pretrained=True)
     with pytest.raises(FileNotFoundError, match=r'no\.pth'):
         hat_mm.get_model(HAT_NET, pretrained='no.pth')
+    with pytest.raises(
+        TypeError, match='pretrained must be True, False, a URL or a path, not None'
+    ):
+        hat_mm.get_model(HAT_NET, pretrained=None)
 
 
 def test_a_missing_toolbox_is_named(monkeypatch):
-    monkeypatch.setattr(compat, '_has_module', lambda name: name not in ('mmdet', 'mmdet._ext'))
+    monkeypatch.setitem(sys.modules, 'mmdet', None)
     with pytest.raises(compat.DependencyError, match='mmdet is not installed'):
         hat_mm.get_model(MASK_RCNN)
 

@@ -82,8 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     weights = (
         path.with_suffix('.bin') if path.suffix == '.xml' else path.with_name(f'{path.name}.data')
     )
-    size = sum(part.stat().st_size for part in (path, weights) if part.exists())
-    print(f'{path}: {size / 2**20:.1f} MiB')
+    written = sum(part.stat().st_size for part in (path, weights) if part.exists())
+    print(f'{path}: {written / 2**20:.1f} MiB')
 
 
 if __name__ == '__main__':

@@ -24,7 +24,7 @@ help: ## list the targets
 	@echo '  PYTHON=... and CXX=... name the interpreter and the compiler of the set-up'
 
 # Any python3 can run the set-up, which itself looks for one that suits the environment.
-setup: ## set up .venv: checks, packages, mmcv compiled with its operators (once, about 5 minutes)
+setup: ## set up .venv: checks, packages, mmcv compiled with its operators (once, 5 to 15 minutes)
 	@for python in $(PYTHON) python3 python3.12 python3.11; do \
 	  if "$$python" -c '' 2>/dev/null; then \
 	    exec "$$python" tools/dev/setup_env.py --stack $(STACK) --python "$(PYTHON)"; \
@@ -109,5 +109,5 @@ docs-check: ## the same from scratch; warnings, broken links and files from othe
 	@$(MAKE) --no-print-directory docs ARGS='--fail-on-warning --keep-going'
 	@$(PY) tools/dev/check_site.py work_dirs/docs/html
 
-clean: ## remove the environments and all that runs have produced
-	rm -rf .venv .venv-onedl .venv-latest work_dirs data build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove the environments, what runs have written, and the drawn data sets
+	rm -rf .venv .venv-onedl .venv-latest work_dirs data/shapes* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -67,5 +67,5 @@ def test_a_detector(tmp_path, capsys):
 def test_other_backbones_are_refused(tmp_path):
     path = tmp_path / 'config.py'
     path.write_text("_base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py']\n")
-    with pytest.raises(UserError, match='none of hat_mm'):
+    with pytest.raises(UserError, match='none of FasterViT'):
         plan_memory.measure(str(path), (64, 64))

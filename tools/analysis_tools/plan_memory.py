@@ -30,6 +30,7 @@ from hat_mm.backbones.base import HierarchicalBackbone
 from hat_mm.engine.cli import UserError, read_config, run_tool
 from hat_mm.engine.environment import circumstances, describe, tune
 from hat_mm.engine.fsdp2 import find_units
+from hat_mm.weights.initialization import initialize
 
 OBJECTS = 128
 """In an image: as many as a second stage may take for its masks."""
@@ -43,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('configs', nargs='+', help='configs of detectors with a backbone of hat_mm')
+    add('configs', nargs='+', help='configs of mmdet with FasterViT, HATNet or SwinHAT')
     add('--size', nargs=2, type=int, default=(800, 1333), metavar=('HEIGHT', 'WIDTH'))
     add('--batch', type=int, default=2, help='images on each GPU')
     add('--processes', type=int, default=8, help='GPUs that share the states under FSDP2')
@@ -140,6 +141,7 @@ def count_rest(cfg: Any, shapes: list[tuple[int, ...]], size: tuple[int, int]) -
     from mmdet.testing import demo_mm_inputs
 
     model = build(cfg, dict(type='mmengine.PlannedMaps', shapes=shapes))
+    initialize(model)  # the constructor of DINO leaves some parameters as they come
     truth = dict(num_items=[OBJECTS], with_mask=True, num_classes=2)
     data = model.data_preprocessor(demo_mm_inputs(1, [(3, *size)], **truth), training=True)
     kept = Kept(model)
@@ -154,7 +156,7 @@ def count_rest(cfg: Any, shapes: list[tuple[int, ...]], size: tuple[int, int]) -
 
 def build(cfg: Any, backbone: Any) -> nn.Module:
     """A detector with another backbone, without SyncBN, in training mode."""
-    cfg = copy.copy(cfg)
+    cfg = copy.deepcopy(cfg)  # some heads change theirs
     cfg.backbone = backbone
     with DefaultScope.overwrite_default_scope('mmdet'):
         return revert_sync_batchnorm(MODELS.build(cfg)).train()
@@ -163,11 +165,14 @@ def build(cfg: Any, backbone: Any) -> nn.Module:
 def measure(path: str, size: tuple[int, int]) -> dict[str, Any]:
     """Bytes of a detector in float32 with one image: parameters, units of FSDP2, activations."""
     torch.manual_seed(0)
-    cfg = read_config(path).model
+    config = read_config(path)
+    if config.default_scope != 'mmdet':
+        raise UserError(f'{path} is no config of mmdet')
+    cfg = config.model
     with FakeTensorMode():
         model = build(cfg, cfg.backbone | dict(init_cfg=None))
     if not isinstance(model.backbone, HierarchicalBackbone):
-        raise UserError(f'{path}: its backbone is none of hat_mm')
+        raise UserError(f'{path}: its backbone is none of FasterViT, HATNet, SwinHAT')
     units, seen = [], set()
     for unit in find_units(model, min_params=1_000_000):
         own = set(unit.parameters()) - seen

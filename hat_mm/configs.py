@@ -13,8 +13,8 @@ def innermost_dataset(loader: Any) -> Any:
 
 
 def find_test_dataset(cfg: Any) -> Any:
-    """The innermost dataset of a config's tests, or an empty dict."""
-    loader = cfg.get('test_dataloader')
+    """The innermost dataset of a config's tests, or an empty dict; also of no config."""
+    loader = (cfg or {}).get('test_dataloader')
     return innermost_dataset(loader) if loader and loader.get('dataset') else {}
 
 

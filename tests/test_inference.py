@@ -70,7 +70,7 @@ def test_loading_to_float32_is_kept():
             seen.append(results['img'].dtype)
             return results
 
-    pipeline.insert(1, dict(type=Record))
+    pipeline.insert(1, ConfigDict(type=Record))
     hat_mm.Inferencer(model)(picture(64, 64))
     assert seen == [np.float32]
 

@@ -451,7 +451,7 @@ class HierarchicalBackbone(Deployable, BaseModule):
             strict=_STRICT.get(),
         )
         print_log(
-            f'{type(self).__name__} {self.arch!r}: {report}',
+            f'{type(self).__name__} {self.arch}: {report}',
             logger='current',
             level=logging.INFO if report.complete else logging.WARNING,
         )

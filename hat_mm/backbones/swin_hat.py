@@ -442,7 +442,7 @@ class SwinHAT(HierarchicalBackbone):
                 resized += 1
         if resized:
             print_log(
-                f'{type(self).__name__} {self.arch!r}: {resized} position tables interpolated for '
+                f'{type(self).__name__} {self.arch}: {resized} position tables interpolated for '
                 f'window_size {self.spec.window_size}',
                 logger='current',
             )

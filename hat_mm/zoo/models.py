@@ -280,10 +280,12 @@ def _look_up(name: Any) -> tuple[Model | None, Config]:
     """The entry of the index, if it is a name, and the config."""
     if isinstance(name, Config):
         return None, copy.deepcopy(name)
-    if os.fspath(name).endswith('.py'):
-        return None, Config.fromfile(name)
-    info = _find(os.fspath(name))
-    return info, Config.fromfile(info.config)
+    info = None if os.fspath(name).endswith('.py') else _find(os.fspath(name))
+    try:
+        return info, Config.fromfile(info.config if info else name)
+    except ModuleNotFoundError as error:  # mmengine, of a base in a toolbox that is missing
+        compat.require(str(error).partition(' ')[0])
+        raise
 
 
 def _weights(info: Model | None, pretrained: Any) -> str:

@@ -540,6 +540,9 @@ def test_padding_effect(name, shapes, tmp_path, capsys):
 
 def test_padding_effect_of_no_detector(tmp_path):
     config = tmp_path / 'none.py'
-    config.write_text('model = dict()\n')
-    with pytest.raises(UserError, match=r'has no model\.backbone'):
+    config.write_text("model = dict(); default_scope = 'mmdet'\n")
+    with pytest.raises(UserError, match='is no config of a detector with a backbone'):
+        padding_effect.main([str(config), 'none.pth'])
+    config.write_text("model = dict(backbone=dict()); default_scope = 'mmdet'\n")
+    with pytest.raises(UserError, match=r'there is no checkpoint none\.pth'):
         padding_effect.main([str(config), 'none.pth'])

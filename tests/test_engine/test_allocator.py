@@ -61,7 +61,7 @@ print(json.dumps(found))
 
 # The size in the documents takes a minute on two cores.
 @pytest.fixture(
-    scope='module', params=['448 704', pytest.param('800 1280', marks=pytest.mark.slow)]
+    scope='module', params=['640 1024', pytest.param('800 1280', marks=pytest.mark.slow)]
 )
 def faults(request, run_python):
     """What a fresh interpreter prints, with the allocator tuned and with hat_mm imported alone."""

@@ -52,6 +52,8 @@ def __getattr__(name: str) -> Any:
         try:
             return getattr(import_module(_PUBLIC[name]), name)
         except ModuleNotFoundError as error:
+            if not error.name or '.' in error.name:  # a part of a package that is installed
+                raise
             raise compat.DependencyError(
                 f'hat_mm.{name} needs {error.name}, which is not installed: run `make setup` in a '
                 "checkout of hat_mm, or `pip install 'hat_mm[det]'` (or [seg], [cls])"

@@ -1,7 +1,27 @@
-"""What the configs of the toolboxes say about their data."""
+"""What is common to the configs of all toolboxes."""
 
 import importlib
+import re
 from typing import Any
+
+from hat_mm import compat
+
+# Settings that load weights beside ``init_cfg``; the last one is of StrongSORT's trackers.
+WEIGHTS = ('pretrained', 'teacher_ckpt', 'postprocess_model')
+
+
+def read(path: Any) -> Any:
+    """Reads a config file.
+
+    Raises:
+        hat_mm.compat.DependencyError: A base is in a toolbox that is not installed.
+    """
+    try:
+        return compat.require('mmengine').Config.fromfile(path)
+    except ModuleNotFoundError as error:
+        if found := re.match(r'(\w+) is not installed', str(error)):  # mmengine's words
+            compat.require(found[1])
+        raise
 
 
 def innermost_dataset(loader: Any) -> Any:

@@ -45,7 +45,7 @@ def _rename(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) 
         raise ValueError(
             "the backbone of the authors' DINO is a FasterViT with pad_every_stage and "
             f"positions_by_tokens, such as arch='4-21k-224-dino', not {type(backbone).__name__} "
-            f'{getattr(backbone, "arch", "")!r}'
+            f'{getattr(backbone, "arch", "")}'
         )
     # The backbone compares its part itself.
     own, outside = (

@@ -28,7 +28,7 @@ HIGHEST = (
 # the tools, the demos and the tests.
 ALLOWED = {
     'layers': ('torch', 'hat_mm.layers'),
-    'configs.py': (),
+    'configs.py': ('hat_mm.compat',),
     'weights': ('torch', 'mmengine', 'hat_mm', 'hat_mm.compat', 'hat_mm.weights'),
     'backbones': BACKBONES,
     'plugins.py': ('torch', 'hat_mm.layers', 'hat_mm.backbones', 'hat_mm.registry'),

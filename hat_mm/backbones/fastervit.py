@@ -104,7 +104,9 @@ class FasterViTArch:
             object.__setattr__(self, name, tuple(values))
         for name in ('embed_dims', 'stem_dims', 'carrier_size'):
             check_int(name, getattr(self, name))
-        if not isinstance(carriers, Sequence) or any(i not in _ATTENTION_STAGES for i in carriers):
+        if not isinstance(carriers, Sequence) or any(
+            not isinstance(i, int) or i not in _ATTENTION_STAGES for i in carriers
+        ):
             raise ValueError(
                 f'carriers must be True, False or stages out of {_ATTENTION_STAGES}, '
                 f'not {carriers!r}'

@@ -12,11 +12,9 @@ import torch
 from torch import nn
 
 from hat_mm import compat
+from hat_mm.configs import WEIGHTS
 
 from .cli import TOOLBOXES, UserError
-
-# Settings that load weights, the last one of StrongSORT's trackers.
-_WEIGHTS = ('init_cfg', 'pretrained', 'teacher_ckpt', 'postprocess_model')
 
 
 def read_type(text: str) -> tuple[str, dict[str, Any]]:
@@ -102,7 +100,8 @@ def without_weights(cfg: Any) -> Any:
     if isinstance(cfg, dict):
         given = {k: without_weights(v) for k, v in cfg.items()}
         none = {k: False if isinstance(v, bool) else None for k, v in given.items()}  # timm's
-        return type(cfg)({k: none[k] if k in _WEIGHTS else v for k, v in given.items()})
+        drop = ('init_cfg', *WEIGHTS)
+        return type(cfg)({k: none[k] if k in drop else v for k, v in given.items()})
     return [without_weights(v) for v in cfg] if isinstance(cfg, list) else cfg
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import hat_mm
-from hat_mm import compat
+from hat_mm import compat, configs
 from hat_mm.configs import innermost_dataset
 from hat_mm.layers import Deployable
 from hat_mm.weights.sharded import is_sharded
@@ -185,7 +185,7 @@ def read_config(path: str, options: dict[str, Any] | None = None, scope: bool = 
     if not os.path.isfile(path):
         raise UserError(f'config file {path!r} does not exist')
     try:
-        cfg = compat.require('mmengine').Config.fromfile(path)
+        cfg = configs.read(path)
     except (OSError, SyntaxError) as error:  # in a base, too
         raise UserError(f'config {path!r} cannot be read: {error}') from error
     try:

@@ -25,8 +25,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import load_checkpoint
 
 import hat_mm.registry  # noqa: F401  our classes, and the loader of safetensors
-from hat_mm import compat
-from hat_mm.configs import find_dataset_meta
+from hat_mm import compat, configs
 from hat_mm.weights.addresses import check_address
 from hat_mm.weights.download import fetch
 from hat_mm.weights.initialization import initialize
@@ -40,9 +39,6 @@ except ImportError as error:
 __all__ = ['get_model', 'list_models', 'register_model_index']
 
 logger = logging.getLogger(__name__)
-
-# Settings that load weights; the last one of StrongSORT's trackers.
-_WEIGHTS = ('pretrained', 'teacher_ckpt', 'postprocess_model')
 
 INDEX = Path(__file__).parents[1] / '.mim' / 'model-index.yml'
 
@@ -263,7 +259,7 @@ def get_model(
     registry = importlib.import_module(f'{scope}.registry')
     with _lock, DefaultScope.overwrite_default_scope(scope):
         model = registry.MODELS.build(config.model)
-        meta = find_dataset_meta(config)
+        meta = configs.find_dataset_meta(config)
         initialize(model)
     if file is not None:
         meta = _load(model, file, name, overrides) or meta
@@ -281,11 +277,7 @@ def _look_up(name: Any) -> tuple[Model | None, Config]:
     if isinstance(name, Config):
         return None, copy.deepcopy(name)
     info = None if os.fspath(name).endswith('.py') else _find(os.fspath(name))
-    try:
-        return info, Config.fromfile(info.config if info else name)
-    except ModuleNotFoundError as error:  # mmengine, of a base in a toolbox that is missing
-        compat.require(str(error).partition(' ')[0])
-        raise
+    return info, configs.read(info.config if info else name)
 
 
 def _weights(info: Model | None, pretrained: Any) -> str:
@@ -306,7 +298,7 @@ def _drop_weights(settings: Any, overrides: Mapping[str, Any]) -> None:
         return
     for key, value in settings.items():
         chosen = overrides.get(key)
-        if key in _WEIGHTS and chosen is None:
+        if key in configs.WEIGHTS and chosen is None:
             settings[key] = False if isinstance(value, bool) else None  # timm's are bools
         elif key == 'init_cfg' and chosen is None:
             several = value if isinstance(value, list) else [value]

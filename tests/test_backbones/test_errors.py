@@ -48,6 +48,7 @@ OWN = {
         (dict(arch=dict(carrier_bias='8')), ValueError, "carrier_bias must be a number, not '8'"),
         (dict(arch=dict(layer_scale='1e-5')), ValueError, "layer_scale must be a number, not '1e"),
         (dict(arch=dict(carriers=[[2]])), ValueError, r'carriers.*\[\[2\]\]'),
+        (dict(arch=dict(carriers=(2.0,))), ValueError, r'carriers.*\(2\.0,\)'),
         (dict(window_size=1), ValueError, 'window_size.2. = 1 is smaller than the carrier_size 2'),
         (dict(window_size=(7, 7)), ValueError, r'window_size must be 4 positive ints'),
         (dict(window_size=0), ValueError, 'window_size'),

@@ -155,6 +155,7 @@ def test_a_missing_file_is_named(path):
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB.'),
+        RuntimeError('CUDA error: out of memory'),
     ],
 )
 def test_too_little_memory_is_no_damage(error, tmp_path, monkeypatch):

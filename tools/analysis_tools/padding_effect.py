@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = read_config(args.config, args.cfg_options)
     if cfg.default_scope != 'mmdet' or 'backbone' not in cfg.model:
         raise UserError(f'{args.config} is no config of a detector with a backbone')
-    if not Path(args.checkpoint).is_file():
+    if '://' not in args.checkpoint and not Path(args.checkpoint).is_file():
         raise UserError(f'there is no checkpoint {args.checkpoint}')
     apis, registry = compat.require('mmdet.apis'), compat.require('mmdet.registry')
     model = apis.init_detector(cfg, args.checkpoint, palette='random', device='cpu')

@@ -40,8 +40,8 @@ from tabulate import tabulate
 from torch import nn
 
 from hat_mm.engine.build import build_model, without_weights
-from hat_mm.engine.cli import UserError
-from hat_mm.engine.edits import TOOLBOXES, configs_of, write
+from hat_mm.engine.cli import TOOLBOXES, UserError
+from hat_mm.engine.edits import configs_of, write
 from hat_mm.engine.maps import check_model, without_groups
 from hat_mm.engine.swap import Refused, Swap, plan_swap
 

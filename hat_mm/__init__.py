@@ -52,10 +52,11 @@ def __getattr__(name: str) -> Any:
         try:
             return getattr(import_module(_PUBLIC[name]), name)
         except ModuleNotFoundError as error:
-            if not error.name or '.' in error.name:  # a part of a package that is installed
+            package = (error.name or '').partition('.')[0]
+            if not package or compat.has_module(package):
                 raise
             raise compat.DependencyError(
-                f'hat_mm.{name} needs {error.name}, which is not installed: run `make setup` in a '
+                f'hat_mm.{name} needs {package}, which is not installed: run `make setup` in a '
                 "checkout of hat_mm, or `pip install 'hat_mm[det]'` (or [seg], [cls])"
             ) from error
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -73,7 +73,8 @@ def _check_torch() -> None:
         )
 
 
-def _has_module(name: str) -> bool:
+def has_module(name: str) -> bool:
+    """Whether a package is installed, or a module of one, which imports the package."""
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
@@ -97,9 +98,9 @@ def require(name: str) -> ModuleType:
     if extra is not None:
         target = 'web' if extra == 'demo' else 'setup'
         cure = f"run `make {target}` in a checkout of hat_mm, or `pip install 'hat_mm[{extra}]'`"
-    if not _has_module(package):
+    if not has_module(package):
         raise DependencyError(f'{package} is not installed: {cure}')
-    if package in ('mmdet', 'mmseg') and _has_module('mmcv') and not _has_module('mmcv._ext'):
+    if package in ('mmdet', 'mmseg') and has_module('mmcv') and not has_module('mmcv._ext'):
         raise DependencyError(
             f'{package} needs the compiled operators of mmcv, but the installed mmcv has none '
             f'(mmcv-lite?): uninstall it, then {cure}'

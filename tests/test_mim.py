@@ -85,7 +85,9 @@ def run(tmp_path_factory, wheel) -> Callable[..., subprocess.CompletedProcess]:
     python = folder / 'env' / 'bin' / 'python'
     (site,) = (folder / 'env').glob('lib/python3*/site-packages')
     borrowed = [path for path in sys.path if path.endswith('site-packages')]
-    (site / 'borrowed.pth').write_text('\n'.join(borrowed))
+    # Python 3.12 has no distutils, which mmengine needs; setuptools finds its own by such a file.
+    shim = 'import _distutils_hack; _distutils_hack.add_shim()'
+    (site / 'borrowed.pth').write_text('\n'.join([*borrowed, shim]))
     environment = {**os.environ, 'HOME': str(folder), 'NO_PROXY': '*', 'PYTHONWARNINGS': 'ignore'}
     environment.pop('PYTHONPATH', None)
 

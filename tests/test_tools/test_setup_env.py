@@ -547,7 +547,8 @@ def test_the_example_requirements_are_the_default_stack():
 
 def make(*arguments, path=None):
     """Run make as from a shell of its own, also when make runs these tests."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith('MAKE') and k != 'STACK'}
+    chosen = ('STACK', 'PYTHON')
+    env = {k: v for k, v in os.environ.items() if not k.startswith('MAKE') and k not in chosen}
     if path is not None:
         env['PATH'] = str(path)
     command = [shutil.which('make'), *arguments]

@@ -1,4 +1,7 @@
-"""Builds models named on a command line: a registered type with arguments, or a config."""
+"""Builds models named on a command line: a registered type with arguments, or a config.
+
+Also what several tools ask of a built model.
+"""
 
 import ast
 import copy
